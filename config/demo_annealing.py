@@ -1,0 +1,32 @@
+"""The demo, phase 3: the best data, here questions and answers, while the rate falls to zero."""
+
+name = "demo_annealing"
+init_from = "out/demo_extension"
+
+hidden_size = 256
+intermediate_size = 768
+num_hidden_layers = 6
+num_attention_heads = 4
+num_key_value_heads = 1
+vocab_size = 4096
+
+tokenizer = "out/demo_data/ranks.tiktoken"
+mixture = "out/demo_data/annealing.csv"
+validation = "out/demo_data/validation.csv"
+seq_len = 512
+rope_theta = 40_000.0
+
+samples = 1_000  # 0.51 M tokens
+global_batch_size = 4
+learning_rate = 2.5e-3
+min_learning_rate = 0.0
+warmup_samples = 0
+lr_decay = "linear"
+eps = 1e-8
+
+micro_batch_size = 4
+log_every = 5
+eval_every = 25
+eval_samples = 16
+checkpoint_every = 0
+checkpoint_prefix = "annealing_"

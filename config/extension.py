@@ -1,0 +1,37 @@
+"""Phase 2, context extension: 5 B tokens in sequences of 32,000, from the weights of phase 1.
+
+The base of the rotary embedding grows from 500,000 to 20,000,000, so that angles turn slowly
+enough to tell 32,000 positions apart. The optimizer starts afresh, at step 0. Lucie: 128 H100,
+1,220 steps.
+
+    torchrun --nproc-per-node=8 train.py config/extension.py --init_from=out/pretrain
+"""
+
+name = "extension"
+init_from = "out/pretrain"  # its newest checkpoint, weights only
+seed = 42
+
+mixture = "data/mixtures/extension.csv"  # long documents ten times as often as short ones
+seq_len = 32_000
+rope_theta = 20_000_000.0
+
+samples = 156_250  # 1,220 steps
+global_batch_size = 128  # 4.1 M tokens
+learning_rate = 2e-5
+min_learning_rate = 2e-5
+warmup_samples = 0
+lr_decay = "constant"
+
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-5
+weight_decay = 0.1
+clip_grad = 1.0
+dtype = "bfloat16"
+
+micro_batch_size = 1
+max_minutes = 1190.0
+
+eval_every = 250
+checkpoint_every = 250  # extension_step0000250 ... and the last, extension_step0001220
+checkpoint_prefix = "extension_"

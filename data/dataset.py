@@ -1,0 +1,254 @@
+"""The training data: token streams on disk, and the mixture that turns a number into a sample.
+
+Sample i of a run is a pure function of (mixture, seed, seq_len, i). There is no shuffled index on
+disk, no iterator to save, no dependence on the number of GPUs: a checkpoint stores one integer, and
+sample 762,000,000 is found as fast as sample 0. Three steps lead from i to its tokens:
+
+1. Which source, and which of its samples: i goes down a Huffman tree of the sources. At each node
+   with n arrivals so far, a branch holding the share p of the weight has received round(p n) of
+   them, so i either goes there or to the other side, and its rank among the arrivals is known.
+2. Which place in the source: rank = epoch * length + position, and the position goes through a
+   permutation keyed by (seed, source, epoch), computed for this one position (a Feistel cipher).
+3. The tokens there: seq_len + 1 of them, read from the file.
+
+Streams are in Megatron's indexed format: `NAME.bin` holds the tokens of all documents back to back,
+`NAME.idx` their type and the documents' lengths. Files made for Megatron, GPT-NeoX or NeMo load.
+"""
+
+import csv
+import hashlib
+import heapq
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file and what is wrong, in one line."""
+
+
+class TokenStream:
+    """The tokens of one source, `path` being the common part of its .bin and .idx.
+
+    Tokens are read with pread, not mapped: a mapped page counts as the process's own memory once
+    touched, and 140 sources of a trillion tokens would seem to fill any machine.
+    Raises DataError for a missing, truncated or foreign file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        idx, self.bin = Path(f"{path}.idx"), Path(f"{path}.bin")
+        for file in (idx, self.bin):
+            if not file.is_file():
+                raise DataError(f"{file}: no such file (python -m data.prepare makes it)")
+        with open(idx, "rb") as f:
+            head = f.read(HEADER.size)
+            if len(head) < HEADER.size or head[:9] != MAGIC:
+                raise DataError(f"{idx}: not an index of Megatron's format")
+            _, version, code, self.documents, _ = HEADER.unpack(head)
+            if version != 1 or code not in DTYPES:
+                raise DataError(f"{idx}: version {version} or token type {code} is not known")
+            self.dtype = np.dtype(DTYPES[code])
+            end = 0
+            if self.documents:  # where the last sequence ends, from its own length and offset
+                f.seek(HEADER.size + 4 * (self.documents - 1))
+                length = f.read(4)
+                f.seek(HEADER.size + 4 * self.documents + 8 * (self.documents - 1))
+                offset = f.read(8)
+                if len(length) + len(offset) < 12:
+                    raise DataError(f"{idx}: truncated")
+                end = int.from_bytes(offset, "little")
+                end += int.from_bytes(length, "little") * self.dtype.itemsize
+        size = self.bin.stat().st_size
+        if size < end:
+            raise DataError(f"{self.bin}: truncated, {size:,} bytes where its index says {end:,}")
+        self.tokens = end // self.dtype.itemsize
+        self._file = os.open(self.bin, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
+        """Tokens start .. start + count as int64 `[count]`, all checked to be under vocab_size."""
+        offset, size = start * self.dtype.itemsize, count * self.dtype.itemsize
+        data = os.pread(self._file, size, offset)
+        if len(data) < size:
+            raise DataError(f"{self.bin}: truncated at byte {offset + len(data):,}")
+        tokens = np.frombuffer(data, self.dtype)
+        if tokens.max() >= vocab_size or tokens.min() < 0:
+            at = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+            raise DataError(
+                f"{self.bin}: token {start + at:,} has id {tokens[at]}, "
+                f"past the vocabulary of {vocab_size}"
+            )
+        return tokens.astype(np.int64)
+
+
+class Sample(NamedTuple):
+    source: int  # index into Mixture.names
+    epoch: int  # how often the whole source was seen before
+    position: int  # which of its samples, in the order of the file
+
+
+class Mixture:
+    """The weighted mixture of a CSV file with the columns name, path and weight or epochs.
+
+    path is relative to the CSV and has no suffix. Weights need not sum to one. Given epochs
+    instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
+    `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
+
+    Of the first n samples, the number taken from a source differs from its exact share by at most
+    `deviation()`; about one sample, whatever n is.
+    """
+
+    def __init__(self, path: str | Path, seq_len: int, seed: int, vocab_size: int) -> None:
+        self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
+        self.names, self.streams, self.weights = [], [], []
+        for row in _read_csv(Path(path)):
+            stream = TokenStream(Path(path).parent / row["path"])
+            if stream.tokens <= seq_len:
+                raise DataError(
+                    f"{stream.bin}: {stream.tokens:,} tokens are too few for one sample of "
+                    f"{seq_len:,} (and the token after it)"
+                )
+            self.names.append(row["name"])
+            self.streams.append(stream)
+            weight = row["weight"]
+            self.weights.append(row["epochs"] * stream.tokens if weight is None else weight)
+        total = sum(self.weights)
+        self.weights = [weight / total for weight in self.weights]
+        self.lengths = [(stream.tokens - 1) // seq_len for stream in self.streams]
+        self._tree = huffman(self.weights)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        sample = self.locate(i)
+        stream = self.streams[sample.source]
+        return stream.read(sample.position * self.seq_len, self.seq_len + 1, self.vocab_size)
+
+    def locate(self, i: int) -> Sample:
+        """Where sample i comes from."""
+        source, rank = descend(self._tree, i)
+        epoch, position = divmod(rank, self.lengths[source])
+        key = f"{self.seed} {self.names[source]} {epoch}"
+        return Sample(source, epoch, permute(position, self.lengths[source], key))
+
+    def deviation(self) -> float:
+        """Bound on |samples taken from a source - weight * n|, over all sources and all n."""
+        return max(_deviations(self._tree, 0.0).values())
+
+
+def _read_csv(path: Path) -> list[dict]:
+    """Rows with name and path, and weight or else epochs as a number (the other one None)."""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    columns = set(rows[0]) if rows else set()
+    if not columns >= {"name", "path"} or not columns & {"weight", "epochs"}:
+        raise DataError(f"{path}: a mixture has the columns name, path and weight or epochs")
+    kind = "weight" if "weight" in columns else "epochs"
+    out = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            value = float(row[kind])
+        except (TypeError, ValueError):
+            value = -1.0
+        if not 0 <= value < float("inf") or not row["path"]:
+            raise DataError(f"{path}, line {line}: needs a path and a {kind} of 0 or more")
+        if value:
+            out.append({"weight": None, "epochs": None} | row | {kind: value})
+    if len({row["name"] for row in out}) < len(out) or not out:
+        raise DataError(f"{path}: needs at least one source, each with a name of its own")
+    return [row | {"epochs" if kind == "weight" else "weight": None} for row in out]
+
+
+# --- 1. which source -----------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """A branch point of the tree: left gets the share p of what arrives here, right the rest."""
+
+    weight: float
+    p: float
+    left: "Node | Leaf"
+    right: "Node | Leaf"
+
+
+class Leaf(NamedTuple):
+    weight: float
+    source: int
+
+
+def huffman(weights: list[float]) -> Node | Leaf:
+    """The Huffman tree of the sources: the two lightest trees are joined until one is left.
+
+    Sources sampled often are near the root, which makes look-ups short, and siblings are of similar
+    weight, which makes shares exact: a node passes on to a branch only the share p of its own
+    deviation, so the halves of halves sum to about one sample.
+    """
+    heap = [(weight, order, Leaf(weight, order)) for order, weight in enumerate(weights)]
+    heapq.heapify(heap)
+    order = len(heap)
+    while len(heap) > 1:
+        a, _, light = heapq.heappop(heap)
+        b, _, heavy = heapq.heappop(heap)
+        heapq.heappush(heap, (a + b, order, Node(a + b, b / (a + b), heavy, light)))
+        order += 1
+    return heap[0][2]
+
+
+def descend(tree: Node | Leaf, i: int) -> tuple[int, int]:
+    """(source, rank) of sample i: the source it falls to, and how many fell there before it."""
+    while type(tree) is Node:
+        p = tree.p
+        left = int(p * i + 0.5)  # of the first i arrivals; below 2^53 the product is exact enough
+        if int(p * (i + 1) + 0.5) > left:
+            tree, i = tree.left, left
+        else:
+            tree, i = tree.right, i - left
+    return tree.source, i
+
+
+def _deviations(tree: Node | Leaf, at_node: float) -> dict[int, float]:
+    """Bound per source. A child with share p: p * (deviation of its parent) + 1/2 for rounding."""
+    if type(tree) is Leaf:
+        return {tree.source: at_node}
+    left = _deviations(tree.left, tree.p * at_node + 0.5)
+    return left | _deviations(tree.right, (1 - tree.p) * at_node + 0.5)
+
+
+# --- 2. which place in the source ----------------------------------------------------------------
+
+
+def permute(position: int, length: int, key: str) -> int:
+    """The image of position under a permutation of 0 .. length - 1 that `key` selects.
+
+    A four-round Feistel network permutes the smallest even power of two that holds length; an image
+    outside is permuted again until it falls inside, which takes under 4 turns on average.
+    """
+    half = max(1, ((length - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    rounds = struct.unpack("<4Q", hashlib.sha256(key.encode()).digest())
+    while True:
+        left, right = position >> half, position & mask
+        for secret in rounds:
+            left, right = right, left ^ (_mix(right ^ secret) & mask)
+        position = left << half | right
+        if position < length:
+            return position
+
+
+def _mix(x: int) -> int:
+    """Scatter the bits of a 64-bit number (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)

@@ -1,0 +1,234 @@
+"""Lucie-7B in one file: a Llama 3.1 decoder.
+
+What is special in it:
+- RMSNorm before each sublayer, no biases anywhere, no dropout
+- rotary positions on queries and keys; theta grows from 500,000 to 20,000,000 for 32k tokens
+- grouped-query attention: 32 query heads share 8 key and value heads
+- a SiLU-gated feed-forward three times as wide as the model
+- the output head is not tied to the input embedding
+- q|k|v and gate|up are one matrix each: fewer, larger products
+
+Everything that is not a matrix product is a function of `kernels/`. Nothing here knows of ranks,
+files or optimizers; train.py, generate.py and eval/ use it, checkpoint.py fills it.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, rope, swiglu
+from kernels.rope import rope_tables
+
+
+@dataclass(frozen=True)
+class LucieConfig:
+    """The architecture, named as in Hugging Face's config.json; the defaults are Lucie-7B."""
+
+    vocab_size: int = 65024
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.009
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"hidden_size / num_attention_heads = {self.head_dim} must be even")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, room for `max_length` of them allocated at once.
+
+    k, v: `[layers, B, max_length, KV, D]`; `length`: tokens in it, advanced by the model.
+    """
+
+    def __init__(
+        self,
+        config: LucieConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.num_hidden_layers, batch_size, max_length)
+        shape += (config.num_key_value_heads, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new `[B, T, KV, D]` after `length`; return all keys and values so far."""
+        end = self.length + k.shape[1]
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        return self.k[layer, :, :end].to(k.dtype), self.v[layer, :, :end].to(v.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: LucieConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LucieConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        packed = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens, cache) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 KV, D]
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = rope(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.o_proj(attention(q, k, v, cu_seqlens).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LucieConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LucieConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens=None, cache=None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, cache)
+        norm = self.post_attention_layernorm
+        y, x = add_rms_norm(attended, x, norm.weight, norm.eps)
+        return x + self.mlp(y)
+
+
+class Lucie(nn.Module):
+    """The language model. On the meta device its parameters are left to be filled by the caller."""
+
+    def __init__(self, config: LucieConfig, seed: int = 42) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # A plain attribute, not a buffer: model.to(torch.bfloat16) must never round the angles.
+        self._rope_tables: tuple[Tensor, Tensor] | None = None
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if not parameter.is_meta:
+                    parameter.copy_(initial_weight(config, name, parameter.shape, seed))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits `[B, T, vocab_size]`, or with targets the loss, an fp32 scalar.
+
+        tokens, targets: int64 `[B, T]`; a target of -100 does not count. reduction: "mean" over
+        the targets that count, or "sum". cu_seqlens: see `kernels.attention`. With a cache, tokens
+        continue the sequences in it and are appended.
+        Raises ValueError past max_position_embeddings or past the room of the cache.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        room = self.config.max_position_embeddings if cache is None else cache.k.shape[2]
+        if end > min(room, self.config.max_position_embeddings):
+            raise ValueError(
+                f"{end} tokens, but max_position_embeddings is "
+                f"{self.config.max_position_embeddings} and there is room for {room}"
+            )
+        cos, sin = self.rope_tables(tokens.device)
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, cos[start:end], sin[start:end], cu_seqlens, cache)
+        if cache is not None:
+            cache.length = end
+        x = self.norm(x)
+        if targets is None:
+            return self.lm_head(x)
+        return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
+
+    def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The fp32 tables for this config's theta and length, made once on the device in use."""
+        if self._rope_tables is None or self._rope_tables[0].device != device:
+            c = self.config
+            self._rope_tables = rope_tables(
+                c.head_dim, c.rope_theta, c.max_position_embeddings, device
+            )
+        return self._rope_tables
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Model FLOPs of training on one token, forward and backward: 6 N + 6 L D S.
+
+        N counts every weight but the input embedding (a look-up). Attention counts the causal half
+        only; the other convention, 12 L D S, counts products that are never needed.
+        """
+        c = self.config
+        n = self.num_params() - self.embed_tokens.weight.numel()
+        return 6 * n + 6 * c.num_hidden_layers * c.hidden_size * seq_len
+
+
+def initial_weight(config: LucieConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The fp32 initial value of one parameter, a function of (seed, name) alone.
+
+    Norms are ones. Matrices are Normal(0, initializer_range); those that write to the residual
+    stream are scaled by 1/sqrt(2 * layers), as in Megatron, so that its variance does not grow with
+    depth. No draw depends on another parameter: 1 and 512 GPUs start from the same model.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    std = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.num_hidden_layers)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.empty(shape).normal_(0, std, generator=generator)

@@ -1,0 +1,269 @@
+import csv
+import os
+import random
+import resource
+import struct
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import dataset
+from data.dataset import DataError, Mixture, TokenStream, descend, huffman, permute
+from data.prepare import StreamWriter, write_mixture
+
+
+def shares(weights):
+    total = sum(weights)
+    return [w / total for w in weights]
+
+
+def counts_at(tree, n):
+    """Samples of each source among the first n, for an array of n: the tree, all at once."""
+    if type(tree) is dataset.Leaf:
+        return {tree.source: n}
+    left = np.floor(tree.p * n + 0.5).astype(np.int64)
+    return counts_at(tree.left, left) | counts_at(tree.right, n - left)
+
+
+# --- which source
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(-8, np.log10(0.05)), min_size=140, max_size=140))
+def test_shares_of_140_sources_hold_at_every_prefix(exponents):
+    weights = shares([10**e for e in exponents])
+    tree = huffman(weights)
+    far = 762_000_000
+    for start in (0, far):
+        n = np.arange(start, start + 20_000)
+        for source, count in counts_at(tree, n).items():
+            exact = weights[source] * n
+            # within one sample of the nearest whole number of samples
+            assert np.abs(count - np.rint(exact)).max() <= 1
+            assert np.abs(count - exact).max() <= max(dataset._deviations(tree, 0.0).values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_million_prefixes_are_within_one_sample(seed):
+    rng = random.Random(seed)
+    weights = shares([10 ** rng.uniform(-8, np.log10(0.05)) for _ in range(140)])
+    worst = 0.0
+    for start in (0, 762_000_000):
+        n = np.arange(start, start + 500_000)
+        for source, count in counts_at(huffman(weights), n).items():
+            worst = max(worst, np.abs(count - weights[source] * n).max())
+    print(f"largest deviation from the exact share: {worst:.3f} samples")
+    assert worst <= 1
+
+
+@given(st.lists(st.floats(1e-8, 1), min_size=1, max_size=30), st.integers(0, 2**40))
+def test_descending_agrees_with_counting(weights, start):
+    weights = shares(weights)
+    tree = huffman(weights)
+    counts = counts_at(tree, np.arange(start, start + 50))
+    for k in range(49):
+        source, rank = descend(tree, start + k)
+        for other, count in counts.items():
+            assert count[k + 1] - count[k] == (other == source)
+        assert counts[source][k] == rank
+
+
+@needs_shared
+def test_the_published_mixture_is_within_its_stated_deviation():
+    with open(SHARED / "lucie/mixture_pretraining.csv") as f:
+        weights = shares([float(row["weight"]) for row in csv.DictReader(f)])
+    tree = huffman(weights)
+    bound = max(dataset._deviations(tree, 0.0).values())
+    n = np.arange(761_644_586, 762_144_586)  # the end of the main phase
+    worst = max(np.abs(c - weights[s] * n).max() for s, c in counts_at(tree, n).items())
+    print(f"140 sources: deviation {worst:.3f} samples at the end, bound {bound:.3f}")
+    assert worst <= bound < 1.3
+
+
+def test_locating_a_late_sample_takes_microseconds(tmp_path):
+    rng = random.Random(0)
+    weights = {}
+    for k in range(140):
+        weights[f"s{k}"] = 10 ** rng.uniform(-8, np.log10(0.05))
+        with StreamWriter(tmp_path / f"s{k}", 97) as stream:
+            stream.add(np.zeros(rng.randint(100, 5000), np.int64))
+    write_mixture(tmp_path / "mixture.csv", weights)
+    mixture = Mixture(tmp_path / "mixture.csv", 8, 42, 97)
+    started = time.perf_counter()
+    for i in range(762_000_000, 762_000_000 + 2_000):
+        mixture.locate(i)
+    took = (time.perf_counter() - started) / 2_000
+    print(f"sample 762,000,000 of 140 sources is located in {1e6 * took:.1f} microseconds")
+
+
+# --- which place in it
+
+
+@given(st.integers(1, 400), st.text(max_size=8))
+def test_permutation_visits_everything_once(length, key):
+    assert sorted(permute(i, length, key) for i in range(length)) == list(range(length))
+
+
+@given(st.integers(20, 10**12), st.integers(0, 10**6))
+def test_permutation_is_another_for_every_epoch(length, epoch):
+    first = [permute(i, length, f"42 a {epoch}") for i in range(20)]
+    second = [permute(i, length, f"42 a {epoch + 1}") for i in range(20)]
+    assert first != second
+    assert all(0 <= i < length for i in first)
+
+
+def test_permutation_scatters():
+    """Neighbours end up unrelated: the mean jump of a random order is a third of the length."""
+    image = np.array([permute(i, 10_000, "key") for i in range(10_000)])
+    assert np.abs(np.diff(image)).mean() == pytest.approx(10_000 / 3, rel=0.05)
+    assert abs(np.corrcoef(image, np.arange(10_000))[0, 1]) < 0.03
+
+
+# --- samples
+
+
+def test_each_epoch_reads_every_sample_once_in_a_new_order(tiny_data):
+    mixture = Mixture(tiny_data / "mixture.csv", 7, 42, 97)
+    orders = {}
+    for i in range(2_000):
+        s = mixture.locate(i)
+        orders.setdefault((s.source, s.epoch), []).append(s.position)
+    for source, length in enumerate(mixture.lengths):
+        epochs = [o for (s, _), o in sorted(orders.items()) if s == source]
+        assert len(epochs) >= 3
+        for order in epochs[:-1]:
+            assert sorted(order) == list(range(length))
+        assert sorted(set(epochs[-1])) == sorted(epochs[-1])
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_samples_tile_the_stream_and_targets_are_one_ahead(tiny_data):
+    mixture = Mixture(tiny_data / "mixture.csv", 7, 42, 97)
+    raw = [np.fromfile(tiny_data / f"{name}.bin", np.uint16) for name in mixture.names]
+    inputs = {}
+    for i in range(1_500):
+        source, _, position = mixture.locate(i)
+        sample = mixture[i]
+        assert sample.dtype == np.int64 and sample.shape == (8,)
+        assert np.array_equal(sample, raw[source][7 * position : 7 * position + 8])
+        inputs[source, position] = sample[:-1]
+    for source, length in enumerate(mixture.lengths):
+        joined = np.concatenate([inputs[source, p] for p in range(length)])
+        assert np.array_equal(joined, raw[source][: 7 * length])  # no token skipped or repeated
+        assert len(raw[source]) - 7 * length <= 7  # but for less than a sample at the end
+
+
+def test_a_sample_is_a_function_of_its_number_mixture_and_seed(tiny_data):
+    a, b = (Mixture(tiny_data / "mixture.csv", 7, 42, 97) for _ in range(2))
+    c = Mixture(tiny_data / "mixture.csv", 7, 43, 97)
+    numbers = random.Random(0).sample(range(10**9), 50)
+    assert all(np.array_equal(a[i], b[i]) for i in numbers)
+    assert any(not np.array_equal(a[i], c[i]) for i in numbers)
+
+
+def test_epochs_as_weights(tiny_data):
+    (tiny_data / "e.csv").write_text("name,path,epochs\na,a,2\nb,b,1\n")
+    mixture = Mixture(tiny_data / "e.csv", 7, 42, 97)
+    tokens = [stream.tokens for stream in mixture.streams]
+    share = 2 * tokens[0] / (2 * tokens[0] + tokens[1])
+    assert mixture.weights == pytest.approx([share, 1 - share])
+    seen = Counter(mixture.locate(i).source for i in range(1000))
+    assert abs(seen[0] - 1000 * share) <= 1
+
+
+def test_memory_is_flat_over_random_reads_of_a_large_file(tmp_path):
+    """2 GB of tokens, sparse on disk, read at 10,000 places."""
+    count = 2**30
+    with open(tmp_path / "big.bin", "wb") as f:
+        f.truncate(2 * count)
+    with open(tmp_path / "big.idx", "wb") as f:
+        f.write(dataset.HEADER.pack(dataset.MAGIC, 1, 8, 1, 2))
+        f.write(struct.pack("<iqqq", count, 0, 0, 1))
+    (tmp_path / "m.csv").write_text("name,path,weight\nbig,big,1\n")
+    mixture = Mixture(tmp_path / "m.csv", 4096, 42, 97)
+    assert mixture.lengths == [(count - 1) // 4096]
+    for i in range(100):
+        mixture[i]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(10_000):
+        mixture[i]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"10,000 samples of 2 GB: {grown} kB more resident memory at the peak")
+    assert grown < 4_000
+
+
+# --- bad data
+
+
+def bad(tmp_path, change, message):
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        mixture = Mixture(tmp_path / "mixture.csv", 7, 42, 97)
+        for i in range(2_000):
+            mixture[i]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda d: os.remove(d / "a.bin"), r"a\.bin: no such file"),
+        (lambda d: os.remove(d / "b.idx"), r"b\.idx: no such file"),
+        (lambda d: os.truncate(d / "a.bin", 100), r"a\.bin: truncated, 100 bytes"),
+        (lambda d: os.truncate(d / "a.idx", 100), r"a\.idx: truncated"),
+        (lambda d: (d / "a.idx").write_bytes(b"PK" * 40), r"a\.idx: not an index"),
+        (lambda d: os.remove(d / "mixture.csv"), r"mixture\.csv: No such file"),
+        (lambda d: (d / "mixture.csv").write_text("name,path\na,a\n"), "weight or epochs"),
+        (lambda d: (d / "mixture.csv").write_text("name,path,weight\na,a,-1\n"), "line 2"),
+        (lambda d: (d / "mixture.csv").write_text("name,path,weight\na,a,x\n"), "line 2"),
+        (lambda d: (d / "mixture.csv").write_text("name,path,weight\n"), "columns"),
+        (lambda d: (d / "mixture.csv").write_text("name,path,weight\na,a,0\n"), "at least one"),
+        (
+            lambda d: (d / "mixture.csv").write_text("name,path,weight\na,a,1\na,b,1\n"),
+            "name of its own",
+        ),
+    ],
+)
+def test_bad_data_is_named(tiny_data, change, message):
+    bad(tiny_data, change, message)
+
+
+def test_an_id_past_the_vocabulary_names_file_and_place(tiny_data):
+    tokens = np.fromfile(tiny_data / "b.bin", np.uint16)
+    tokens[123] = 97
+    tokens.tofile(tiny_data / "b.bin")
+    bad(tiny_data, lambda d: None, r"b\.bin: token 123 has id 97, past the vocabulary of 97")
+
+
+def test_a_stream_too_short_for_a_sample(tiny_data):
+    with StreamWriter(tiny_data / "a", 97) as stream:
+        stream.add(np.zeros(7, np.int64))
+    bad(tiny_data, lambda d: None, r"a\.bin: 7 tokens are too few for one sample of 7")
+    with StreamWriter(tiny_data / "a", 97) as stream:
+        stream.add(np.zeros(8, np.int64))
+    assert Mixture(tiny_data / "mixture.csv", 7, 42, 97).lengths[0] == 1
+
+
+def test_a_file_that_shrinks_under_a_run_is_an_error(tiny_data):
+    mixture = Mixture(tiny_data / "mixture.csv", 7, 42, 97)
+    os.truncate(tiny_data / "a.bin", 10)
+    with pytest.raises(DataError, match=r"a\.bin: truncated at byte"):
+        for i in range(2_000):
+            mixture[i]
+
+
+def test_int32_streams_of_megatron(tmp_path):
+    """Written here byte by byte, as Megatron documents it."""
+    documents = [[1, 70_000, 3], [4, 5]]
+    flat = np.array([*documents[0], *documents[1]], np.int32)
+    flat.tofile(tmp_path / "m.bin")
+    with open(tmp_path / "m.idx", "wb") as f:
+        f.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 2, 3))
+        f.write(struct.pack("<ii", 3, 2) + struct.pack("<qq", 0, 12) + struct.pack("<qqq", 0, 1, 2))
+    stream = TokenStream(tmp_path / "m")
+    assert (stream.tokens, stream.documents) == (5, 2)
+    assert stream.read(0, 5, 100_000).tolist() == [1, 70_000, 3, 4, 5]

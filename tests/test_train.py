@@ -1,0 +1,379 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SHARED, TINY, needs_shared
+
+import checkpoint
+import train
+from config import Config
+from schedule import Step
+
+SMALL = {k: v for k, v in TINY.items()} | dict(
+    seq_len=16,
+    samples=160,  # 20 steps of 8
+    global_batch_size=8,
+    micro_batch_size=4,
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    warmup_samples=24,
+    eps=1e-8,
+    log_every=1,
+    eval_every=10,
+    eval_samples=4,
+    checkpoint_every=0,
+    dtype="float32",
+    device="cpu",
+)
+
+
+def options(data, **change):
+    values = SMALL | {"mixture": data / "mixture.csv", "out_dir": data / "out", "name": "run"}
+    values |= {"validation": data / "mixture.csv"} | change
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def run(data, *args, ranks=0, **change):
+    command = [sys.executable, "train.py", *options(data, **change), *args]
+    if ranks:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        command[1:1] = [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def train_here(data, **change):
+    """A run in this process; returns its log."""
+    train.main(options(data, **change))
+    return log_of(data, change.get("name", "run"))
+
+
+def log_of(data, name="run"):
+    with open(data / "out" / name / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def results(rows):
+    """What must not depend on interruptions or ranks: all but the clock."""
+    names = ("training_steps", "training_tokens", "training_loss", "learning_rate", "grad_norm")
+    return [tuple(row[n] for n in (*names, "validation_loss")) for row in rows]
+
+
+def weights_of(data, name="run"):
+    return checkpoint.from_run(data / "out" / name)[0].state_dict()
+
+
+def test_it_learns_and_logs_lucies_columns(tiny_data):
+    rows = train_here(tiny_data, samples=800, log_every=5)
+    published = "training_steps,training_tokens,training_loss,walltime,gputime,learning_rate"
+    assert ",".join(rows[0]).startswith(published)
+    assert [int(r["training_steps"]) for r in rows] == list(range(5, 101, 5))
+    assert int(rows[-1]["training_tokens"]) == 800 * 16
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(1e-3)  # after the last step
+    assert float(rows[-1]["training_loss"]) < float(rows[0]["training_loss"]) - 0.3
+    validated = [r["training_steps"] for r in rows if r["validation_loss"]]
+    assert validated == [str(s) for s in range(10, 101, 10)]
+    assert rows[0]["mfu"] == "" and float(rows[0]["tokens_per_second"]) > 0
+    saved = json.loads((tiny_data / "out/run/config.json").read_text())
+    assert saved["hidden_size"] == 64 and saved["seq_len"] == 16
+
+
+def test_the_first_loss_is_the_mean_of_its_samples(tiny_data):
+    rows = train_here(tiny_data)
+    config = Config(**(SMALL | {"mixture": str(tiny_data / "mixture.csv")}))
+    mixture = train.Mixture(config.mixture, 16, 42, 97)
+    model = train.Lucie(checkpoint.architecture(vars(config)))
+    block = torch.stack([torch.from_numpy(mixture[i]) for i in range(8)])
+    expected = model(block[:, :-1], block[:, 1:])
+    assert float(rows[0]["training_loss"]) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stops", [(10,), (5, 10), (1, 2, 19)])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeypatch, stops):
+    """Also the second resume, and the sample ids that were read."""
+    seen = {"whole": [], "parts": []}
+    locate = train.Mixture.__getitem__
+    which = "whole"
+
+    def spy(self, i):
+        seen[which].append(i)
+        return locate(self, i)
+
+    monkeypatch.setattr(train.Mixture, "__getitem__", spy)
+    whole = train_here(tiny_data, name="whole", validation="")
+    which = "parts"
+    update = torch.optim.AdamW.step
+    for stop in stops:
+
+        def stopping(self, *args, stop=stop):
+            update(self, *args)
+            (parameter, *_) = self.param_groups[0]["params"]
+            if self.state[parameter]["step"] == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", stopping)
+            rows = train_here(tiny_data, name="parts", validation="")
+        assert int(rows[-1]["training_steps"]) == stop
+    parts = train_here(tiny_data, name="parts", validation="")
+    assert results(parts) == results(whole)
+    a, b = weights_of(tiny_data, "whole"), weights_of(tiny_data, "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # A stopped run has read one step ahead; the samples trained on are these.
+    assert seen["whole"] == list(range(160))
+    assert sorted(set(seen["parts"])) == list(range(160))
+
+
+def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
+    whole = train_here(tiny_data, name="whole", validation="")
+    change = dict(name="killed", validation="", checkpoint_every=5)
+    arguments = options(tiny_data, **change)
+    code = (
+        "import os, sys, torch, train\n"
+        "update, count = torch.optim.AdamW.step, [0]\n"
+        "def dying(self, *a):\n"
+        "    update(self, *a); count[0] += 1\n"
+        "    if count[0] == 13: os._exit(9)\n"
+        "torch.optim.AdamW.step = dying\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
+    assert done.returncode == 9
+    left = checkpoint.latest(tiny_data / "out/killed")
+    assert left.name == "step0000010"
+    assert results(train_here(tiny_data, **change)) == results(whole)
+
+
+def test_micro_batches_do_not_change_the_step(tiny_data):
+    logs = [train_here(tiny_data, name=f"m{size}", micro_batch_size=size) for size in (1, 3, 8)]
+    for rows in logs[1:]:
+        for a, b in zip(logs[0], rows):
+            assert float(a["training_loss"]) == pytest.approx(float(b["training_loss"]), rel=1e-5)
+            assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch,ranks", [(8, 2), (5, 2), (1, 2)])
+def test_two_ranks_equal_one(tiny_data, batch, ranks):
+    """Sharded by FSDP over gloo; a batch of 5 or 1 leaves a rank without a sample at times."""
+    change = dict(global_batch_size=batch, samples=8 * batch, micro_batch_size=2)
+    change |= dict(warmup_samples=batch)
+    one = train_here(tiny_data, name="one", **change)
+    done = run(tiny_data, ranks=ranks, name="two", **change)
+    assert done.returncode == 0, done.stderr
+    two = log_of(tiny_data, "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two):
+        for name in ("training_loss", "grad_norm", "validation_loss"):
+            if a[name]:
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=2e-5), name
+        assert a["training_tokens"] == b["training_tokens"]
+    # its checkpoint is read by one process
+    a, b = weights_of(tiny_data, "one"), weights_of(tiny_data, "two")
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_a_run_moves_from_one_rank_to_two_and_back(tiny_data):
+    whole = train_here(tiny_data, name="whole")
+    change = dict(name="moved", checkpoint_every=7)
+    code = "import sys, train; train.main(sys.argv[1:])"
+    stop = "--max_minutes=1e-6"  # stops after one step
+    for ranks in (1, 2, 2, 1):
+        done = run(tiny_data, stop, ranks=ranks if ranks > 1 else 0, **change)
+        assert done.returncode == 0, (done.stderr, code)
+    assert checkpoint.latest(tiny_data / "out/moved").name == "step0000004"
+    rows = train_here(tiny_data, **change)
+    for a, b in zip(whole, rows):
+        assert float(a["training_loss"]) == pytest.approx(float(b["training_loss"]), rel=2e-5)
+
+
+def test_ranks_read_everything_once(tiny_data):
+    mixture = {i: i for i in range(1000)}
+
+    class Numbers:
+        def __getitem__(self, i):
+            return torch.full((17,), mixture[i]).numpy()
+
+    config = Config(**(SMALL | {"micro_batch_size": 3}))
+    for world in (1, 2, 3, 8):
+        for size in (1, 2, 5, 8, 13):
+            step, read, passes = Step(4, 100, size), [], set()
+            for rank in range(world):
+                _, batches = train.read_step(Numbers(), step, config, rank, world)
+                passes.add(len(batches))
+                for tokens, targets in batches:
+                    assert tokens.shape == targets.shape and tokens.shape[0] <= 3
+                    read += [int(t[0]) for t, y in zip(tokens, targets) if (y >= 0).all()]
+            assert sorted(read) == list(range(100, 100 + size))
+            assert len(passes) == 1  # every rank meets the others as often
+
+
+def test_decay_touches_matrices_only():
+    config = Config(**SMALL)
+    model = train.Lucie(checkpoint.architecture(vars(config)))
+    optimizer = train.build_optimizer(config, model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {
+        names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
+    kept = {
+        names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    assert kept == {n for n in names.values() if n.endswith("norm.weight")}
+    assert decayed == set(names.values()) - kept and "embed_tokens.weight" in decayed
+
+
+def test_hand_over_between_phases_takes_weights_only(tiny_data):
+    train_here(tiny_data, name="main")
+    change = dict(name="longer", seq_len=32, rope_theta=2e7, samples=8, checkpoint_prefix="long_")
+    rows = train_here(tiny_data, init_from=tiny_data / "out/main", learning_rate=0.0,
+                      min_learning_rate=0.0, warmup_samples=0, **change)  # fmt: skip
+    assert [r["training_steps"] for r in rows] == ["1"]
+    path = tiny_data / "out/longer/checkpoints/long_step0000001"
+    assert checkpoint.read_state(path)["samples"] == 8
+    a, b = weights_of(tiny_data, "main"), weights_of(tiny_data, "longer")
+    assert all(torch.equal(a[n], b[n]) for n in a)  # a rate of zero changed nothing
+
+
+def test_starting_from_a_hugging_face_folder(tiny_data):
+    train_here(tiny_data, name="main", samples=8, warmup_samples=0)
+    model, _ = checkpoint.from_run(tiny_data / "out/main")
+    checkpoint.to_hf(model, tiny_data / "hf", torch.float32)
+    change = dict(name="on", samples=8, learning_rate=0.0, min_learning_rate=0.0, warmup_samples=0)
+    train_here(tiny_data, init_from=f"hf:{tiny_data}/hf", **change)
+    a, b = weights_of(tiny_data, "main"), weights_of(tiny_data, "on")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_nan_stops_before_the_update(tiny_data, monkeypatch):
+    clip, count = train.clip_gradients, [0]
+
+    def poisoned(model, largest):
+        count[0] += 1
+        if count[0] == 7:
+            model.norm.weight.grad[0] = float("inf")
+        return clip(model, largest)
+
+    monkeypatch.setattr(train, "clip_gradients", poisoned)
+    with pytest.raises(train.Diverged, match=r"step 7: .*samples from 48"):
+        train_here(tiny_data, checkpoint_every=5)
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
+
+
+def test_ctrl_c_saves_and_exits_cleanly(tiny_data):
+    args = options(tiny_data, samples=8_000_000, validation="")
+    process = subprocess.Popen([sys.executable, "train.py", *args], stderr=subprocess.DEVNULL)
+    log = tiny_data / "out/run/log.csv"
+    for _ in range(600):
+        if log.is_file() and len(log.read_text().splitlines()) > 5:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    step = int(log_of(tiny_data)[-1]["training_steps"])
+    assert checkpoint.read_state(checkpoint.latest(tiny_data / "out/run"))["step"] == step
+
+
+def test_max_minutes_saves_and_stops(tiny_data):
+    rows = train_here(tiny_data, max_minutes=1e-6)
+    assert len(rows) == 1
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000001"
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
+    rows = train_here(tiny_data)
+    assert results(train_here(tiny_data)) == results(rows)
+    assert "step 20 of 20" in capsys.readouterr().out
+
+
+# --- bad input: one line, exit 2, nothing lost or half written
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"learning_rat": 1}, "did you mean 'learning_rate'?"),
+        ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"samples": 7}, "not enough for one step"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"mixture": "none.csv"}, "none.csv: No such file"),
+        ({"vocab_size": 50}, "past the vocabulary of 50"),
+        ({"seq_len": 100_000}, "too few for one sample of 100,000"),
+        ({"tokenizer": "none.tiktoken"}, "none.tiktoken: No such file"),
+        ({"tokenizer": "{data}/r.tiktoken"}, "has 260 tokens, but vocab_size is 97"),
+        ({"init_from": "resume"}, "no complete checkpoint"),
+        ({"init_from": "{data}/nowhere"}, "no complete checkpoint"),
+        ({"init_from": "hf:{data}/nowhere"}, "nowhere"),
+        ({"dtype": "int8"}, "dtype is bfloat16, float32 or auto"),
+        ({"device": "cuda"}, "device 'cuda'"),
+        ({"hidden_size": 65536, "num_hidden_layers": 200}, "use more GPUs, or try config/demo"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_data, change, message):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    from data import tokenizer
+
+    tokenizer.save({bytes([b]): b + 4 for b in range(256)}, tiny_data / "r.tiktoken")
+    change = {k: v.format(data=tiny_data) if type(v) is str else v for k, v in change.items()}
+    done = run(tiny_data, **change)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "train.py:" in line]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in done.stderr
+    assert checkpoint.latest(tiny_data / "out/run") is None
+
+
+def test_lucie_7b_on_a_small_machine_says_what_it_needs(tiny_data, monkeypatch):
+    monkeypatch.setattr(train, "machine_memory", lambda config: 24 * 10**9)
+    with pytest.raises(train.ConfigError, match=r"6\.71 B parameters train in 107 GB.*demo"):
+        train.main(["config/pretrain.py", "--device=cpu"])
+
+
+def test_a_directory_of_another_run_is_refused(tiny_data):
+    train_here(tiny_data, samples=8, warmup_samples=0)
+    before = weights_of(tiny_data)
+    done = run(tiny_data, samples=8, warmup_samples=0, learning_rate=0.5, seed=1)
+    assert done.returncode == 2
+    assert "learning_rate was 0.01 and is 0.5" in done.stderr
+    assert "seed was 42 and is 1" in done.stderr
+    done = run(tiny_data, samples=8, warmup_samples=0, init_from="scratch")
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+    after = weights_of(tiny_data)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@needs_shared
+def test_real_text_in_five_languages_trains(tmp_path):
+    """50 steps on a mixture of the shared corpus, prepared by the commands a user would type."""
+    files = [SHARED / f"corpus/{language}.jsonl.gz" for language in ("en", "fr", "de", "es", "it")]
+    prepare = [sys.executable, "-m", "data.prepare"]
+    ranks = tmp_path / "r.tiktoken"
+    command = [*prepare, "tokenizer", str(files[1]), "--vocab-size=2000", "--out", str(ranks)]
+    subprocess.run(command, check=True, capture_output=True)
+    lines = ["name,path,weight"]
+    for file, weight in zip(files, (33.2, 32.4, 6.9, 6.6, 3.8)):
+        language = file.name[:2]
+        command = [*prepare, "tokens", str(file), "--tokenizer", str(ranks)]
+        command += ["--out", str(tmp_path / language), "--workers=2", "--validation=0.05"]
+        subprocess.run(command, check=True, capture_output=True)
+        lines.append(f"{language},{language},{weight}")
+    (tmp_path / "mixture.csv").write_text("\n".join(lines))
+    rows = train_here(
+        tmp_path,
+        tokenizer=ranks,
+        vocab_size=2000,
+        seq_len=64,
+        samples=400,
+        validation="",
+        log_every=10,
+        learning_rate=5e-3,
+    )
+    assert int(rows[-1]["training_steps"]) == 50
+    assert float(rows[-1]["training_loss"]) < float(rows[0]["training_loss"]) - 0.5
