@@ -42,7 +42,7 @@ class Config:
     initializer_range: float = 0.009  # standard deviation of the initial weights
 
     # --- data ------------------------------------------------------------------------------------
-    tokenizer: str = "data/lucie/lucie.tiktoken"  # ranks file, see data/tokenizer.py
+    tokenizer: str = ""  # ranks file (data/tokenizer.py), checked against vocab_size; "": none
     mixture: str = "data/mixtures/pretraining.csv"  # CSV: name, path, weight or epochs
     validation: str = ""  # CSV of held-out streams; "": no validation loss
     seq_len: int = 4096  # tokens in a sample, and positions of the model

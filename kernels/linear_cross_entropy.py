@@ -53,19 +53,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(128, min(tokens // 8, 2**26 // vocab_size))
         for start in range(0, tokens, rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
-            counts = (t != IGNORE).unsqueeze(1)
+            ignored = (t == IGNORE).unsqueeze(1)
             index = t.clamp(min=0).unsqueeze(1)
             logits = (h @ w.T).float()
             lse = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((lse - logits.gather(1, index)) * counts).sum()
-            if need_hidden or need_weight:
-                logits.sub_(lse).exp_()  # the softmax, in the logits' own memory
-                logits.scatter_add_(1, index, torch.full_like(lse, -1.0))
-                d_logits = logits.mul_(counts).to(h.dtype)
-                if need_hidden:
-                    torch.matmul(d_logits, w, out=d_hidden[start : start + rows])
-                if need_weight:
-                    d_weight += d_logits.T @ h
+            loss += (lse - logits.gather(1, index)).masked_fill_(ignored, 0).sum()
+            if not (need_hidden or need_weight):
+                continue
+            # softmax - onehot in the logits' own memory; exp(-inf) clears an ignored row on the way
+            logits.sub_(lse.masked_fill_(ignored, torch.inf)).exp_()
+            logits.scatter_add_(1, index, ignored.float() - 1)
+            d_logits = logits.to(h.dtype)
+            if need_hidden:
+                torch.matmul(d_logits, w, out=d_hidden[start : start + rows])
+            if need_weight and h.dtype == torch.float32:
+                d_weight.addmm_(d_logits.T, h)
+            elif need_weight:
+                d_weight += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 

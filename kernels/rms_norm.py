@@ -1,12 +1,15 @@
 """Root-mean-square normalisation, alone and fused with the residual addition before it.
 
-    y = x / sqrt(mean(x^2) + eps) * weight          (Zhang and Sennrich 2019, arXiv:1910.07467)
+    y = n * weight,  n = x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
+    dx = rstd * (g - n * mean(g * n)),  g = dy * weight;   d weight = sum over rows of dy * n
+
+(Zhang and Sennrich 2019, arXiv:1910.07467; the gradient is the chain rule.)
 
 Floor: memory. Forward reads x and writes y, 2 * size(x) bytes (3 more passes when the residual is
 added and kept: read it, write the sum); backward reads x and dy and writes dx.
 """
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 
@@ -16,8 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: `[..., D]`, any float dtype; weight: `[D]`; eps is added to the mean of squares.
     Returns `[..., D]` in the dtype of x.
     """
-    # torch's op accumulates in fp32 whatever the dtype of x, but wants weight in that same dtype.
-    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -28,3 +30,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     residual = residual + x.to(residual.dtype)
     return rms_norm(residual, weight, eps), residual
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row; everything in between is fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        dy, n = dy.float(), x.float() * rstd
+        g = dy * weight
+        d_weight = (dy * n).sum(tuple(range(dy.ndim - 1))).to(weight.dtype)
+        d_x = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(rstd)
+        return d_x.to(x.dtype), d_weight, None

@@ -37,7 +37,21 @@ def rope(
     else:
         cos, sin = cos[positions], sin[positions]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation; its transpose, the backward pass, turns by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -267,3 +267,33 @@ def test_int32_streams_of_megatron(tmp_path):
     stream = TokenStream(tmp_path / "m")
     assert (stream.tokens, stream.documents) == (5, 2)
     assert stream.read(0, 5, 100_000).tolist() == [1, 70_000, 3, 4, 5]
+
+
+# --- the published mixtures
+
+
+def published(name):
+    with open(f"data/mixtures/{name}.csv", encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_published_mixtures():
+    main, extension, annealing = map(published, ("pretraining", "extension", "annealing"))
+    assert (len(main), len(annealing)) == (140, 14)
+    languages = Counter()
+    for row in main:
+        kind = "parallel" if row["category"] == "aligned" else row["language"]
+        languages[kind] += 100 * float(row["weight"])
+    shares = {"en": 33.19, "fr": 32.35, "code": 14.67, "de": 6.90, "es": 6.62, "it": 3.77}
+    for language, share in (shares | {"parallel": 2.49}).items():
+        assert languages[language] == pytest.approx(share, abs=0.01)
+    for rows in (main, extension, annealing):
+        assert len({row["name"] for row in rows}) == len({row["path"] for row in rows}) == len(rows)
+    assert sum(float(row["weight"]) for row in main) == pytest.approx(1)
+    assert sum(float(row["weight"]) for row in extension) == pytest.approx(1)
+    # The extension changes lengths, not languages: each keeps its share of the main phase.
+    of_language = Counter()
+    for row in extension:
+        kind = "parallel" if row["category"] == "aligned" else row["language"]
+        of_language[kind] += 100 * float(row["weight"])
+    assert of_language == pytest.approx(languages)
