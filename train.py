@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -408,6 +408,8 @@ def validation_loss(
     for tokens, targets in batches:
         with autocast(device, dtype):
             loss += model(tokens.to(device), targets.to(device), reduction="sum")
+    if isinstance(model, FSDPModule):
+        model.reshard()  # its root stays gathered after a forward that no backward follows
     count = sum(int((y != IGNORE).sum()) for _, y in batches)
     return (sum_over_ranks(loss, device) / sum_over_ranks(count, device)).item()
 

@@ -59,9 +59,9 @@ class Config:
     lr_decay: str = "cosine"  # cosine | linear | constant
 
     # --- optimizer (AdamW) -----------------------------------------------------------------------
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.95  # and of its square's
+    eps: float = 1e-5  # added to the root of the latter
     weight_decay: float = 0.1  # of matrices; norms are not decayed
     clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
 

@@ -44,7 +44,7 @@ PUBLISHED = {
 DEMO_MIXTURES = {
     "pretraining": PUBLISHED,
     "extension": PUBLISHED,
-    "annealing": {"facts": 0.85, "arithmetic": 0.05, "en": 0.05, "code": 0.05},
+    "annealing": {"facts": 0.78, "arithmetic": 0.05, "en": 0.08, "fr": 0.03, "code": 0.06},
 }
 
 

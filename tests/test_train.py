@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -300,7 +301,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
         ({"learning_rat": 1}, "did you mean 'learning_rate'?"),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
-        ({"samples": 7}, "not enough for one step"),
+        ({"samples": 7, "warmup_samples": 0}, "not enough for one step"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
         ({"vocab_size": 50}, "past the vocabulary of 50"),
@@ -373,7 +374,7 @@ def test_real_text_in_five_languages_trains(tmp_path):
         samples=400,
         validation="",
         log_every=10,
-        learning_rate=5e-3,
+        learning_rate=2e-2,
     )
     assert int(rows[-1]["training_steps"]) == 50
-    assert float(rows[-1]["training_loss"]) < float(rows[0]["training_loss"]) - 0.5
+    assert float(rows[-1]["training_loss"]) < math.log(2000) - 1
