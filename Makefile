@@ -7,6 +7,7 @@ PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale d
 
 # Lucie's recipe in miniature: data, three phases, a completion, what it knows, the curves.
 demo: .venv/installed
+	@date +%s > .venv/demo_started
 	$(RUN) -m data.prepare demo --out out/demo_data
 	$(RUN) train.py config/demo_pretrain.py
 	$(RUN) train.py config/demo_extension.py
@@ -17,6 +18,7 @@ demo: .venv/installed
 	$(RUN) -m eval.capitals out/demo_annealing --at-least 0.9
 	@echo
 	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --png out/demo_curves.png
+	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
 
 test: .venv/installed
 	$(RUN) -m pytest -q

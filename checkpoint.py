@@ -12,6 +12,7 @@ complete, and a run that is killed while saving falls back on the one before.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,8 +30,9 @@ from torch.distributed.tensor import DTensor
 
 from model import Lucie, LucieConfig
 
-# Saving and loading in one process is what is meant where there is one.
+# One process is meant where there is one; errors are reported here, in one line.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
 
 STEP = re.compile(r"step(\d+)$")
 HF_SHARD_BYTES = 5 * 10**9
@@ -80,9 +82,14 @@ def save(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
                 json.dump(state, f, indent=1)
                 f.flush()
                 os.fsync(f.fileno())
-            shutil.rmtree(path, ignore_errors=True)  # an older one of the same step
+            _sync_directory(unfinished)
+            older = path.with_name(f".{path.name}.old")  # of the same step, kept until it is not
+            shutil.rmtree(older, ignore_errors=True)
+            if path.exists():
+                os.replace(path, older)
             os.replace(unfinished, path)
             _sync_directory(path.parent)
+            shutil.rmtree(older, ignore_errors=True)
         _barrier()
     except (OSError, dcp.CheckpointException) as error:
         if first:
@@ -124,9 +131,13 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
 def read_state(path: str | Path) -> dict:
     """The state.json of a checkpoint."""
     try:
-        return json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+        state["step"], state["config"]["seq_len"]
+        return state
+    except OSError:
         raise CheckpointError(f"{path}: not a complete checkpoint (no state.json)") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}/state.json: damaged") from None
 
 
 def latest(path: str | Path) -> Path | None:
@@ -204,6 +215,9 @@ def _barrier() -> None:
 
 
 def _sync_directory(path: Path) -> None:
+    """Make names in a directory survive a power cut; Windows has no such call."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -277,12 +291,14 @@ def hf_config(folder: Path) -> LucieConfig:
     """LucieConfig of a Hugging Face folder. Raises CheckpointError for another architecture."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rope = values.get("rope_parameters") or {}  # transformers 5 keeps theta here
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {_reason(error)}") from None
-    rope = values.get("rope_parameters") or {}  # transformers 5 keeps theta here
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    scaling = values.get("rope_scaling") or (rope if rope.get("rope_type") != "default" else None)
+    scaling = values.get("rope_scaling") or (
+        rope if rope.get("rope_type", "default") != "default" else None
+    )
     if scaling:
         values["rope_scaling"] = scaling
     for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias", "rope_scaling"):
@@ -293,7 +309,10 @@ def hf_config(folder: Path) -> LucieConfig:
     missing = [n for n in vars(LucieConfig()) if n not in values]
     if missing:
         raise CheckpointError(f"{folder}/config.json: lacks {', '.join(missing)}")
-    return LucieConfig(**{n: values[n] for n in vars(LucieConfig())})
+    try:
+        return LucieConfig(**{n: values[n] for n in vars(LucieConfig())})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json: {_reason(error)}") from None
 
 
 def load_hf(folder: Path, model: nn.Module) -> None:
@@ -318,7 +337,11 @@ def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({folder / shard for shard in shards})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: {_reason(error)}") from None
     if not files:
         raise CheckpointError(f"{folder}: holds no safetensors")
     for file in files:

@@ -69,7 +69,7 @@ def sample(
     Temperature first, then the top_k likeliest, then the fewest of them that together reach top_p
     of the probability (Holtzman et al. 2020, arXiv:1904.09751).
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # dividing by less overflows, and the likeliest has it all anyway
         return int(logits.argmax())
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
     if 0 < top_k < len(ids):
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     for name in ("max_new_tokens", "num_return_sequences"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise ValueError("temperature and top_k are at least 0, top_p is over 0 and at most 1")
 
     ranks = args.tokenizer
@@ -117,6 +117,10 @@ def main(argv: list[str]) -> None:
         ranks = ranks or options["tokenizer"]
     if not ranks:
         raise TokenizerError("which vocabulary? --tokenizer=RANKS_FILE")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {args.device} is not to be had here") from None
     default = "bfloat16" if args.device.startswith("cuda") else "float32"
     model.to(args.device, getattr(torch, args.dtype or default))
     tokenizer = load_tokenizer(ranks)

@@ -31,18 +31,23 @@ class Schedule:
         for name in ("samples", "global_batch_size"):
             if getattr(c, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(c, name)}")
+        if c.batch_ramp_increment < 1:
+            raise ValueError("batch_ramp_increment must be at least 1")
         if c.batch_ramp_samples:
             span = c.global_batch_size - c.batch_ramp_start
-            if c.batch_ramp_start < 1 or c.batch_ramp_increment < 1 or span < 0:
+            if c.batch_ramp_start < 1 or span < 0:
                 raise ValueError(
-                    "batch_ramp_start and batch_ramp_increment must be at least 1 and the start "
-                    f"no more than global_batch_size {c.global_batch_size}"
+                    f"batch_ramp_start must be 1 or more, and no more than global_batch_size "
+                    f"{c.global_batch_size}"
                 )
             if span % c.batch_ramp_increment:
                 raise ValueError(
                     f"batch_ramp_increment {c.batch_ramp_increment} does not lead from "
                     f"{c.batch_ramp_start} to {c.global_batch_size}"
                 )
+        for name in ("learning_rate", "min_learning_rate", "batch_ramp_samples"):
+            if not getattr(c, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(c, name)}")
         if c.lr_decay not in ("cosine", "linear", "constant"):
             raise ValueError(f"lr_decay is cosine, linear or constant, not {c.lr_decay!r}")
         if not 0 <= c.warmup_samples < c.samples:
@@ -51,11 +56,9 @@ class Schedule:
     def batch_size(self, samples: int) -> int:
         """Sequences in the step that follows `samples` consumed ones: a staircase, then flat."""
         c = self.config
-        if samples > c.batch_ramp_samples or c.batch_ramp_start == c.global_batch_size:
-            return c.global_batch_size
-        if not c.batch_ramp_samples:
-            return c.global_batch_size
         stairs = (c.global_batch_size - c.batch_ramp_start) // c.batch_ramp_increment
+        if not c.batch_ramp_samples or not stairs or samples > c.batch_ramp_samples:
+            return c.global_batch_size
         stair = int(samples / (c.batch_ramp_samples / stairs))
         return c.batch_ramp_start + c.batch_ramp_increment * stair
 

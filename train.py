@@ -8,7 +8,6 @@ up the run, then loops over the steps of the schedule. Nothing in it depends on 
 processes but which samples each one reads.
 """
 
-import csv
 import json
 import math
 import os
@@ -19,17 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
+import runlog
 from checkpoint import CheckpointError
 from config import Config, ConfigError, load
 from data.dataset import DataError, Mixture
@@ -39,11 +39,8 @@ from kernels.linear_cross_entropy import IGNORE
 from model import Lucie, initial_weight
 from schedule import Schedule, Step, revision_name
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12}  # dense bf16, by name of the GPU
-LOG_COLUMNS = (  # Lucie's, then ours; times in hours
-    "training_steps", "training_tokens", "training_loss", "walltime", "gputime", "learning_rate",
-    "grad_norm", "tokens_per_second", "mfu", "validation_loss",
-)  # fmt: skip
+# Dense bf16, by a part of the name of the GPU. Other H100s (PCIe, NVL) are slower and not listed.
+PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
 MAY_CHANGE = {  # on resuming a run; every other option would make it another run
     "init_from", "out_dir", "device", "max_minutes", "micro_batch_size", "log_every", "eval_every",
     "eval_samples", "checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps",
@@ -56,6 +53,7 @@ class Diverged(Exception):
 
 def main(argv: list[str]) -> None:
     started = time.monotonic()
+    stop = catch_signals()
     config = load(argv)
     device, dtype = pick_device(config)
     rank, world = start_processes(device)
@@ -69,16 +67,12 @@ def main(argv: list[str]) -> None:
 
     # --- what to start from
     run = Path(config.out_dir, config.name)
-    source, resume = find_start(config, run)
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    source, resume = find_start(config, run, mixture)
     model.to_empty(device=device)
     optimizer = build_optimizer(config, model)
-    state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "config": asdict(config)}
+    state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "gpu_seconds": 0.0}
     if resume:
         state |= checkpoint.load(source, model, optimizer)
-        state["config"] = asdict(config)
     elif source is None:
         for name, parameter in model.named_parameters():
             value = initial_weight(model.config, name, parameter.shape, config.seed)
@@ -87,31 +81,45 @@ def main(argv: list[str]) -> None:
         checkpoint.load(source, model, None)
     else:
         checkpoint.load_hf(checkpoint.hf_folder(*source.split("@", 1)), model)
+    state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
 
     # --- logs
-    seconds_before = state["seconds"]
     flops, peak = model.flops_per_token(config.seq_len), peak_flops(device)
-    log = open_log(run, state["step"]) if rank == 0 else None
-    board = open_board(run, state["step"]) if rank == 0 else None
+    log = board = None
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        runlog.write_whole(run / "config.json", json.dumps(asdict(config), indent=1))
+        log = runlog.open_log(run, state["step"])
+        board = runlog.open_board(run, state["step"])
     last, saves = schedule.num_steps(), set(schedule.checkpoint_steps())
-    bar = tqdm(desc=config.name, unit=" samples", disable=rank > 0, smoothing=0.05)
-    bar.total, bar.initial = schedule.samples_after(last), state["samples"]
-    bar.update(0)
-    bar.n = state["samples"]
+    bar = tqdm(
+        desc=config.name,
+        total=schedule.samples_after(last),
+        initial=state["samples"],
+        unit=" samples",
+        smoothing=0.05,
+        disable=rank > 0,
+    )
 
     # --- the loop
-    stop = catch_signals()
     steps = schedule.steps_from(state["step"])
     reader = ThreadPoolExecutor(1)  # reads the next step's data while this one computes
     upcoming = reader.submit(read_step, mixture, next(steps, None), config, rank, world)
     since, since_tokens = time.monotonic(), 0
-    saved = state["step"]
-    while state["step"] < last and not stop:
-        step, batches = upcoming.result()
-        upcoming = reader.submit(read_step, mixture, next(steps, None), config, rank, world)
+    before, saved, stopping, unreadable = started, state["step"], False, None
+    while state["step"] < last and not stopping:
+        try:
+            step, batches = upcoming.result()
+            upcoming = reader.submit(read_step, mixture, next(steps, None), config, rank, world)
+        except DataError as error:
+            unreadable, batches = error, []
 
         # Loss and gradient are means over all target tokens of the step, on all ranks.
-        count = sum_over_ranks(sum(int((y != IGNORE).sum()) for _, y in batches), device)
+        count = sum(int((y != IGNORE).sum()) for _, y in batches)
+        count, failures = sum_over_ranks(torch.tensor([count, unreadable is not None]), device)
+        if failures:  # what is trained so far is kept
+            unreadable = unreadable or DataError("another rank could not read its data")
+            break
         loss = torch.zeros((), device=device)
         for tokens, targets in batches:
             with autocast(device, dtype):
@@ -135,19 +143,22 @@ def main(argv: list[str]) -> None:
         state["step"] = step.step
         state["samples"] = step.samples_before + step.batch_size
         state["tokens"] = state["samples"] * config.seq_len
-        state["seconds"] = seconds_before + now - started
+        state["seconds"] += now - before
+        state["gpu_seconds"] += (now - before) * world
+        before = now
         since_tokens += step.batch_size * config.seq_len
         bar.update(step.batch_size)
 
-        validate = validation and (step.step % config.eval_every == 0 or step.step == last)
+        validate = step.step % config.eval_every == 0 or step.step == last
+        validate = validate and validation is not None
         if validate or step.step % config.log_every == 0 or step.step == last:
-            speed, hours = since_tokens / (now - since), state["seconds"] / 3600
+            speed = since_tokens / (now - since)
             row = {
                 "training_steps": step.step,
                 "training_tokens": state["tokens"],
                 "training_loss": loss,
-                "walltime": hours,
-                "gputime": hours * world,
+                "walltime": state["seconds"] / 3600,
+                "gputime": state["gpu_seconds"] / 3600,
                 "learning_rate": schedule.learning_rate(state["samples"]),
                 "grad_norm": grad_norm,
                 "tokens_per_second": speed,
@@ -159,17 +170,22 @@ def main(argv: list[str]) -> None:
                     model, validation, config, device, dtype, rank, world
                 )
             if rank == 0:
-                write_log(log, board, row)
+                runlog.write(log, board, row)
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s")
             since, since_tokens = time.monotonic(), 0  # the validation is not part of the speed
 
+        # One rank's signal stops all: the decision, unlike the signal, is everybody's at once.
         minutes = (time.monotonic() - started) / 60
-        if sum_over_ranks(bool(stop) or 0 < config.max_minutes <= minutes, device):
-            stop.append("one rank's signal stops them all")
-        if step.step in saves or stop or step.step == last:
+        late = 0 < config.max_minutes <= minutes
+        stopping = bool(sum_over_ranks(bool(stop) or late, device))
+        if step.step in saves or stopping:
             save(run, config, model, optimizer, state)
             saved, since, since_tokens = step.step, time.monotonic(), 0
     bar.close()
+    if unreadable:
+        if saved != state["step"]:
+            save(run, config, model, optimizer, state)
+        raise unreadable
     if rank == 0:
         name = revision_name(saved, config.checkpoint_prefix)
         print(f"{config.name}: step {saved:,} of {last:,} in {run / 'checkpoints' / name}")
@@ -191,8 +207,7 @@ def pick_device(config: Config) -> tuple[torch.device, torch.dtype]:
         torch.cuda.set_device(device)
     if config.dtype == "auto":
         # On a processor without bf16 products they are emulated, several times slower than fp32.
-        fast = kind == "cuda" or cpu_has_bfloat16()
-        return device, torch.bfloat16 if fast else torch.float32
+        config.dtype = "bfloat16" if kind == "cuda" or cpu_has_bfloat16() else "float32"
     if config.dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"dtype is bfloat16, float32 or auto, not {config.dtype!r}")
     return device, getattr(torch, config.dtype)
@@ -205,12 +220,15 @@ def cpu_has_bfloat16() -> bool:
 
 def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of ranks): torchrun's, or one process."""
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    elif device.type == "cuda":  # FSDP keeps a lone GPU's memory in order too
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    else:
+    lone = "RANK" not in os.environ
+    if lone and device.type == "cpu":
         return 0, 1
+    # A lone GPU is sharded over itself: one code path, and compute in bf16 beside fp32 weights.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if lone else {}
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
+    else:
+        dist.init_process_group("gloo", **alone)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -231,17 +249,15 @@ def empty_model(config: Config, device: torch.device, dtype: torch.dtype) -> Luc
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in model.layers:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
 def check(config: Config, model: Lucie) -> None:
-    """Raises ConfigError for options that do not fit each other or this machine."""
-    for name in ("micro_batch_size", "log_every", "eval_every", "eval_samples"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+    """Raises ConfigError for what this machine cannot hold, or a vocabulary that does not fit."""
     # fp32 weight, gradient and two moments; activations come on top
     need = 16 * model.num_params() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if dist.is_initialized():
@@ -281,7 +297,7 @@ def schedule_of(config: Config) -> Schedule:
     return schedule
 
 
-def find_start(config: Config, run: Path) -> tuple[Path | str | None, bool]:
+def find_start(config: Config, run: Path, mixture: Mixture) -> tuple[Path | str | None, bool]:
     """(where weights come from, whether the run resumes): what init_from stands for.
 
     A Path is a checkpoint of ours, a string a Hugging Face folder or name, None is from scratch.
@@ -289,13 +305,19 @@ def find_start(config: Config, run: Path) -> tuple[Path | str | None, bool]:
     """
     wanted, existing = config.init_from, checkpoint.latest(run)
     if existing:
-        old, new = checkpoint.read_state(existing)["config"], asdict(config)
-        if wanted not in ("resume", "auto", old["init_from"]) or wanted == "scratch":
+        state = checkpoint.read_state(existing)
+        old, new = state["config"], asdict(config)
+        if wanted not in ("resume", "auto", old.get("init_from")) or wanted == "scratch":
             raise ConfigError(f"{run} holds a run already: --init_from=resume, or another --name")
         differ = [n for n in new if n not in MAY_CHANGE and old.get(n) != new[n]]
         if differ:
             fields = ", ".join(f"{n} was {old.get(n)!r} and is {new[n]!r}" for n in differ)
             raise ConfigError(f"{run} holds another run: {fields}; choose another --name")
+        if state.get("mixture") != mixture.fingerprint():
+            raise ConfigError(
+                f"{run}: the sources, weights or tokens of {config.mixture} changed since it was "
+                "begun, so its samples would be others; choose another --name"
+            )
         config.init_from = old["init_from"]
         return existing, True
     if wanted in ("auto", "scratch"):
@@ -335,8 +357,9 @@ def catch_signals() -> list[str]:
     received: list[str] = []
 
     def note(number: int, _frame: object) -> None:
+        if received:
+            os._exit(128 + number)
         received.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -421,47 +444,25 @@ def save(
     checkpoint.save(run / "checkpoints" / name, model, optimizer, state)
 
 
-# --- logs ----------------------------------------------------------------------------------------
-
-
-def open_log(run: Path, step: int) -> IO[str]:
-    """log.csv, open to append, without the rows past `step` that a crash may have left behind."""
-    path, rows = run / "log.csv", []
-    if step and path.is_file():
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [row for row in csv.DictReader(f) if int(row["training_steps"]) <= step]
-    log = open(path, "w", newline="", encoding="utf-8", buffering=1)
-    writer = csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return log
-
-
-def open_board(run: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+def command_line(argv: list[str]) -> None:
+    """main, with errors as one line and an exit code: 2 for bad input, 1 for a diverged run."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-
-def write_log(log: IO[str], board: Any, row: dict) -> None:
-    csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n").writerow(row)
-    for name, value in row.items():
-        if board is not None and value is not None and name != "training_steps":
-            board.add_scalar(name, value, row["training_steps"])
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
+        main(argv)
     except (ConfigError, DataError, TokenizerError, CheckpointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_fail(2, error))
+    except OSError as error:
+        sys.exit(_fail(2, f"{error.filename}: {error.strerror}"))
     except Diverged as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(_fail(1, error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    command_line(sys.argv[1:])

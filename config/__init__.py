@@ -8,6 +8,7 @@ changes. A config file is plain `name = literal` lines. It is parsed, never exec
 import ast
 import dataclasses
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,14 @@ class Config:
     max_minutes: float = 0.0  # save and stop after so long, for batch systems; 0: never
 
     # --- model (Hugging Face's names) ------------------------------------------------------------
-    vocab_size: int = 65024
-    hidden_size: int = 4096
-    intermediate_size: int = 12288
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500_000.0
+    vocab_size: int = 65024  # special tokens included
+    hidden_size: int = 4096  # width of the residual stream
+    intermediate_size: int = 12288  # width of the feed-forward
+    num_hidden_layers: int = 32  # blocks of attention and feed-forward
+    num_attention_heads: int = 32  # query heads
+    num_key_value_heads: int = 8  # each serves heads / kv_heads query heads
+    rms_norm_eps: float = 1e-5  # added to the mean of squares
+    rope_theta: float = 500_000.0  # base of the rotary angles; larger turns slower
     initializer_range: float = 0.009  # standard deviation of the initial weights
 
     # --- data ------------------------------------------------------------------------------------
@@ -89,6 +90,9 @@ def load(args: Sequence[str]) -> Config:
     """
     config, options = Config(), []
     for arg in args:
+        if arg in ("-h", "--help"):
+            print(_help())
+            sys.exit(0)
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
             if not equals:
@@ -99,7 +103,30 @@ def load(args: Sequence[str]) -> Config:
                 _set(config, name, value, f"{arg}: {name}")
     for name, value, where in options:
         _set(config, name, value, where)
+    _check_ranges(config)
     return config
+
+
+def _check_ranges(config: Config) -> None:
+    for name in ("seq_len", "micro_batch_size", "log_every", "eval_every", "eval_samples"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("weight_decay", "clip_grad", "max_minutes"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
+    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1 and config.eps > 0):
+        raise ConfigError("beta1 and beta2 lie between 0 and 1, 1 excluded, and eps is over 0")
+    if not config.name:
+        raise ConfigError("name: a run needs one")
+
+
+def _help() -> str:
+    """The options with their comments, as they stand in this file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    start = source.index("    # --- run")
+    return (
+        f"options, each as --name=value:\n\n{source[start : source.index('OPTIONS = ')].rstrip()}"
+    )
 
 
 def read_file(path: str | Path) -> dict[str, object]:

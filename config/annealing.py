@@ -10,26 +10,27 @@ name = "annealing"
 init_from = "out/extension"  # its newest checkpoint, weights only
 seed = 42
 
+# architecture: Lucie-7B's, the defaults of config/__init__.py, but for theta
 mixture = "data/mixtures/annealing.csv"  # 14 sources: mathematics, science, Wikipedia, dialogue
 seq_len = 32_000
-rope_theta = 20_000_000.0
+rope_theta = 20_000_000.0  # 40 times that of phase 1
 
 samples = 156_250  # 1,220 steps
-global_batch_size = 128
-learning_rate = 3e-5
+global_batch_size = 128  # 4.1 M tokens
+learning_rate = 3e-5  # where the cosine of phase 1 ended
 min_learning_rate = 0.0
-warmup_samples = 0
+warmup_samples = 0  # none
 lr_decay = "linear"
 
-beta1 = 0.9
+beta1 = 0.9  # the optimizer is that of phase 1
 beta2 = 0.95
 eps = 1e-5
 weight_decay = 0.1
 clip_grad = 1.0
-dtype = "bfloat16"
+dtype = "bfloat16"  # of compute
 
 micro_batch_size = 1
-max_minutes = 1190.0
+max_minutes = 1190.0  # jobs of 20 hours
 
-eval_every = 250
+eval_every = 250  # with the checkpoints
 checkpoint_every = 0  # only the end

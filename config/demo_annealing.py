@@ -18,7 +18,7 @@ rope_theta = 40_000.0
 
 samples = 1_000  # 0.51 M tokens
 global_batch_size = 4
-learning_rate = 2.5e-3
+learning_rate = 2e-3  # high for its phase: what it teaches is mostly new
 min_learning_rate = 0.0
 warmup_samples = 0
 lr_decay = "linear"

@@ -18,8 +18,8 @@ rope_theta = 40_000.0
 
 samples = 160  # 82 k tokens
 global_batch_size = 4
-learning_rate = 1e-3
-min_learning_rate = 1e-3
+learning_rate = 3e-4  # where the cosine of phase 1 ended
+min_learning_rate = 3e-4
 warmup_samples = 0
 lr_decay = "constant"
 eps = 1e-8

@@ -18,7 +18,6 @@ Streams are in Megatron's indexed format: `NAME.bin` holds the tokens of all doc
 import csv
 import hashlib
 import heapq
-import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +36,8 @@ class DataError(Exception):
 class TokenStream:
     """The tokens of one source, `path` being the common part of its .bin and .idx.
 
-    Tokens are read with pread, not mapped: a mapped page counts as the process's own memory once
-    touched, and 140 sources of a trillion tokens would seem to fill any machine.
+    Tokens are read, not mapped: a mapped page counts as the process's own memory once touched, and
+    140 sources of a trillion tokens would seem to fill any machine.
     Raises DataError for a missing, truncated or foreign file.
     """
 
@@ -52,37 +51,33 @@ class TokenStream:
             head = f.read(HEADER.size)
             if len(head) < HEADER.size or head[:9] != MAGIC:
                 raise DataError(f"{idx}: not an index of Megatron's format")
-            _, version, code, self.documents, _ = HEADER.unpack(head)
+            _, version, code, count, boundaries = HEADER.unpack(head)
             if version != 1 or code not in DTYPES:
                 raise DataError(f"{idx}: version {version} or token type {code} is not known")
             self.dtype = np.dtype(DTYPES[code])
+            # lengths (int32) and offsets (int64) of the sequences, then the documents' boundaries
+            if idx.stat().st_size < HEADER.size + 12 * count + 8 * boundaries:
+                raise DataError(f"{idx}: truncated")
             end = 0
-            if self.documents:  # where the last sequence ends, from its own length and offset
-                f.seek(HEADER.size + 4 * (self.documents - 1))
-                length = f.read(4)
-                f.seek(HEADER.size + 4 * self.documents + 8 * (self.documents - 1))
-                offset = f.read(8)
-                if len(length) + len(offset) < 12:
-                    raise DataError(f"{idx}: truncated")
-                end = int.from_bytes(offset, "little")
-                end += int.from_bytes(length, "little") * self.dtype.itemsize
+            if count:  # where the last sequence ends, from its own length and offset
+                f.seek(HEADER.size + 4 * (count - 1))
+                length = int.from_bytes(f.read(4), "little")
+                f.seek(HEADER.size + 4 * count + 8 * (count - 1))
+                end = int.from_bytes(f.read(8), "little") + length * self.dtype.itemsize
         size = self.bin.stat().st_size
         if size < end:
             raise DataError(f"{self.bin}: truncated, {size:,} bytes where its index says {end:,}")
         self.tokens = end // self.dtype.itemsize
-        self._file = os.open(self.bin, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
         """Tokens start .. start + count as int64 `[count]`, all checked to be under vocab_size."""
-        offset, size = start * self.dtype.itemsize, count * self.dtype.itemsize
-        data = os.pread(self._file, size, offset)
-        if len(data) < size:
-            raise DataError(f"{self.bin}: truncated at byte {offset + len(data):,}")
-        tokens = np.frombuffer(data, self.dtype)
+        try:
+            offset = start * self.dtype.itemsize
+            tokens = np.fromfile(self.bin, self.dtype, count, offset=offset)
+        except OSError as error:
+            raise DataError(f"{self.bin}: {error.strerror}") from None
+        if len(tokens) < count:
+            raise DataError(f"{self.bin}: truncated after {start + len(tokens):,} tokens")
         if tokens.max() >= vocab_size or tokens.min() < 0:
             at = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
             raise DataError(
@@ -105,8 +100,9 @@ class Mixture:
     instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
     `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
 
-    Of the first n samples, the number taken from a source differs from its exact share by at most
-    `deviation()`; about one sample, whatever n is.
+    Of the first n samples, whatever n is, the number taken from a source differs from its exact
+    share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources, so never by
+    more than one from the nearest whole number.
     """
 
     def __init__(self, path: str | Path, seq_len: int, seed: int, vocab_size: int) -> None:
@@ -140,6 +136,11 @@ class Mixture:
         key = f"{self.seed} {self.names[source]} {epoch}"
         return Sample(source, epoch, permute(position, self.lengths[source], key))
 
+    def fingerprint(self) -> str:
+        """A digest of what decides the samples: names, weights and sizes of the sources."""
+        parts = [(n, w, s.tokens) for n, w, s in zip(self.names, self.weights, self.streams)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def deviation(self) -> float:
         """Bound on |samples taken from a source - weight * n|, over all sources and all n."""
         return max(_deviations(self._tree, 0.0).values())
@@ -152,6 +153,8 @@ def _read_csv(path: Path) -> list[dict]:
             rows = list(csv.DictReader(f))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     columns = set(rows[0]) if rows else set()
     if not columns >= {"name", "path"} or not columns & {"weight", "epochs"}:
         raise DataError(f"{path}: a mixture has the columns name, path and weight or epochs")

@@ -19,9 +19,12 @@ import multiprocessing
 import os
 import random
 import sys
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +37,9 @@ from data.tokenizer import Tokenizer, TokenizerError
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 BATCH = 64  # documents handed to a process at a time
 
-# Lucie's shares of the main phase by language, and for the annealing phase what a laptop's facts
-# can stand for: the real one is mathematics, science, Wikipedia and dialogue.
 DEMO_VOCAB_SIZE = 4096
+# Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
+# mathematics, science, encyclopedia and dialogue of the real one.
 PUBLISHED = {
     "en": 0.332, "fr": 0.324, "code": 0.147, "de": 0.069, "es": 0.066, "it": 0.038,
     "parallel": 0.025,
@@ -68,12 +71,17 @@ class StreamWriter:
         return self
 
     def __exit__(self, failed: type | None, *_: object) -> None:
-        with self._bin as f:
-            f.flush()
-            os.fsync(f.fileno())
-        if failed:
-            os.remove(f"{self.path}.bin.tmp")
-            return
+        try:
+            with self._bin as f:
+                f.flush()
+                os.fsync(f.fileno())
+            if not failed:
+                self._finish()
+        finally:
+            for suffix in (".bin.tmp", ".idx.tmp"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def _finish(self) -> None:
         count = len(self.lengths)
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
         ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
@@ -84,6 +92,8 @@ class StreamWriter:
             f.write(np.arange(count + 1, dtype=np.int64).tobytes())
             f.flush()
             os.fsync(f.fileno())
+        # Never an old index beside new tokens: without its index a stream is not there.
+        Path(f"{self.path}.idx").unlink(missing_ok=True)
         os.replace(f"{self.path}.bin.tmp", f"{self.path}.bin")
         os.replace(f"{self.path}.idx.tmp", f"{self.path}.idx")
 
@@ -144,23 +154,25 @@ def tokenize(
     document is held out depends on its text alone. The order of documents, and so every byte
     written, is the same for any number of workers.
     """
+    if not 0 <= validation < 1:
+        raise DataError(f"validation is a share from 0 to under 1, not {validation}")
     counts = {"documents": 0, "tokens": 0, "empty": 0, "validation": 0}
-    held_out = f"{out}.valid"
-    with StreamWriter(out, ranks.vocab_size) as train:
-        with StreamWriter(held_out, ranks.vocab_size) as valid:
-            for part, tokens in _encode_all(documents, ranks, validation, workers):
-                if part == "empty":
-                    counts["empty"] += 1
-                    continue
-                (valid if part == "validation" else train).add(tokens)
-                counts["documents"] += 1
-                counts["tokens"] += len(tokens)
-                counts["validation"] += part == "validation"
-            if not train.lengths:
-                raise DataError(f"{out}: the corpus is empty, nothing written")
-    if not counts["validation"]:
-        for suffix in (".bin", ".idx"):
-            os.remove(held_out + suffix)
+    with ExitStack() as streams:
+        writers = {"train": streams.enter_context(StreamWriter(out, ranks.vocab_size))}
+        if validation:
+            held_out = StreamWriter(f"{out}.valid", ranks.vocab_size)
+            writers["validation"] = streams.enter_context(held_out)
+        for part, tokens in _encode_all(documents, ranks, validation, workers):
+            if part == "empty":
+                counts["empty"] += 1
+                continue
+            writers[part].add(tokens)
+            counts["documents"] += 1
+            counts["tokens"] += len(tokens)
+            counts["validation"] += part == "validation"
+        for part, writer in writers.items():
+            if not writer.lengths:
+                raise DataError(f"{out}: no document for {part}: the corpus is empty or too small")
     return counts
 
 
@@ -173,13 +185,9 @@ def _encode_all(
         return
     # spawn: a forked child of a process that runs threads can deadlock
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (ranks, validation)) as pool:
-        yield from _chain(_ordered_map(pool, _encode_in_worker, _batches(documents), 4 * workers))
-
-
-def _chain(batches: Iterable[list]) -> Iterator:
-    for batch in batches:
-        yield from batch
+    with ProcessPoolExecutor(workers, context, _start_worker, (ranks, validation)) as pool:
+        batches = _ordered_map(pool, _encode_in_worker, _batches(documents), 4 * workers)
+        yield from chain.from_iterable(batches)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -192,18 +200,18 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _ordered_map(pool, function: Callable, items: Iterable, ahead: int) -> Iterator:
+def _ordered_map(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """Results in the order of items, with no more than `ahead` of them read in advance.
 
-    Pool.imap would read a whole terabyte into its queue if the processes are slower than the disk.
+    The executor's own map would read a whole terabyte into its queue.
     """
     pending: deque = deque()
     for item in items:
-        pending.append(pool.apply_async(function, (item,)))
+        pending.append(pool.submit(function, item))
         if len(pending) >= ahead:
-            yield pending.popleft().get()
+            yield pending.popleft().result()
     while pending:
-        yield pending.popleft().get()
+        yield pending.popleft().result()
 
 
 def _start_worker(ranks: Tokenizer, validation: float) -> None:
@@ -218,11 +226,10 @@ def _encode_in_worker(batch: list[str]) -> list[tuple[str, np.ndarray]]:
 def _encode(batch: list[str], ranks: Tokenizer, validation: float) -> list[tuple[str, np.ndarray]]:
     out = []
     for text in batch:
-        text = unicodedata.normalize("NFC", text)
         digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         part = "empty" if not text.strip() else "validation" if share < validation else "train"
-        out.append((part, np.array(ranks.encode_document(text), np.int64)))
+        out.append((part, np.array(ranks.encode_document(text), np.int32)))
     return out
 
 
@@ -297,7 +304,11 @@ def main(argv: list[str] | None = None) -> None:
     except (DataError, TokenizerError) as error:
         sys.exit(_fail(error))
     except OSError as error:
-        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
+        sys.exit(_fail(f"{error.filename or args.out}: {error.strerror}; nothing was kept"))
+    except BrokenProcessPool:
+        sys.exit(_fail("a worker process died, perhaps for want of memory; try --workers=1"))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _fail(message: object) -> int:

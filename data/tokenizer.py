@@ -13,7 +13,9 @@ own, which is what lets a model carry out arithmetic digit by digit.
 import base64
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -43,8 +45,8 @@ class Tokenizer:
         self.vocab_size = self.encoding.n_vocab
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text taken as it is: "<s>" in it is three characters, not a special token."""
-        return self.encoding.encode_ordinary(text)
+        """Ids of a text, composed to NFC; "<s>" in it is three characters, no special token."""
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: `<s>`, then the text."""
@@ -85,9 +87,12 @@ def load(path: str | Path) -> Tokenizer:
 
 def save(ranks: dict[bytes, int], path: str | Path) -> None:
     """Write a ranks file, ids ascending."""
-    lines = [f"{base64.b64encode(k).decode()} {v}\n" for k, v in sorted(ranks.items(), key=_id)]
+    items = sorted(ranks.items(), key=itemgetter(1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(lines), encoding="ascii")
+    unfinished = Path(f"{path}.tmp")
+    text = "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in items)
+    unfinished.write_text(text, encoding="ascii")
+    unfinished.replace(path)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
@@ -96,6 +101,9 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     The `tokenizers` library counts and merges. Raises TokenizerError if it is not installed, or if
     the text holds too few different pairs for so many tokens.
     """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise TokenizerError(f"a vocabulary has at least {smallest} tokens, not {vocab_size}")
     try:
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
@@ -144,7 +152,3 @@ def byte_characters() -> dict[int, str]:
     others = [b for b in range(256) if b not in printable]
     characters = {b: chr(b) for b in printable}
     return characters | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-def _id(item: tuple[bytes, int]) -> int:
-    return item[1]

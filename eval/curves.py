@@ -9,6 +9,7 @@ text, and draws it where matplotlib is installed.
 
 import argparse
 import csv
+import json
 import math
 import sys
 from pathlib import Path
@@ -22,13 +23,14 @@ class CurveError(Exception):
 
 
 class Curve(NamedTuple):
-    """One phase. Each list has an entry per row of the log; validation holds (tokens, loss)."""
+    """One phase. A list has an entry per row of the log; validation holds (tokens, loss)."""
 
     name: str
     tokens: list[float]
     loss: list[float]
     learning_rate: list[float]
     validation: list[tuple[float, float]]
+    vocab_size: int | None  # of the run; None for a bare log
 
 
 def read(path: Path) -> Curve:
@@ -39,12 +41,14 @@ def read(path: Path) -> Curve:
             rows = list(csv.DictReader(f))
         tokens = [float(row["training_tokens"]) for row in rows]
         validation = [row.get("validation_loss") for row in rows]
+        options = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
         return Curve(
             path.name if path.is_dir() else path.stem,
             tokens,
             [float(row["training_loss"]) for row in rows],
             [float(row["learning_rate"]) for row in rows],
             [(t, float(v)) for t, v in zip(tokens, validation) if v],
+            options.get("vocab_size"),
         )
     except OSError as error:
         raise CurveError(f"{file}: {error.strerror}") from None
@@ -85,7 +89,10 @@ def as_text(curves: list[Curve], width: int = 72, height: int = 16) -> str:
     for number, curve in enumerate(curves, 1):
         text = f"{'':8}{number} {curve.name}: loss {curve.loss[-1]:.3f}"
         if curve.validation:
-            text += f", validation {curve.validation[-1][1]:.3f}"
+            final = curve.validation[-1][1]
+            text += f", validation {final:.3f}"
+            if curve.vocab_size:  # what guessing among all tokens would cost
+                text += f", {final / math.log(curve.vocab_size):.1%} of ln({curve.vocab_size:,})"
         lines.append(text)
     return "\n".join(lines)
 
@@ -111,7 +118,7 @@ def as_png(curves: list[Curve], path: Path) -> None:
     loss.set_ylabel("loss (nats per token)")
     loss.legend(fontsize="small")
     rate.set_ylabel("learning rate")
-    rate.set_xlabel(f"training tokens{f' ({unit})' if unit else ''}")
+    rate.set_xlabel(f"training tokens{f' ({unit}s)' if unit else ''}")
     rate.ticklabel_format(axis="y", scilimits=(0, 0))
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
@@ -121,8 +128,14 @@ def as_png(curves: list[Curve], path: Path) -> None:
     plt.close(figure)
 
 
+def _picture(text: str) -> Path:
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text}: .png or .svg")
+    return Path(text)
+
+
 def scale_of(tokens: float) -> tuple[float, str]:
-    names = {0: "", 3: "thousands", 6: "millions", 9: "billions", 12: "trillions"}
+    names = {0: "", 3: "thousand", 6: "million", 9: "billion", 12: "trillion"}
     power = min(12, int(math.log10(max(tokens, 1))) // 3 * 3)
     return 10.0**power, names[power]
 
@@ -135,7 +148,7 @@ def magnitude(tokens: float) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="eval.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories or logs, in order")
-    parser.add_argument("--png", type=Path, help="draw them too (.png or .svg)")
+    parser.add_argument("--png", type=_picture, help="draw them too (.png or .svg)")
     args = parser.parse_args(argv)
     curves = chain([read(run) for run in args.runs])
     if not all(curve.tokens for curve in curves):

@@ -1,8 +1,8 @@
 """The hot operations of Lucie, one file each.
 
 Every file reads from top to bottom: what is computed, its floor (the bytes or FLOPs no
-implementation can go below), the definition in plain torch, and one public function. model.py
-calls nothing but these five functions and matrix products.
+implementation can go below), the definition in plain torch, and one public function. Between
+its matrix products model.py calls nothing else.
 """
 
 from kernels.attention import attention

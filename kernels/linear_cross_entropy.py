@@ -30,6 +30,8 @@ def linear_cross_entropy(
     targets = targets.reshape(-1)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if not torch.is_grad_enabled():  # a custom function would not know, and prepare gradients
+        hidden, weight = hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(hidden, weight, targets)
     if reduction == "sum":
         return loss
@@ -48,8 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
 
-        # An eighth of the logits at most, and no more than 2^26 of them (256 MB in fp32); 128 rows
-        # still keep a matrix product busy.
+        # An eighth of the logits, and no more than 2^26 of them (256 MB in fp32), but at least 128
+        # rows, fewer of which would not keep a matrix product busy.
         rows = max(128, min(tokens // 8, 2**26 // vocab_size))
         for start in range(0, tokens, rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import SHARED, TINY, needs_shared
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import CheckpointError
@@ -68,9 +69,19 @@ def test_killed_at_any_moment_of_a_save_leaves_the_one_before(tmp_path, monkeypa
     def die(*args, **kwargs):
         raise Killed
 
-    for place in ("checkpoint.dcp.save", "checkpoint.json.dump", "checkpoint.os.replace"):
+    def half_a_shard(_, storage_writer, **__):
+        (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+        raise Killed
+
+    places = {
+        "checkpoint.dcp.save": half_a_shard,
+        "checkpoint.json.dump": die,
+        "checkpoint.os.fsync": die,
+        "checkpoint.os.replace": die,
+    }
+    for place, death in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(place, die)
+            patch.setattr(place, death)
             with pytest.raises(Killed):
                 checkpoint.save(folder / "step0000004", model, optimizer, STATE | {"step": 4})
         assert checkpoint.latest(tmp_path) == folder / "step0000003"
@@ -112,6 +123,36 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
         except CheckpointError:
             pass
         assert not (tmp_path / "exploded").exists()
+
+
+def test_saving_again_never_leaves_neither(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    path = tmp_path / "checkpoints" / "step0000003"
+    checkpoint.save(path, model, optimizer, STATE)
+    checkpoint.save(path, model, optimizer, STATE | {"samples": 99})
+    assert checkpoint.read_state(path)["samples"] == 99
+    assert os.listdir(path.parent) == ["step0000003"]
+
+
+def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder / "step0000003", model, optimizer, STATE)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.dcp.save", full)
+    with pytest.raises(CheckpointError, match=r"step0000004: not saved .*No space left"):
+        checkpoint.save(folder / "step0000004", model, optimizer, STATE)
+    assert os.listdir(folder) == ["step0000003"]
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    for text in ("{}", "", "[]", '{"step": 1, "config": {}}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"state\.json: damaged"):
+            checkpoint.read_state(tmp_path)
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path):
@@ -166,6 +207,34 @@ def test_their_folder_gives_the_same_logits_and_comes_back(tmp_path, theta):
     assert config["rope_theta"] == theta and config["tie_word_embeddings"] is False
 
 
+@needs_shared
+def test_config_equals_the_released_one(tmp_path):
+    """Lucie-7B's own config.json, key by key: architecture is compared, training facts are not."""
+    released = json.loads((SHARED / "lucie/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    config = checkpoint.hf_config(tmp_path)
+    changed = {"rope_theta": 2e7, "max_position_embeddings": 32_000, "initializer_range": 0.02}
+    assert config == LucieConfig(**changed)
+    small = LucieConfig(**TINY, max_position_embeddings=32_000, rope_theta=2e7)
+    checkpoint.to_hf(Lucie(small), tmp_path / "ours")
+    ours = json.loads((tmp_path / "ours" / "config.json").read_text())
+    told = {"training_steps", "training_tokens", "transformers_version"}
+    assert released.keys() - ours.keys() == told
+    sizes = TINY.keys()
+    for key in released.keys() - told - sizes:
+        assert ours[key] == released[key], key
+
+
+def test_tensors_that_are_computed_here_are_passed_over(tmp_path):
+    model = Lucie(CONFIG)
+    checkpoint.to_hf(model, tmp_path, torch.float32)
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(tensors, path)
+    again = checkpoint.from_hf(str(tmp_path))
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 def test_foreign_or_broken_folders_are_named(tmp_path):
     model = Lucie(CONFIG)
     checkpoint.to_hf(model, tmp_path / "good")
@@ -190,6 +259,14 @@ def test_foreign_or_broken_folders_are_named(tmp_path):
     assert "is [97, 64], not [96, 64]" in broken({"vocab_size": 96})
     assert "unknown tensor model.layers.1" in broken({"num_hidden_layers": 1})
     assert "lacks model.layers.2" in broken({"num_hidden_layers": 3})
+    assert "rope_theta" in broken({"rope_theta": 0})
+    assert "config.json" in broken({"rope_theta": None})
+    index = tmp_path / "good" / "model.safetensors.index.json"
+    whole = index.read_text()
+    for text in ("[]", "{", '{"weight_map": 3}'):
+        index.write_text(text)
+        assert "index.json" in broken()
+    index.write_text(whole)
     assert "safetensors" in broken(shard=lambda path: os.truncate(path, 50))
     assert "No such file" in broken(shard=lambda path: path.unlink())
     with pytest.raises(CheckpointError, match="nowhere"):

@@ -20,6 +20,7 @@ def runs(tmp_path):
             valid = loss + 0.5 if n == len(losses) else ""
             lines.append(f"{n},{tokens * n / len(losses)},{loss},0.1,0.1,1e-3,{valid}")
         (tmp_path / name / "log.csv").write_text("\n".join(lines) + "\n")
+        (tmp_path / name / "config.json").write_text('{"vocab_size": 1000}')
     return tmp_path
 
 
@@ -38,7 +39,7 @@ def test_text_shows_where_the_loss_was(runs):
     # loss 8 on the first row at token 33 of 150, loss 2 on the last at the end
     assert (0, 3) in marks and (6, 14) in marks
     assert lines[0].startswith("  8.00") and lines[6].startswith("  2.00")
-    assert "2 annealing: loss 2.000, validation 2.500" in lines[-1]
+    assert "2 annealing: loss 2.000, validation 2.500, 36.2% of ln(1,000)" in lines[-1]
 
 
 def test_png_has_a_picture(runs):
@@ -55,7 +56,7 @@ def test_the_published_logs_are_read():
     names = ("1_pretraining", "2_extension", "3_annealing")
     read = [curves.read(SHARED / f"lucie/training_logs_{name}.csv") for name in names]
     assert [len(c.tokens) for c in read] == [386, 49, 49]
-    assert "3.13 trillions tokens" in curves.as_text(curves.chain(read))
+    assert "3.13 trillion tokens" in curves.as_text(curves.chain(read))
 
 
 def test_bad_logs_are_one_line(runs, tmp_path):

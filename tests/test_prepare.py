@@ -80,12 +80,12 @@ def test_reading_ahead_is_bounded():
         def __init__(self, value):
             self.value = value
 
-        def get(self):
+        def result(self):
             return self.value
 
     class Pool:
-        def apply_async(self, function, args):
-            return Now(function(*args))
+        def submit(self, function, item):
+            return Now(function(item))
 
     read = []
     items = (read.append(n) or n for n in range(1000))
@@ -102,6 +102,39 @@ def test_large_vocabularies_are_int32(tmp_path):
         stream = TokenStream(tmp_path / "x")
         assert stream.dtype == dtype
         assert stream.read(0, 2, size).tolist() == [0, size - 1]
+
+
+def test_a_stream_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    """Whatever moment the writing of a second version dies at, no mixture of both is read."""
+    tokenize(["first version"], Tokenizer(BYTES), tmp_path / "x")
+    before = documents_of(tmp_path / "x")
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.prepare.os.fsync", die)
+        with pytest.raises(Killed):
+            tokenize(["another"], Tokenizer(BYTES), tmp_path / "x")
+    assert documents_of(tmp_path / "x") == before
+    replace, calls = os.replace, []
+
+    def second_dies(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise Killed
+        replace(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.prepare.os.replace", second_dies)
+        with pytest.raises(Killed):
+            tokenize(["another"], Tokenizer(BYTES), tmp_path / "x")
+    with pytest.raises(DataError, match=r"x\.idx: no such file"):
+        TokenStream(tmp_path / "x")
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +182,11 @@ def test_command_line(tmp_path):
     held_out = len(documents_of(tmp_path / "d" / "fr.valid"))
     assert len(documents_of(tmp_path / "d" / "fr")) + held_out == 300
 
+    done = command("tokenizer", tmp_path / "t.jsonl", "--vocab-size=-5", "--out", tmp_path / "n")
+    assert done.returncode == 2 and "at least 260 tokens, not -5" in done.stderr
+    args = ("tokens", tmp_path / "t.jsonl", "--tokenizer", ranks, "--out", "/dev/null/x")
+    done = command(*args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     done = command("tokens", tmp_path / "none.txt", "--tokenizer", ranks, "--out", tmp_path / "y")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "none.txt: not a folder" in done.stderr

@@ -40,12 +40,13 @@ def options(data, **change):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def run(data, *args, ranks=0, **change):
-    command = [sys.executable, "train.py", *options(data, **change), *args]
+def run(data, *args, ranks=0, script="train.py", last=None, **change):
+    command = [sys.executable, str(script), *options(data, **change), *args]
+    command += [last] if last else []
     if ranks:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
         command[1:1] = [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
@@ -95,21 +96,22 @@ def test_the_first_loss_is_the_mean_of_its_samples(tiny_data):
     assert float(rows[0]["training_loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stops", [(10,), (5, 10), (1, 2, 19)])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeypatch, stops):
-    """Also the second resume, and the sample ids that were read."""
-    seen = {"whole": [], "parts": []}
-    locate = train.Mixture.__getitem__
-    which = "whole"
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeypatch, stops, dtype):
+    """Losses, weights, and the tokens trained on in their order; also at the second resume."""
+    trained_on = []
+    forward, update = train.Lucie.forward, torch.optim.AdamW.step
 
-    def spy(self, i):
-        seen[which].append(i)
-        return locate(self, i)
+    def spy(self, tokens, targets, **kwargs):
+        if torch.is_grad_enabled():
+            trained_on.append(torch.cat([tokens, targets[:, -1:]], 1))
+        return forward(self, tokens, targets, **kwargs)
 
-    monkeypatch.setattr(train.Mixture, "__getitem__", spy)
-    whole = train_here(tiny_data, name="whole", validation="")
-    which = "parts"
-    update = torch.optim.AdamW.step
+    monkeypatch.setattr(train.Lucie, "forward", spy)
+    whole = train_here(tiny_data, name="whole", dtype=dtype)
+    samples = torch.cat(trained_on)
+    trained_on.clear()
     for stop in stops:
 
         def stopping(self, *args, stop=stop):
@@ -120,15 +122,22 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", stopping)
-            rows = train_here(tiny_data, name="parts", validation="")
+            rows = train_here(tiny_data, name="parts", dtype=dtype)
         assert int(rows[-1]["training_steps"]) == stop
-    parts = train_here(tiny_data, name="parts", validation="")
+    parts = train_here(tiny_data, name="parts", dtype=dtype)
     assert results(parts) == results(whole)
+    assert torch.equal(torch.cat(trained_on), samples)
+    mixture = train.Mixture(tiny_data / "mixture.csv", 16, 42, 97)
+    assert samples.tolist() == [mixture[i].tolist() for i in range(160)]
     a, b = weights_of(tiny_data, "whole"), weights_of(tiny_data, "parts")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    # A stopped run has read one step ahead; the samples trained on are these.
-    assert seen["whole"] == list(range(160))
-    assert sorted(set(seen["parts"])) == list(range(160))
+
+
+def test_validation_leaves_the_training_alone(tiny_data):
+    with_it = train_here(tiny_data, name="with", eval_every=3)
+    without = train_here(tiny_data, name="without", validation="")
+    assert sum(bool(r["validation_loss"]) for r in with_it) == 7
+    assert [r[:-1] for r in results(with_it)] == [r[:-1] for r in results(without)]
 
 
 def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
@@ -179,14 +188,122 @@ def test_two_ranks_equal_one(tiny_data, batch, ranks):
     assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 
 
+def patched(data, code, ranks, **change):
+    """A run on several ranks with some function of train.py replaced by `code` beforehand."""
+    script = data / "patched.py"
+    script.write_text(
+        "import os, signal, sys, torch, train\n"
+        "rank = int(os.environ.get('RANK', 0))\n"
+        f"{code}\n"
+        "train.command_line(sys.argv[1:])\n"
+    )
+    return run(data, ranks=ranks, script=script, **change)
+
+
+UNEVEN = """
+read = train.read_step
+def masked(*args):
+    found = read(*args)
+    for tokens, targets in found[1] if found else []:
+        for x, y in zip(tokens, targets):
+            y[: int(x.sum()) % 16] = -100  # by its content: the same on any rank
+    return found
+train.read_step = masked
+"""
+
+
+@pytest.mark.slow
+def test_uneven_ignored_targets_weigh_the_same_on_any_ranks_and_micro_batches(tiny_data):
+    logs = []
+    for name, ranks, micro in (("a", 0, 8), ("b", 0, 1), ("c", 0, 3), ("d", 2, 2)):
+        done = patched(tiny_data, UNEVEN, ranks, name=name, micro_batch_size=micro, samples=48)
+        assert done.returncode == 0, done.stderr
+        logs.append(log_of(tiny_data, name))
+    plain = train_here(tiny_data, name="plain", samples=48)
+    assert float(plain[0]["training_loss"]) != float(logs[0][0]["training_loss"])
+    for rows in logs[1:]:
+        for a, b in zip(logs[0], rows):
+            for column in ("training_loss", "grad_norm"):
+                assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data):
+    code = """
+clip, count = train.clip_gradients, [0]
+def poisoned(model, largest):
+    count[0] += 1
+    if count[0] == 7 and rank == 1:
+        next(p for p in model.parameters() if p.grad.to_local().numel()).grad.to_local().fill_(
+            float("inf"))
+    return clip(model, largest)
+train.clip_gradients = poisoned
+"""
+    done = patched(tiny_data, code, 2, checkpoint_every=5)
+    assert done.returncode != 0
+    assert "step 7: loss" in done.stderr and "stopped before the update" in done.stderr
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_data):
+    code = """
+update, count = torch.optim.AdamW.step, [0]
+def signalled(self, *args):
+    update(self, *args)
+    count[0] += 1
+    if count[0] == 4 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+torch.optim.AdamW.step = signalled
+"""
+    done = patched(tiny_data, code, 2)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000004"
+
+
+@pytest.mark.slow
+def test_data_lost_on_one_rank_saves_and_ends_all(tiny_data):
+    code = """
+read = train.read_step
+def lost(mixture, step, *args):
+    if step and step.step == 6 and rank == 1:
+        raise train.DataError("a.bin: vanished")
+    return read(mixture, step, *args)
+train.read_step = lost
+"""
+    done = patched(tiny_data, code, 2)
+    assert done.returncode != 0
+    assert "a.bin: vanished" in done.stderr and "another rank" in done.stderr
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
+
+
+def test_data_that_vanishes_mid_run_is_one_line_and_loses_nothing(tiny_data):
+    code = """
+update, count = torch.optim.AdamW.step, [0]
+def vanishing(self, *args):
+    update(self, *args)
+    count[0] += 1
+    if count[0] == 4:
+        os.remove(sys.argv[-1])
+torch.optim.AdamW.step = vanishing
+train_main = train.main
+train.main = lambda args: train_main(args[:-1])
+"""
+    script = tiny_data / "patched.py"
+    done = patched(tiny_data, code, 0, last=str(tiny_data / "a.bin"))
+    assert script.exists() and done.returncode == 2
+    assert "a.bin: No such file" in done.stderr and "Traceback" not in done.stderr
+    assert checkpoint.latest(tiny_data / "out/run").name in ("step0000004", "step0000005")
+
+
+@pytest.mark.slow
 def test_a_run_moves_from_one_rank_to_two_and_back(tiny_data):
     whole = train_here(tiny_data, name="whole")
     change = dict(name="moved", checkpoint_every=7)
-    code = "import sys, train; train.main(sys.argv[1:])"
     stop = "--max_minutes=1e-6"  # stops after one step
     for ranks in (1, 2, 2, 1):
         done = run(tiny_data, stop, ranks=ranks if ranks > 1 else 0, **change)
-        assert done.returncode == 0, (done.stderr, code)
+        assert done.returncode == 0, done.stderr
     assert checkpoint.latest(tiny_data / "out/moved").name == "step0000004"
     rows = train_here(tiny_data, **change)
     for a, b in zip(whole, rows):
@@ -266,6 +383,45 @@ def test_nan_stops_before_the_update(tiny_data, monkeypatch):
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
+def test_a_changed_mixture_is_not_resumed(tiny_data):
+    train_here(tiny_data, max_minutes=1e-6)
+    (tiny_data / "mixture.csv").write_text("name,path,weight\na,a,0.6\nb,b,0.4\n")
+    done = run(tiny_data)
+    assert done.returncode == 2 and "changed since it was begun" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(tiny_data):
+    train_here(tiny_data, max_minutes=1e-6)
+    (shard,) = (tiny_data / "out/run/checkpoints/step0000001").glob("*.safetensors")
+    os.truncate(shard, 1000)
+    before = (tiny_data / "out/run/log.csv").read_text()
+    done = run(tiny_data)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "damaged or incomplete" in done.stderr
+    assert (tiny_data / "out/run/log.csv").read_text() == before
+
+
+def test_hours_are_counted_on_over_restarts_and_ranks(tiny_data):
+    train_here(tiny_data, max_minutes=1e-6)
+    path = checkpoint.latest(tiny_data / "out/run") / "state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["seconds"] == state["gpu_seconds"]
+    path.write_text(json.dumps(state | {"seconds": 3600.0, "gpu_seconds": 512 * 3600.0}))
+    row = train_here(tiny_data)[-1]
+    assert 1 < float(row["walltime"]) < 1.1
+    assert 512 < float(row["gputime"]) < 512.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_gpu_follows_the_cpu(tiny_data):
+    cpu = train_here(tiny_data, name="cpu")
+    done = run(tiny_data, name="gpu", device="cuda")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(cpu, log_of(tiny_data, "gpu")):
+        assert float(a["training_loss"]) == pytest.approx(float(b["training_loss"]), rel=1e-3)
+
+
 def test_ctrl_c_saves_and_exits_cleanly(tiny_data):
     args = options(tiny_data, samples=8_000_000, validation="")
     process = subprocess.Popen([sys.executable, "train.py", *args], stderr=subprocess.DEVNULL)
@@ -313,6 +469,9 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
         ({"init_from": "hf:{data}/nowhere"}, "nowhere"),
         ({"dtype": "int8"}, "dtype is bfloat16, float32 or auto"),
         ({"device": "cuda"}, "device 'cuda'"),
+        ({"out_dir": "/dev/null/x"}, "/dev/null/x"),
+        ({"learning_rate": -1}, "learning_rate must be 0 or more"),
+        ({"seq_len": 0}, "seq_len must be at least 1"),
         ({"hidden_size": 65536, "num_hidden_layers": 200}, "use more GPUs, or try config/demo"),
     ],
 )

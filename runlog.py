@@ -1,0 +1,49 @@
+"""The log of a run: log.csv, in Lucie's columns and then ours, and the same for TensorBoard.
+
+A log survives its run: it is continued on resuming, never rewritten in place, and rows that a crash
+left behind (past the checkpoint, or cut short) are dropped.
+"""
+
+import csv
+from pathlib import Path
+from typing import IO, Any
+
+LOG_COLUMNS = (  # Lucie's, then ours; times in hours
+    "training_steps", "training_tokens", "training_loss", "walltime", "gputime", "learning_rate",
+    "grad_norm", "tokens_per_second", "mfu", "validation_loss",
+)  # fmt: skip
+
+
+def open_log(run: Path, step: int) -> IO[str]:
+    """log.csv, open to append, without the rows past `step` that a crash may have left behind."""
+    path, lines = run / "log.csv", [",".join(LOG_COLUMNS)]
+    if step and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            number, *rest = line.split(",")
+            if number.isdecimal() and int(number) <= step and len(rest) == len(LOG_COLUMNS) - 1:
+                lines.append(line)
+    write_whole(path, "\n".join(lines) + "\n")
+    return open(path, "a", newline="", encoding="utf-8", buffering=1)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: there is never half of one."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def open_board(run: Path, step: int) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def write(log: IO[str], board: Any, row: dict) -> None:
+    csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n").writerow(row)
+    for name, value in row.items():
+        if board is not None and value is not None and name != "training_steps":
+            board.add_scalar(name, value, row["training_steps"])
