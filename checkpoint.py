@@ -18,6 +18,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +30,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model import Lucie, LucieConfig
-
-# One process is meant where there is one; errors are reported here, in one line.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
 
 STEP = re.compile(r"step(\d+)$")
 HF_SHARD_BYTES = 5 * 10**9
@@ -72,11 +69,12 @@ def save(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         _barrier()
-        dcp.save(
-            _tensors(model, optimizer),
-            storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-            no_dist=not dist.is_initialized(),
-        )
+        with _quiet():
+            dcp.save(
+                _tensors(model, optimizer),
+                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                no_dist=not dist.is_initialized(),
+            )
         if first:
             with open(unfinished / "state.json", "w", encoding="utf-8") as f:
                 json.dump(state, f, indent=1)
@@ -118,11 +116,12 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
                 optimizer.state[p] = {"step": step, **moments}
     tensors = _tensors(model, optimizer)
     try:
-        dcp.load(
-            tensors,
-            storage_reader=dcp.HuggingFaceStorageReader(str(path)),
-            no_dist=not dist.is_initialized(),
-        )
+        with _quiet():
+            dcp.load(
+                tensors,
+                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+                no_dist=not dist.is_initialized(),
+            )
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or incomplete ({_reason(error)})") from None
     return state
@@ -207,6 +206,19 @@ def fill_rows(parameter: Tensor, start: int, values: Tensor) -> None:
     a, b = max(start, first), min(start + len(values), first + len(rows))
     if a < b:
         rows[a - first : b - first].copy_(values[a - start : b - start])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that Distributed Checkpoint logs of errors it also raises, and its
+    warning that one process is one process."""
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _barrier() -> None:

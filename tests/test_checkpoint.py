@@ -76,7 +76,6 @@ def test_killed_at_any_moment_of_a_save_leaves_the_one_before(tmp_path, monkeypa
     places = {
         "checkpoint.dcp.save": half_a_shard,
         "checkpoint.json.dump": die,
-        "checkpoint.os.fsync": die,
         "checkpoint.os.replace": die,
     }
     for place, death in places.items():

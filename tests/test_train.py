@@ -204,10 +204,13 @@ UNEVEN = """
 read = train.read_step
 def masked(*args):
     found = read(*args)
-    for tokens, targets in found[1] if found else []:
+    if found is None:
+        return None
+    batches = [(tokens, targets.clone()) for tokens, targets in found[1]]
+    for tokens, targets in batches:
         for x, y in zip(tokens, targets):
             y[: int(x.sum()) % 16] = -100  # by its content: the same on any rank
-    return found
+    return found[0], batches
 train.read_step = masked
 """
 
