@@ -29,7 +29,9 @@ class Config:
     seed: int = 42  # of the initial weights and of the data order
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
-    max_minutes: float = 0.0  # save and stop after so long, for batch systems; 0: never
+    # Save and stop after so long; 0: never. Surer than a signal for a large model: torchrun grants
+    # its processes 30 seconds after SIGTERM, and a checkpoint of the 7B takes longer.
+    max_minutes: float = 0.0
 
     # --- model (Hugging Face's names) ------------------------------------------------------------
     vocab_size: int = 65024  # special tokens included

@@ -82,6 +82,7 @@ def test_it_learns_and_logs_lucies_columns(tiny_data):
     validated = [r["training_steps"] for r in rows if r["validation_loss"]]
     assert validated == [str(s) for s in range(10, 101, 10)]
     assert rows[0]["mfu"] == "" and float(rows[0]["tokens_per_second"]) > 0
+    assert list((tiny_data / "out/run/tensorboard").glob("events.*"))
     saved = json.loads((tiny_data / "out/run/config.json").read_text())
     assert saved["hidden_size"] == 64 and saved["seq_len"] == 16
 
