@@ -451,7 +451,7 @@ def command_line(argv: list[str]) -> None:
     except (ConfigError, DataError, TokenizerError, CheckpointError) as error:
         sys.exit(_fail(2, error))
     except OSError as error:
-        sys.exit(_fail(2, f"{error.filename}: {error.strerror}"))
+        sys.exit(_fail(2, f"{error.filename or 'writing'}: {error.strerror}"))
     except Diverged as error:
         sys.exit(_fail(1, error))
     finally:

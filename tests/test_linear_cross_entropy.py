@@ -55,7 +55,8 @@ def test_weight_gradient_error_does_not_grow_with_rows():
         linear_cross_entropy(h, w, t, "sum").backward()
         _, _, dw = exact(h, w.detach().bfloat16(), t, "sum")
         errors.append(relative_error(w.grad, dw))
-    assert errors[1] < 1.5 * errors[0]
+    assert errors[1] < errors[0]
+    assert errors[1] < 2**-9  # below one rounding to bf16: chunks are added up in fp32
 
 
 def test_all_targets_ignored():
