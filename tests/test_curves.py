@@ -25,7 +25,9 @@ def runs(tmp_path):
 
 
 def test_phases_follow_each_other(runs):
-    main, annealing = curves.chain([curves.read(runs / n) for n in ("main", "annealing")])
+    phases = [curves.read(runs / name) for name in ("main", "annealing", "annealing")]
+    main, annealing, again = curves.chain(phases)
+    assert again.tokens == [175, 200] and again.validation == [(200, 2.5)]
     assert main.tokens == pytest.approx([100 / 3, 200 / 3, 100])
     assert annealing.tokens == [125, 150]
     assert main.validation == [(100, 4.5)] and annealing.validation == [(150, 2.5)]

@@ -47,7 +47,8 @@ def run(data, *args, ranks=0, script="train.py", last=None, **change):
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
         command[1:1] = [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    # Ranks that disagree wait for each other for ever: the time limit makes that a failure.
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=90)
 
 
 def train_here(data, **change):
