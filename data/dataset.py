@@ -236,7 +236,7 @@ def permute(position: int, length: int, key: str) -> int:
     """The image of position under a permutation of 0 .. length - 1 that `key` selects.
 
     A four-round Feistel network permutes the smallest even power of two that holds length; an image
-    outside is permuted again until it falls inside, which takes under 4 turns on average.
+    outside is permuted again until it falls inside, which takes at most 4 turns on average.
     """
     half = max(1, ((length - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

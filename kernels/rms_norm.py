@@ -5,7 +5,7 @@
 
 (Zhang and Sennrich 2019, arXiv:1910.07467; the gradient is the chain rule.)
 
-Floor: memory. Forward reads x and writes y, 2 * size(x) bytes (3 more passes when the residual is
+Floor: memory. Forward reads x and writes y, 2 * size(x) bytes (2 more passes when the residual is
 added and kept: read it, write the sum); backward reads x and dy and writes dx.
 """
 
