@@ -6,12 +6,24 @@ Several query heads share one key and value head (Ainslie et al. 2023, arXiv:230
 in Lucie, which makes the cache and its traffic 4 times smaller.
 
 Floor: 2 * B * H * T^2 * D FLOPs forward (two products, half of each masked away), 2.5 times that
-backward (five products).
+backward (five products). Decoding, T = 1: the bytes of the keys and values.
+
+The kernels are in attention_forward.py, attention_backward.py and attention_decode.py; here are the
+definition, the choice of blocks, and what torch sees.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.attention_backward import _attention_backward_dkdv, _attention_backward_dq
+from kernels.attention_decode import _attention_combine, _attention_decode
+from kernels.attention_forward import PADDING, _attention_forward
+from kernels.launch import gpu, not_offered, runs_triton, triton
+
+LOG2_E = math.log2(math.e)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -21,14 +33,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
     cache. cu_seqlens: int32 or int64 `[documents + 1]`, the offsets at which documents start in the
     flattened `[B * T]` tokens, 0 first and B * T last (S = T then): a query sees its own document
     only. Returns `[B, T, H, D]` in the dtype of q.
+
+    The Triton kernels take D of 64 and 128 in bf16, fp16 and fp32, one dtype for q, k and v.
     """
     queries, keys = q.shape[1], k.shape[1]
     if queries > keys:
         raise ValueError(f"attention: {queries} queries over {keys} keys")
+    if cu_seqlens is not None and queries != keys:
+        raise ValueError("attention: cu_seqlens needs as many keys as queries")
+    if not (runs_triton(q) and _offered(q, k, v)):
+        return _definition(q, k, v, cu_seqlens)
+    if queries == 1 and cu_seqlens is None and not _needs_gradient(q, k, v):
+        return _decode_op(q, k, v)
+    starts = ends = None
+    if cu_seqlens is not None:
+        starts, ends = _bounds(cu_seqlens, q.shape[0], queries)
+    return _forward_op(q, k, v, starts, ends)[0]
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    queries, keys = q.shape[1], k.shape[1]
     mask = None
     if cu_seqlens is not None:
-        if queries != keys:
-            raise ValueError("attention: cu_seqlens needs as many keys as queries")
         mask = _document_mask(cu_seqlens, q.shape[0], queries)
     elif 1 < queries < keys:  # a chunk of prompt against the cache: the diagonal ends at the corner
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
@@ -45,8 +71,222 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
 
 def _document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
     """Boolean `[B, 1, T, T]`, true where a query may see a key."""
+    starts, _ = _bounds(cu_seqlens, batch, seq_len)
+    token = torch.arange(seq_len, device=cu_seqlens.device)
+    from_start = token >= starts.unsqueeze(2)  # [B, query, key]
+    return (from_start & (token <= token.unsqueeze(1))).unsqueeze(1)
+
+
+def _bounds(cu_seqlens: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Of the document of each token, its first position in the row and the one past its last.
+
+    int32 `[B, T]` each. A document may run over the end of a row; it is two documents then.
+    """
     token = torch.arange(batch * seq_len, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens.long(), token, right=True).view(batch, 1, seq_len)
-    same = document.transpose(1, 2) == document
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=same.device).tril()
-    return (same & causal).unsqueeze(1)
+    document = torch.searchsorted(cu_seqlens.long(), token, right=True)
+    row = token // seq_len * seq_len
+    starts = (cu_seqlens[document - 1] - row).clamp(min=0)
+    ends = (cu_seqlens[document] - row).clamp(max=seq_len)
+    return starts.int().view(batch, seq_len), ends.int().view(batch, seq_len)
+
+
+def _offered(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.shape[3] not in (64, 128):
+        return not_offered(f"attention has kernels for head_dim 64 and 128, not {q.shape[3]}")
+    if not q.dtype == k.dtype == v.dtype:
+        return not_offered(f"attention of {q.dtype}, {k.dtype} and {v.dtype} has no kernel")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return not_offered(f"attention has no kernel for {q.dtype}")
+    return True
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+# (BLOCK_M, BLOCK_N, warps, stages). sm_90 reads through the tensor memory accelerator, the others
+# through pointers. The largest
+# that spill no register with any Triton from 3.6 to 3.9 (python -m bench.static).
+_SMALL = {
+    "forward": (32, 64, 4, 2),
+    "dq": (32, 32, 4, 2),
+    "dkdv": (32, 64, 8, 2),
+}
+LAUNCH = {
+    "sm_90": {
+        "forward": (128, 64, 8, 2),
+        "dq": (128, 64, 8, 2),
+        "dkdv": (32, 128, 8, 2),
+    },
+    "sm_80": _SMALL,
+    "default": _SMALL,
+}
+FP32 = (32, 32, 4, 1)  # exact products, without tensor cores: for checks, not for speed
+DECODE_BLOCK = 64  # keys at a time
+MOST_SPLITS = 64  # of the keys of one head, to be joined by one program
+
+
+def _blocks(kernel: str, x: Tensor) -> tuple[dict, bool]:
+    """Launch options of a kernel, and whether it reads by descriptors."""
+    kind = gpu().kind
+    exact = x.dtype == torch.float32
+    block_m, block_n, warps, stages = FP32 if exact else LAUNCH[kind][kernel]
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return options, kind == "sm_90" and not exact
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[B, T, H, D]` with the heads of a token side by side, as the kernels need it."""
+    heads_together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    aligned = all(s * x.element_size() % 16 == 0 for s in (x.stride(0), x.stride(1)))
+    aligned = aligned and x.data_ptr() % 16 == 0
+    expanded = x.stride(1) == 0 or x.stride(0) == 0
+    return x if heads_together and aligned and not expanded else x.contiguous()
+
+
+def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:
+    """What the kernels load from: x itself, or a descriptor of `[B, T, H * D]`."""
+    if not tma:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, length, heads, head_dim = x.shape
+    strides = [x.stride(0), x.stride(1), 1]
+    return TensorDescriptor(x, [batch, length, heads * head_dim], strides, [1, block, head_dim])
+
+
+def _ragged_bounds(
+    q: Tensor, k: Tensor, starts: Tensor | None, ends: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The bounds of documents; or of one, where blocks of keys do not end at the first; or none."""
+    if starts is None and (k.shape[1] - q.shape[1]) % PADDING.value:
+        starts = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+        ends = torch.full(k.shape[:2], q.shape[1], dtype=torch.int32, device=q.device)
+    return starts, ends
+
+
+def _table_length(queries: int) -> int:
+    """What table_length gives the kernels."""
+    return (queries // PADDING.value + 2) * PADDING.value
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
+
+
+# --- what torch sees ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nanolucie::attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out `[B, T, H, D]`, lse fp32 `[B, H, T and more]`, base 2 and infinite past T)."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty(batch, heads, _table_length(queries), dtype=torch.float32)
+    if starts is None:
+        starts = torch.zeros(batch, queries, dtype=torch.int32, device=q.device)
+    blocks, tma = _blocks("forward", q)
+    grid = (heads, triton.cdiv(queries, blocks["BLOCK_M"]), batch)
+    _attention_forward[grid](
+        _table(q, blocks["BLOCK_M"], tma),
+        _table(k, blocks["BLOCK_N"], tma),
+        _table(v, blocks["BLOCK_N"], tma),
+        out, lse, starts, *_strides(q, k, v), queries, keys, LOG2_E / math.sqrt(head_dim),
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, TMA=tma, **blocks,
+    )  # fmt: skip
+    return out, lse
+
+
+@_forward_op.register_fake
+def _(q, k, v, starts, ends):
+    lse = q.new_empty(q.shape[0], q.shape[2], _table_length(q.shape[1]), dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@torch.library.custom_op("nanolucie::attention_backward", mutates_args=())
+def _backward_op(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    starts: Tensor | None, ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv), contiguous, in the shapes of q, k and v."""
+    d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty_like(dk)
+    delta = torch.empty_like(lse)
+    starts, ends = _ragged_bounds(q, k, starts, ends)
+    common = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
+    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SQUARE": queries == keys}
+    constants["RAGGED"] = starts is not None
+
+    blocks, tma = _blocks("dq", q)
+    m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+    tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
+    _attention_backward_dq[(heads, triton.cdiv(queries, m), batch)](
+        *tables, out, lse, delta, dq, starts, *common, TMA=tma, **constants, **blocks
+    )
+    blocks, tma = _blocks("dkdv", q)
+    m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+    tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
+    _attention_backward_dkdv[(kv_heads, triton.cdiv(keys, n), batch)](
+        *tables, lse, delta, dk, dv, starts, ends, *common, TMA=tma, **constants, **blocks
+    )
+    return dq, dk, dv
+
+
+@_backward_op.register_fake
+def _(d_out, q, k, v, out, lse, starts, ends):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, starts, ends = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, ends)
+
+
+def _backward(ctx, d_out: Tensor, _d_lse: Tensor):
+    return (*_backward_op(d_out, *ctx.saved_tensors), None, None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("nanolucie::attention_decode", mutates_args=())
+def _decode_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out `[B, 1, H, D]`."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, _, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    # Two programs for every multiprocessor, but none with less than two blocks of keys.
+    wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MOST_SPLITS))
+    blocks = triton.cdiv(triton.cdiv(keys, DECODE_BLOCK), wanted)
+    per_split = max(2, blocks) * DECODE_BLOCK
+    splits = triton.cdiv(keys, per_split)
+    partial = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
+    lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _attention_decode[(kv_heads, splits, batch)](
+        q, k, v, partial, lse, q.stride(0), *_strides(k, v), keys, per_split,
+        LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,
+        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    _attention_combine[(batch * heads,)](
+        partial, lse, out, splits, D=head_dim, SPLITS=triton.next_power_of_2(splits),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+@_decode_op.register_fake
+def _(q, k, v):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -6,30 +6,14 @@
 (Zhang and Sennrich 2019, arXiv:1910.07467; the gradient is the chain rule.)
 
 Floor: memory. Forward reads x and writes y, 2 * size(x) bytes (2 more passes when the residual is
-added and kept: read it, write the sum); backward reads x and dy and writes dx.
+added and kept: read it, write the sum); backward reads x and dy and writes dx (1 more: the gradient
+that arrives at the sum).
 """
 
 import torch
 from torch import Tensor
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of x, the mean of squares taken in fp32.
-
-    x: `[..., D]`, any float dtype; weight: `[D]`; eps is added to the mean of squares.
-    Returns `[..., D]` in the dtype of x.
-    """
-    return _RMSNorm.apply(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a sublayer's output to the residual stream and normalise the sum for the next sublayer.
-
-    x, residual: `[..., D]`; weight: `[D]`. Returns `(rms_norm(x + residual), x + residual)`, both
-    in the dtype of the residual.
-    """
-    residual = residual + x.to(residual.dtype)
-    return rms_norm(residual, weight, eps), residual
+from kernels.launch import as_rows, gpu, runs_triton, tl, triton
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,3 +34,215 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = (dy * n).sum(tuple(range(dy.ndim - 1))).to(weight.dtype)
         d_x = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(rstd)
         return d_x.to(x.dtype), d_weight, None
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm_forward(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    total_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    rows,
+    columns,
+    eps,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS whole rows a program. Every offset counts in 64 bits from the row number on."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < columns)
+    x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + column, inside, other=0.0)
+        total = residual.to(tl.float32) + x.to(residual.dtype).to(tl.float32)
+        x = total.to(residual.dtype)  # the norm sees the sum as it is kept
+        tl.store(total_ptr + row * columns + column, x, inside)
+    x = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / columns + eps)
+    tl.store(rstd_ptr + row, rstd, row < rows)
+    weight = tl.load(weight_ptr + column, column < columns, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * columns + column, x * rstd * weight, inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm_backward(
+    dy_ptr,
+    d_total_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    dy_stride,
+    d_total_stride,
+    x_stride,
+    rows,
+    columns,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program strides over the rows and keeps its share of d weight, one row of partial."""
+    program = tl.program_id(0).to(tl.int64)
+    line = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + column, column < columns, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    # With two stages the next rows travel while these are computed.
+    for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = start + line
+        inside = (row < rows) & (column < columns)
+        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + column, inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, row < rows, other=0.0)
+        n = x * rstd
+        g = dy * weight
+        d_weight += dy * n
+        dx = rstd * (g - n * (tl.sum(g * n, 1, keep_dims=True) / columns))
+        if ADD:
+            d_total = d_total_ptr + row * d_total_stride + column
+            dx += tl.load(d_total, inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * columns + column, dx, inside)
+    d_weight = tl.sum(d_weight, 0, keep_dims=True)
+    tl.store(partial_ptr + program * columns + column, d_weight, column < columns)
+
+
+# Elements a program holds at once; 8,192 are two rows of Lucie. Four programs of the forward then
+# share a multiprocessor of every class, with 64 KB of bf16 on the way, and two of the backward,
+# which keeps more for an element. A longer row has a program to itself.
+FORWARD_TILE, BACKWARD_TILE = 8192, 4096
+STAGED_BYTES = 16_384  # of one tensor's rows: a second stage of three tensors is 48 KB
+
+
+def _tile(columns: int, elements: int) -> dict[str, int]:
+    block = triton.next_power_of_2(columns)
+    rows = max(1, elements // block)
+    warps = min(16, rows * block // 512)  # 16 elements a thread
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+
+
+@torch.library.custom_op("nanolucie::rms_norm", mutates_args=())
+def _rms_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, the sum, rstd of each row); without a residual there is no sum, an empty tensor."""
+    columns = x.shape[-1]
+    if weight.shape != (columns,) or (residual is not None and residual.shape != x.shape):
+        shapes = [tuple(t.shape) for t in (x, residual, weight) if t is not None]
+        raise ValueError(f"shapes of x, residual and weight do not fit: {shapes}")
+    y, total, rstd = _outputs(x, residual)
+    x2, r2 = as_rows(x), None if residual is None else as_rows(residual)
+    rows = x2.shape[0]
+    tile = _tile(columns, FORWARD_TILE)
+    _rms_norm_forward[(triton.cdiv(rows, tile["ROWS"]),)](
+        x2,
+        r2,
+        weight.contiguous(),
+        y,
+        total,
+        rstd,
+        x2.stride(0),
+        0 if r2 is None else r2.stride(0),
+        rows,
+        columns,
+        eps,
+        ADD=residual is not None,
+        **tile,
+    )
+    return y, total, rstd
+
+
+@_rms_norm_op.register_fake
+def _(x, residual, weight, eps):
+    return _outputs(x, residual)
+
+
+def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = x.dtype if residual is None else residual.dtype
+    y = x.new_empty(x.shape, dtype=dtype)
+    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanolucie::rms_norm_backward", mutates_args=())
+def _rms_norm_backward_op(
+    dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dx, d weight). x is what was normalised; d_total what else flows to it, if anything."""
+    columns = x.shape[-1]
+    dy2, x2, t2 = as_rows(dy), as_rows(x), None if d_total is None else as_rows(d_total)
+    rows = x2.shape[0]
+    tile = _tile(columns, BACKWARD_TILE)
+    staged = tile["ROWS"] * tile["BLOCK"] * x.element_size() <= STAGED_BYTES
+    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * gpu().multiprocessors)
+    dx = x.new_empty(x.shape)
+    partial = x.new_empty(programs, columns, dtype=torch.float32)
+    _rms_norm_backward[(programs,)](
+        dy2,
+        t2,
+        x2,
+        weight.contiguous(),
+        rstd,
+        dx,
+        partial,
+        dy2.stride(0),
+        0 if t2 is None else t2.stride(0),
+        x2.stride(0),
+        rows,
+        columns,
+        ADD=d_total is not None,
+        STAGES=2 if staged else 1,
+        **tile,
+    )
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+@_rms_norm_backward_op.register_fake
+def _(dy, d_total, x, weight, rstd):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, residual, weight, _ = inputs
+    _, total, rstd = output
+    ctx.add, ctx.x_dtype = residual is not None, x.dtype
+    ctx.save_for_backward(total if ctx.add else x, weight, rstd)
+
+
+def _differentiate(ctx, dy: Tensor, d_total: Tensor, _):
+    dx, d_weight = _rms_norm_backward_op(dy, d_total if ctx.add else None, *ctx.saved_tensors)
+    return dx.to(ctx.x_dtype), dx if ctx.add else None, d_weight, None
+
+
+_rms_norm_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension of x, the mean of squares taken in fp32.
+
+    x: `[..., D]`, any float dtype; weight: `[D]`; eps is added to the mean of squares.
+    Returns `[..., D]` in the dtype of x.
+    """
+    if runs_triton(x):
+        return _rms_norm_op(x, None, weight, eps)[0]
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a sublayer's output to the residual stream and normalise the sum for the next sublayer.
+
+    x, residual: `[..., D]`; weight: `[D]`. Returns `(rms_norm(x + residual), x + residual)`, both
+    in the dtype of the residual.
+    """
+    if runs_triton(x):
+        y, total, _ = _rms_norm_op(x, residual, weight, eps)
+        return y, total
+    residual = residual + x.to(residual.dtype)
+    return _RMSNorm.apply(residual, weight, eps), residual

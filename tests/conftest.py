@@ -1,5 +1,11 @@
-"""What several test files share: where the published facts lie, tiny models and tiny data."""
+"""What several test files share: where the published facts lie, tiny models and tiny data, a chip.
 
+On a machine with a CUDA device the kernels are tested on it. On any other Triton's interpreter runs
+them, repaired by gpuless/interpreter.py, which has to be asked for before triton is imported.
+"""
+
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +13,18 @@ import pytest
 import torch
 from hypothesis import settings
 
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import kernels.launch
 from data.prepare import StreamWriter, write_mixture
 from model import LucieConfig
+
+if kernels.launch.installed and not CUDA:
+    from gpuless import interpreter
+
+    interpreter.install()
 
 SHARED = Path(__file__).parents[2] / "shared"  # published logs and real text, where at hand
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared reference data")
@@ -39,6 +55,33 @@ def tiny_data(tmp_path: Path) -> Path:
                 stream.add(rng.integers(0, 97, rng.integers(5, 60)))
     write_mixture(tmp_path / "mixture.csv", {"a": 0.7, "b": 0.3})
     return tmp_path
+
+
+@pytest.fixture
+def chip(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where kernels run, and Triton in force for every operation: for tensors of the test.
+
+    The CUDA device, or the interpreter imagining an H100; another chip, 80 or 86, is asked for by
+    parametrize(..., indirect=True).
+    """
+    if not kernels.launch.installed:
+        pytest.skip("needs triton")
+    if CUDA:
+        kernels.use("triton")
+        yield torch.device("cuda")
+    else:
+        from gpuless.compiler import fake_gpu
+
+        with fake_gpu(getattr(request, "param", 90)):
+            kernels.use("triton")
+            yield torch.device("cpu")
+    kernels.use("auto")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # `pytest -m gpu` runs all that can run on the chip
+        if CUDA and "chip" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ ALLOWED = {
     "kernels": set(),
     "config": set(),
     "data": set(),
+    "gpuless": set(),
     "schedule": set(),
     "runlog": set(),
     "model": {"kernels"},

@@ -1,0 +1,131 @@
+"""Which implementation runs, and on what kind of GPU.
+
+Every operation has its definition in plain torch and its Triton kernels. `use` chooses between
+them; "auto", the default, takes Triton for CUDA tensors where the card can run it. Block sizes are
+constants in each operation's file, one set per class of GPU (`gpu`), never searched at run time:
+ranks that tuned for themselves would disagree, and two runs would differ.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    installed = True
+except ImportError:  # macOS, Windows: the kernels are defined as nothing, and never run
+
+    class _Absent:
+        def __getattr__(self, name: str) -> "_Absent":
+            return self
+
+        def __call__(self, *args: object, **options: object) -> "_Absent":
+            return self
+
+    triton = tl = _Absent()
+    installed = False
+
+MODES = ("auto", "triton", "torch")
+_mode = "auto"
+
+# Class of GPU: least compute capability, least shared memory of a block in bytes. The first that
+# fits is taken. Ten times the capability, so that 9.0 is 90.
+CLASSES = {
+    "sm_90": (90, 232_448),  # H100, H200, B200: tensor memory accelerator, wgmma
+    "sm_80": (80, 166_912),  # A100
+    "default": (80, 101_376),  # RTX 3090 to 5090, L4, L40S
+}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What the launch tables are looked up by."""
+
+    kind: str  # a key of CLASSES
+    multiprocessors: int
+
+
+def use(mode: str) -> None:
+    """Choose for all operations: "auto", "triton" or "torch" (the definitions).
+
+    Raises ValueError for another word, and RuntimeError where "triton" cannot run.
+    """
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"kernels are {', '.join(MODES)}, not {mode!r}")
+    if mode == "triton":
+        gpu()
+    _mode = mode
+
+
+def gpu() -> GPU:
+    """The current GPU. Raises RuntimeError, in one line, where none can run the kernels."""
+    if not installed:
+        raise RuntimeError("the Triton kernels need the triton package, which is for Linux")
+    try:
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+    except RuntimeError:  # no driver is active
+        raise RuntimeError("the Triton kernels need a CUDA GPU, and there is none here") from None
+    return _classify(driver, device)
+
+
+@lru_cache
+def _classify(driver: object, device: int) -> GPU:
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(device)
+    shared = properties["max_shared_mem"]
+    if target.backend == "cuda":
+        for kind, (capability, least) in CLASSES.items():
+            if target.arch >= capability and shared >= least:
+                return GPU(kind, properties["multiprocessor_count"])
+    raise RuntimeError(
+        f"the Triton kernels need an NVIDIA GPU of compute capability 8.0 and 99 KB of shared "
+        f"memory; this is {target.backend} {target.arch} with {shared // 1024} KB"
+    )
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operation on x takes its Triton kernels."""
+    if _mode == "auto":
+        return x.is_cuda and _card_can()
+    return _mode == "triton"
+
+
+@torch.compiler.assume_constant_result
+def _card_can() -> bool:
+    try:
+        gpu()
+    except RuntimeError as error:
+        say_once(f"{error}: torch's own operations are used")
+        return False
+    return True
+
+
+def not_offered(why: str) -> bool:
+    """A shape that has no kernel: an error where Triton is forced, else one line. Returns False."""
+    if _mode == "triton":
+        raise ValueError(why)
+    _say(why + ": torch's own operation is used")
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _say(line: str) -> None:
+    say_once(line)
+
+
+@lru_cache
+def say_once(line: str) -> None:
+    print(f"kernels: {line}", file=sys.stderr)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as `[rows, columns]` with columns side by side in memory, copied only if it must be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

@@ -1,0 +1,181 @@
+"""The static gate: the real kernels pass it, and each way of failing is reported."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from bench.static import CASES, REQUIREMENTS, faults
+from gpuless.compiler import Launch
+from gpuless.sass import Program
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*args: str | Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": interpret}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+def test_our_kernels_pass_on_hopper(tmp_path):
+    report = tmp_path / "report.json"
+    done = python("-m", "bench.static", "--check", "--chip", "90", "--json", report)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["failures"] == [] and set(found["ptxas"]) == {"sm_90"}
+    for row in found["kernels"]:
+        assert row["kernel"] in REQUIREMENTS and row["kernel"] in done.stdout
+        assert row["chip"] == 90 and row["spills"] == 0 and row["blocks"] > 0
+    assert {row["kernel"] for row in found["kernels"]} == set(REQUIREMENTS)
+
+
+MUTANTS = """
+import torch, triton, triton.language as tl
+import kernels
+from bench import static
+
+@triton.jit
+def _attention_forward(a, b, c, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    tile = tl.dot(tl.load(a + i * SIZE + j), tl.load(b + i * SIZE + j))
+    tl.store(c + i * SIZE + j, tile)
+
+@triton.jit
+def _attention_backward_dq(x):
+    pass
+
+@triton.jit
+def _unheard_of(x):
+    tl.store(x, 0.0)
+
+def misaligned():
+    x = torch.empty(64 * 4096 + 1, dtype=torch.bfloat16)[1:].view(64, 4096)
+    kernels.rms_norm(x, torch.empty(4096, dtype=torch.bfloat16), 1e-5)
+
+def product(size, warps):
+    a = torch.empty(size, size, dtype=torch.bfloat16)
+    _attention_forward[(1,)](a, a, a.float(), SIZE=size, num_warps=warps)
+
+static.CASES = {"rms_norm": {
+    "misaligned": misaligned,
+    "spilling": lambda: product(128, 1),
+    "not a warpgroup": lambda: product(64, 2),
+    "too large": lambda: product(512, 8),
+    "emptied": lambda: _attention_backward_dq[(1,)](torch.empty(1)),
+    "without a row": lambda: _unheard_of[(1,)](torch.empty(1)),
+    "in torch": lambda: None,
+    "refused": lambda: kernels.rms_norm(torch.empty(2, 3), torch.empty(4), 1e-5),
+}}
+raise SystemExit(static.main(["rms_norm", "--chip", "90"] + CHECK))
+"""
+
+
+def test_mutants_are_reported(tmp_path):
+    script = tmp_path / "mutants.py"
+    script.write_text(MUTANTS.replace("CHECK", "['--check']"), encoding="utf-8")
+    done = python(script)
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.splitlines()
+
+    def reported(case: str, *phrases: str) -> bool:
+        of_case = [line for line in lines if line.startswith(f"sm_90 rms_norm {case}: ")]
+        return all(any(phrase in line for line in of_case) for phrase in phrases)
+
+    assert reported("misaligned", "_rms_norm_forward has ", " loads of 128 bits among ")
+    assert reported("spilling", "_attention_forward spills ")
+    assert reported("not a warpgroup", "has 0 wgmma", "no TMA", "overlaps 0.00")
+    assert reported("too large", "_attention_forward on sm_90: OutOfResources")
+    assert reported("emptied", "_attention_backward_dq has 0 tensor-core instructions")
+    assert reported("without a row", "_unheard_of has no row")
+    assert reported("in torch", "launched nothing")
+    assert reported("refused", "")
+    assert any("_rms_norm_backward was not launched" in line for line in lines)
+    script.write_text(MUTANTS.replace("CHECK", "[]"), encoding="utf-8")
+    assert python(script).returncode == 0
+
+
+def launch(name: str, chip: int, *opcodes: str, spills: int = 0) -> Launch:
+    """A launch whose machine code consists of these opcodes."""
+    text = "".join(f"/*{16 * n:04x}*/ {opcode} R0 ;\n" for n, opcode in enumerate(opcodes))
+    record = Launch(name, (1, 1, 1), chip, 8, 128, spills, 1024, {}, b"")
+    record.__dict__["sass"] = Program(text)
+    return record
+
+
+WIDE, NARROW, WGMMA = ["LDG.E.128"] * 4, ["LDG.E.U16"], ["HGMMA.64x128x16"] * 8
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (launch("_swiglu_forward", 90, *WIDE, *NARROW * 3), []),
+        (launch("_swiglu_forward", 90, *WIDE, *NARROW * 4), ["128 bits among 8"]),
+        (launch("_swiglu_forward", 90), ["0 loads of 128 bits among 0"]),
+        (launch("_swiglu_forward", 80, "LDGSTS.E.BYPASS.128"), []),
+        (launch("_swiglu_forward", 80, *WIDE, spills=8), ["spills 8 bytes"]),
+        (launch("_swiglu_forward", 80, *WIDE, "LDL"), ["spills 0 bytes, 1 access"]),
+        (launch("_swiglu_forward", 100, *WIDE, spills=8), []),
+        (launch("_attention_backward_dq", 80, *["HMMA.16816"] * 8), []),
+        (launch("_attention_backward_dq", 80, *["HMMA.16816"] * 7), ["7 tensor-core"]),
+        (launch("_attention_backward_dq", 90, *WGMMA, "UTMALDG.2D"), []),
+        (launch("_attention_backward_dq", 90, *WGMMA), ["no TMA load"]),
+        (
+            launch("_attention_backward_dq", 90, *["HGMMA.64x128x16 gsb0,"] * 8, "UTMALDG.2D"),
+            ["waits for each wgmma by itself"],
+        ),
+        (launch("_attention_backward_dq", 90, *["HMMA.16816"] * 8, "UTMALDG.2D"), ["0 wgmma"]),
+        (launch("_attention_backward_dq", 100, *["UTCHMMA"] * 8, "UTMALDG.2D"), []),
+        (launch("_attention_forward", 100, *["UTCHMMA"] * 8, "UTMALDG.2D"), []),
+        (
+            launch("_attention_forward", 90, *WGMMA, "UTMALDG.2D"),
+            ["overlaps 0.00 of its softmax, less than 0.8"],
+        ),
+        (launch("_new_kernel", 90, *WIDE), ["no row in REQUIREMENTS"]),
+    ],
+)
+def test_faults(record, expected):
+    found = faults(record)
+    assert len(found) == len(expected)
+    assert all(phrase in fault for phrase, fault in zip(expected, found)), found
+
+
+def test_every_op_is_measured():
+    import kernels
+
+    named = {op for needs in REQUIREMENTS.values() for op in needs.ops.split()}
+    assert named == set(CASES)
+    public = {name for name in kernels.__all__ if callable(getattr(kernels, name))}
+    assert set(CASES) <= public
+
+
+@pytest.mark.parametrize(
+    "args, interpret, said",
+    [
+        (["softmax"], "0", "no op softmax; there are rms_norm, "),
+        ([], "1", "TRITON_INTERPRET is set"),
+    ],
+)
+def test_what_cannot_run_says_so_in_one_line(args, interpret, said):
+    done = python("-m", "bench.static", *args, interpret=interpret)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_triton():
+    code = (
+        "import runpy, sys; sys.modules['triton'] = None; sys.argv = ['bench.static'];"
+        "runpy.run_module('bench.static', run_name='__main__')"
+    )
+    done = python("-c", code)
+    assert done.returncode == 2 and "pip install triton" in done.stderr
+    assert done.stderr.count("\n") == 1
