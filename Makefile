@@ -3,7 +3,11 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?
 
-.PHONY: demo test lint bench clean
+# A Python that has the requirements already may be given, as in `make gpu RUN=python3`.
+INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
+STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
+
+.PHONY: demo test lint static gpu bench clean
 
 # Lucie's recipe in miniature: data, three phases, a completion, what it knows, the curves.
 demo: .venv/installed
@@ -27,15 +31,35 @@ lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# What the compiler makes of every kernel for an A100, an H100 and a B200, none of which need be
+# here. With another Triton, in an environment of its own: make static TRITON=3.6.0
+static: $(STATIC)/installed
+	$(STATIC)/bin/python -m bench.static --check
+
+# On a CUDA machine, in under nine minutes: are the kernels right on the chip, and how fast are they
+# beside their peers. Figures and plots go to OUT.
+OUT ?= out/gpu
+gpu: $(INSTALLED)
+	@started=$$(date +%s); \
+	timeout 180 $(RUN) -m pytest -m gpu -q; tests=$$?; \
+	$(RUN) -m bench.kernels --out "$(OUT)" \
+		--minutes $$(( (510 - $$(date +%s) + started) / 60 )) && exit $$tests
+
 # Training speed of the demo model against transformers' on this machine.
 bench: .venv/installed
 	$(RUN) -m bench.step
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-triton-* out
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv-triton-%/installed: requirements.txt
+	$(PYTHON) -m venv .venv-triton-$*
+	.venv-triton-$*/bin/pip install -q $$(grep -E '^(torch|numpy|tqdm)==' requirements.txt)
+	.venv-triton-$*/bin/pip install -q triton==$*
 	touch $@

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
+import kernels
 import runlog
 from checkpoint import CheckpointError
 from config import Config, ConfigError, load
@@ -42,8 +43,9 @@ from schedule import Schedule, Step, revision_name
 # Dense bf16, by a part of the name of the GPU. Other H100s (PCIe, NVL) are slower and not listed.
 PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
 MAY_CHANGE = {  # on resuming a run; every other option would make it another run
-    "init_from", "out_dir", "device", "max_minutes", "micro_batch_size", "log_every", "eval_every",
-    "eval_samples", "checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps",
+    "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "micro_batch_size",
+    "log_every", "eval_every", "eval_samples", "checkpoint_every", "checkpoint_early_every",
+    "checkpoint_early_steps",
 }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> None:
     stop = catch_signals()
     config = load(argv)
     device, dtype = pick_device(config)
+    pick_kernels(config)
     rank, world = start_processes(device)
     model = empty_model(config, device, dtype)
     check(config, model)
@@ -213,6 +216,13 @@ def pick_device(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, config.dtype)
 
 
+def pick_kernels(config: Config) -> None:
+    try:
+        kernels.use(config.kernels)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"kernels={config.kernels}: {error}") from None
+
+
 def cpu_has_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
@@ -244,6 +254,9 @@ def empty_model(config: Config, device: torch.device, dtype: torch.dtype) -> Luc
         raise ConfigError(str(error)) from None
     with torch.device("meta"):
         model = Lucie(architecture)
+    if config.compile:
+        for block in model.layers:  # all are alike: the first one's code serves the others
+            block.compile()
     if dist.is_initialized():
         # Inputs are not cast: the rotary tables among them must stay fp32.
         policy = MixedPrecisionPolicy(

@@ -106,9 +106,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 # --- blocks ---------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages). sm_90 reads through the tensor memory accelerator, the others
-# through pointers. The largest
-# that spill no register with any Triton from 3.6 to 3.9 (python -m bench.static).
+# (BLOCK_M, BLOCK_N, warps, stages): the largest blocks for which no Triton from 3.6 to 3.9 spills a
+# register, or gives up running wgmma in the background (python -m bench.static). sm_90 reads through
+# the tensor memory accelerator, the others through pointers.
 _SMALL = {
     "forward": (32, 64, 4, 2),
     "dq": (32, 32, 4, 2),

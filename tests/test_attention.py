@@ -1,8 +1,15 @@
+import sys
+from functools import partial
+
 import pytest
 import torch
 from conftest import relative_error
+from kernel_checks import DTYPES, LAYOUTS, assert_as_good, check, gradients, laid_out
 
 from kernels import attention
+
+A = sys.modules["kernels.attention"]  # the name in the package is the function's
+both_chips = pytest.mark.parametrize("chip", [90, 80], indirect=True)  # descriptors and pointers
 
 
 def exact(q, k, v, documents=None):
@@ -79,3 +86,219 @@ def test_impossible_shapes_are_named():
         attention(q, k, k)
     with pytest.raises(ValueError, match="cu_seqlens"):
         attention(q[:, :1], k, k, torch.tensor([0, 1]))
+
+
+# The Triton kernels, forward and backward: on the chip where there is one, else interpreted. Their
+# reference is the definition, in the same dtype and in fp64. What else can go wrong with them, and
+# decoding, is in test_attention_kernels.py.
+
+
+def eager(cu_seqlens=None):
+    return partial(A._definition, cu_seqlens=cu_seqlens)
+
+
+def draw(chip, dtype, batch, queries, keys, heads, kv_heads, head_dim):
+    """q, k, v and the gradient of the output."""
+    torch.manual_seed(0)
+    shapes = [(batch, queries, heads, head_dim), (batch, keys, kv_heads, head_dim)]
+    return [torch.randn(shapes[i], device=chip).to(dtype) for i in (0, 1, 1, 0)]
+
+
+@pytest.fixture
+def poison():
+    """New memory holds NaN: what is read before it is written, or never written, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@both_chips
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "queries, heads, kv_heads, head_dim",
+    [
+        (2, 2, 2, 128),
+        (15, 8, 1, 64),
+        (63, 4, 1, 128),
+        (127, 2, 2, 64),
+        (128, 4, 1, 64),
+        (129, 8, 1, 64),
+    ],
+)
+def test_kernels_match_fp64(chip, poison, dtype, queries, heads, kv_heads, head_dim):
+    q, k, v, dy = draw(chip, dtype, 1, queries, queries, heads, kv_heads, head_dim)
+    check(attention, eager(), [q, k, v], dy)
+
+
+@both_chips
+def test_kernels_match_fp64_over_many_blocks(chip, poison):
+    q, k, v, dy = draw(chip, torch.bfloat16, 1, 1000, 1000, 2, 1, 128)
+    check(attention, eager(), [q, k, v], dy)
+
+
+@both_chips
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_with_one_token(chip, poison, dtype):
+    """The softmax of one score is constant: dq and dk are 0, to rounding."""
+    q, k, v, dy = draw(chip, dtype, 2, 1, 1, 4, 2, 64)
+    out, dq, dk, dv = gradients(attention, [q, k, v], dy)
+    assert torch.equal(out, v.repeat_interleave(2, 2))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+    assert_as_good(dv, dv, dy.double().unflatten(2, (2, 2)).sum(3))
+
+
+@both_chips
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "queries, keys", [(1, 65), (70, 198), (70, 100), (1, 1000), (129, 131), (3, 259)]
+)
+def test_kernels_with_more_keys_than_queries(chip, poison, dtype, queries, keys):
+    """A chunk of prompt, against a cache whose tail holds NaN; nothing leaks from there."""
+    q, k, v, dy = draw(chip, dtype, 2, queries, keys, 4, 1, 64)
+    longer = [torch.full((2, keys + 77, 1, 64), torch.nan, device=chip).to(dtype) for _ in "kv"]
+    cached = [cache[:, :keys].copy_(x) for cache, x in zip(longer, (k, v))]
+    check(attention, eager(), [q, *cached], dy)
+    expected = gradients(attention, [q, k, v], dy)
+    assert all(map(torch.equal, gradients(attention, [q, *cached], dy), expected))
+
+
+DOCUMENTS = {  # of two rows of 150 tokens
+    "empty, single, over the end of a row": [0, 70, 70, 71, 200, 200, 299, 300],
+    "many small": [*range(0, 300, 7), 300],
+    "single tokens": list(range(301)),
+    "a row each": [0, 150, 300],
+    "one": [0, 300],
+    "on the borders of blocks": [0, 32, 64, 128, 150, 278, 300],
+}
+
+
+@both_chips
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_kernels_with_documents(chip, poison, documents):
+    q, k, v, dy = draw(chip, torch.bfloat16, 2, 150, 150, 4, 2, 64)
+    cu_seqlens = torch.tensor(DOCUMENTS[documents], device=chip)
+    ours, plain = partial(attention, cu_seqlens=cu_seqlens), eager(cu_seqlens)
+    if documents != "single tokens":
+        check(ours, plain, [q, k, v], dy)
+    else:  # as in test_kernels_with_one_token
+        out, dq, dk, _ = gradients(ours, [q, k, v], dy)
+        assert torch.equal(out, v.repeat_interleave(2, 2))
+        assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+    of_int32 = partial(attention, cu_seqlens=cu_seqlens.int())
+    assert torch.equal(of_int32(q, k, v), ours(q, k, v))
+
+
+def check_others_untouched(chip, value, cu_seqlens, begin, end):
+    """With [begin, end) of everything replaced, the rest is the same bit for bit."""
+    length = cu_seqlens[-1] // 2
+    inputs = draw(chip, torch.bfloat16, 2, length, length, 2, 1, 64)
+    bounds = torch.tensor(cu_seqlens, device=chip)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x.flatten(0, 1)[begin:end] = value
+    runs = [
+        gradients(partial(attention, cu_seqlens=bounds), x[:3], x[3]) for x in (inputs, changed)
+    ]
+    for before, after in zip(*(map(partial(torch.flatten, end_dim=1), run) for run in runs)):
+        assert torch.equal(before[:begin], after[:begin])
+        assert torch.equal(before[end:], after[end:])
+        assert not torch.equal(before[begin:end], after[begin:end])
+
+
+@both_chips
+@pytest.mark.parametrize("begin, end", [(0, 40), (40, 130), (130, 131), (140, 170)])
+def test_a_changed_document_leaves_the_others_bit_equal(chip, begin, end):
+    check_others_untouched(chip, 9.0, [0, 40, 130, 131, 131, 140, 170, 300], begin, end)
+
+
+@both_chips
+@pytest.mark.parametrize("begin, end", [(0, 128), (128, 256), (384, 512)])
+def test_blocks_of_other_documents_are_skipped(chip, begin, end):
+    """Masked, NaN would still spread: 0 times NaN."""
+    check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], begin, end)
+
+
+@both_chips
+def test_padding_holds_no_nan(chip, poison):
+    """lse of every query is finite; past the last it is infinite as far as the backward reads."""
+    q, k, v, dy = draw(chip, torch.bfloat16, 2, 130, 130, 2, 1, 64)
+    for documents in (None, DOCUMENTS["one"]):
+        starts = ends = None
+        if documents:
+            starts, ends = A._bounds(torch.tensor([0, 3, 3, 260], device=chip), 2, 130)
+        out, lse = torch.ops.nanolucie.attention(q, k, v, starts, ends)
+        assert out.isfinite().all() and lse[:, :, :130].isfinite().all()
+        assert lse[:, :, 130:258].isposinf().all()
+        saved = out, lse, starts, ends
+        for gradient in torch.ops.nanolucie.attention_backward(dy, q, k, v, *saved):
+            assert gradient.isfinite().all()
+
+
+@both_chips
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_with_large_scores(chip, poison, dtype):
+    q, k, v, dy = draw(chip, dtype, 1, 130, 130, 2, 1, 64)
+    q *= 1e4
+    exact_out = eager()(q.double(), k.double(), v.double())
+    ours = gradients(attention, [q, k, v], dy)
+    assert_as_good(ours[0], eager()(q, k, v), exact_out)
+    assert all(x.isfinite().all() for x in ours)
+
+
+@both_chips
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["q", "k", "v", "dy"])
+def test_kernels_take_any_layout(chip, poison, which, layout):
+    tensors = dict(zip(["q", "k", "v", "dy"], draw(chip, torch.bfloat16, 2, 35, 35, 4, 2, 64)))
+    tensors[which] = laid_out(tensors[which], layout)
+    q, k, v, dy = tensors.values()
+    before = dy.clone()
+    ours = gradients(attention, [q, k, v], dy)
+    assert torch.equal(dy, before)
+    plain = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, dy)]
+    assert all(map(torch.equal, ours, gradients(attention, plain[:3], plain[3])))
+    if "scalar" not in layout:  # equal keys or values: gradients that are exactly 0
+        check(attention, eager(), [q, k, v], dy)
+
+
+@both_chips
+@pytest.mark.parametrize("columns", [512, 515])
+def test_kernels_take_slices_of_a_packed_product(chip, columns):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 40, columns, device=chip).bfloat16()
+    dy = torch.randn(2, 40, 4, 64, device=chip).bfloat16()
+
+    def packed(attend):
+        return lambda qkv: attend(*qkv[..., -512:].unflatten(-1, (8, 64)).split([4, 2, 2], 2))
+
+    check(packed(attention), packed(eager()), [qkv], dy)
+
+
+@both_chips
+@pytest.mark.parametrize("strides", [(7, 3), (0, 0), (64, 1)])
+def test_strides_of_single_rows_mean_nothing(chip, strides):
+    q, k, v, dy = draw(chip, torch.bfloat16, 1, 1, 1, 2, 2, 64)
+    odd = [x.as_strided(x.shape, (*strides, 64, 1)) for x in (q, k, v, dy)]
+    expected = gradients(attention, [q, k, v], dy)
+    assert all(map(torch.equal, gradients(attention, odd[:3], odd[3]), expected))
+    assert torch.equal(attention(*odd[:3]), attention(q, k, v))  # decoding
+
+
+@both_chips
+def test_backward_twice_from_one_graph(chip):
+    inputs = [x.requires_grad_() for x in draw(chip, torch.bfloat16, 1, 70, 70, 4, 1, 64)[:3]]
+    total = attention(*inputs).sum()
+    first = torch.autograd.grad(total, inputs, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(total, inputs)))
+    total = attention(*inputs).sum()
+    total.backward()
+    assert all(map(torch.equal, first, (x.grad for x in inputs)))
+
+
+@both_chips
+def test_kernels_repeat_themselves(chip):
+    q, k, v, dy = draw(chip, torch.bfloat16, 2, 100, 100, 8, 2, 64)
+    function = partial(attention, cu_seqlens=torch.tensor([0, 90, 200], device=chip))
+    runs = [gradients(function, [q, k, v], dy) for _ in range(5)]
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import TINY
 
 from model import KVCache, Lucie, LucieConfig, initial_weight
@@ -163,3 +164,28 @@ def test_impossible_configs_name_the_field(change, field):
 def test_too_many_tokens_are_refused(tiny_config):
     with pytest.raises(ValueError, match="65 tokens"):
         Lucie(tiny_config)(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_two_layers_compile_to_one_graph_for_all_lengths(chip):
+    """Forward and backward, the Triton kernels in it, over four lengths: no break, no retrace."""
+    torch.manual_seed(0)
+    wide = TINY | dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    model = Lucie(LucieConfig(**wide, max_position_embeddings=80)).to(chip)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for length in (64, 3, 31, 79):
+        tokens = torch.randint(97, (2, length), device=chip)
+        losses, gradients = [], []
+        for forward in (model, compiled):
+            loss = forward(tokens, tokens.roll(-1, 1))
+            model.zero_grad()
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        assert torch.equal(*losses)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    graphs = [g for g in counter.graphs if len(g.graph.nodes)]
+    ops = [str(node.target) for g in graphs for node in g.graph.nodes]
+    assert len(graphs) == 1
+    assert sum(op.startswith("nanolucie.") for op in ops) == 2 * 5 + 2  # per block, last norm, loss

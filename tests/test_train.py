@@ -142,6 +142,30 @@ def test_validation_leaves_the_training_alone(tiny_data):
     assert [r[:-1] for r in results(with_it)] == [r[:-1] for r in results(without)]
 
 
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_the_triton_kernels_train_like_the_definitions(tiny_data, chip, dtype, tolerance):
+    wide = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, samples=24)
+    wide |= dict(warmup_samples=0, learning_rate=2e-3, dtype=dtype, device=chip.type)
+    logs = {
+        mode: train_here(tiny_data, name=mode, kernels=mode, **wide) for mode in ("triton", "torch")
+    }
+    for ours, reference in zip(logs["triton"], logs["torch"]):
+        for column in ("training_loss", "grad_norm"):
+            assert float(ours[column]) == pytest.approx(float(reference[column]), rel=tolerance)
+    assert len(logs["triton"]) == 3
+    assert float(logs["triton"][-1]["training_loss"]) < float(logs["triton"][0]["training_loss"])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_the_others(tiny_data):
+    logs = [train_here(tiny_data, name=f"c{c}", samples=40, compile=c) for c in (False, True)]
+    for plain, compiled in zip(*logs):
+        loss = float(plain["training_loss"])
+        assert float(compiled["training_loss"]) == pytest.approx(loss, rel=1e-5)
+    names = [set(weights_of(tiny_data, f"c{c}")) for c in (False, True)]
+    assert names[0] == names[1]  # no _orig_mod in a checkpoint
+
+
 def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
     whole = train_here(tiny_data, name="whole", validation="")
     change = dict(name="killed", validation="", checkpoint_every=5)
@@ -474,6 +498,8 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
         ({"init_from": "hf:{data}/nowhere"}, "nowhere"),
         ({"dtype": "int8"}, "dtype is bfloat16, float32 or auto"),
         ({"device": "cuda"}, "device 'cuda'"),
+        ({"kernels": "cuda"}, "kernels are auto, triton, torch, not 'cuda'"),
+        ({"kernels": "triton"}, "need a CUDA GPU, and there is none here"),
         ({"out_dir": "/dev/null/x"}, "/dev/null/x"),
         ({"learning_rate": -1}, "learning_rate must be 0 or more"),
         ({"seq_len": 0}, "seq_len must be at least 1"),
@@ -481,7 +507,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
     ],
 )
 def test_bad_input_is_one_line(tiny_data, change, message):
-    if change.get("device") == "cuda" and torch.cuda.is_available():
+    if torch.cuda.is_available() and {"cuda", "triton"} & {str(v) for v in change.values()}:
         pytest.skip("there is one here")
     from data import tokenizer
 

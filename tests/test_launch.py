@@ -1,0 +1,105 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CUDA
+
+import kernels
+from kernels import launch
+
+needs_triton = pytest.mark.skipif(not launch.installed, reason="needs triton")
+no_gpu = pytest.mark.skipif(CUDA, reason="there is a GPU here")
+
+
+@pytest.fixture(autouse=True)
+def no_mode_leaks():
+    yield
+    kernels.use("auto")
+    launch.say_once.cache_clear()
+
+
+class CudaTensor:
+    """All that the choice looks at."""
+
+    is_cuda = True
+
+
+@needs_triton
+@no_gpu
+@pytest.mark.parametrize(
+    "capability,kind,multiprocessors",
+    [(80, "sm_80", 108), (86, "default", 82), (90, "sm_90", 132), (100, "sm_90", 148)],
+)
+def test_a_gpu_is_known_by_its_shared_memory(capability, kind, multiprocessors):
+    from gpuless.compiler import fake_gpu
+
+    with fake_gpu(capability):
+        assert launch.gpu() == launch.GPU(kind, multiprocessors)
+        assert launch.runs_triton(CudaTensor())
+        assert not launch.runs_triton(torch.zeros(1))
+
+
+@needs_triton
+@no_gpu
+def test_an_old_card_gets_the_definitions_and_one_line(monkeypatch, capsys):
+    from gpuless import compiler
+
+    ampere = compiler.CHIPS[86]
+    turing = dataclasses.replace(ampere, block_shared=65_536)
+    monkeypatch.setitem(compiler.CHIPS, 75, turing)
+    with compiler.fake_gpu(75):
+        assert not launch.runs_triton(CudaTensor()) and not launch.runs_triton(CudaTensor())
+        with pytest.raises(RuntimeError, match="capability 8.0 and 99 KB.*cuda 75 with 64 KB"):
+            kernels.use("triton")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "this is cuda 75 with 64 KB" in lines[0]
+    assert lines[0].endswith("torch's own operations are used")
+
+
+def test_modes():
+    with pytest.raises(ValueError, match="kernels are auto, triton, torch, not 'cuda'"):
+        kernels.use("cuda")
+    kernels.use("torch")
+    assert not launch.runs_triton(CudaTensor())
+    if not CUDA:
+        message = "need a CUDA GPU" if launch.installed else "need the triton package"
+        with pytest.raises(RuntimeError, match=message):
+            kernels.use("triton")
+        assert not launch.runs_triton(CudaTensor())  # a refused mode changes nothing
+
+
+def test_forced_triton_refuses_what_it_has_no_kernel_for(chip):
+    q = torch.randn(1, 5, 2, 32, device=chip)
+    with pytest.raises(ValueError, match="head_dim 64 and 128, not 32"):
+        kernels.attention(q, q, q)
+
+
+def test_rows_are_copied_only_if_they_must_be():
+    x = torch.randn(4, 6, 10)
+    assert launch.as_rows(x).data_ptr() == x.data_ptr()
+    assert launch.as_rows(x[:, :, 2:5]).stride() == (10, 1)
+    assert launch.as_rows(x[:, :, ::2]).stride() == (5, 1)
+    assert launch.as_rows(x.new_ones(()).expand(4, 6, 10)).stride() == (10, 1)
+
+
+def test_without_triton_all_operations_are_their_definitions():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+from kernels import launch
+from model import Lucie, LucieConfig
+assert not launch.installed
+config = LucieConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                     num_attention_heads=1, num_key_value_heads=1)
+tokens = torch.arange(10)[None]
+Lucie(config)(tokens, tokens).backward()
+try:
+    kernels.use("triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "the Triton kernels need the triton package, which is for Linux\n"
