@@ -107,8 +107,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 # --- blocks ---------------------------------------------------------------------------------------
 
 # (BLOCK_M, BLOCK_N, warps, stages): the largest blocks for which no Triton from 3.6 to 3.9 spills a
-# register, or gives up running wgmma in the background (python -m bench.static). sm_90 reads through
-# the tensor memory accelerator, the others through pointers.
+# register or gives up running wgmma in the background (python -m bench.static). sm_90 reads by way
+# of the tensor memory accelerator, the others through pointers.
 _SMALL = {
     "forward": (32, 64, 4, 2),
     "dq": (32, 32, 4, 2),
@@ -144,7 +144,9 @@ def _rows(x: Tensor) -> Tensor:
     aligned = all(s * x.element_size() % 16 == 0 for s in (x.stride(0), x.stride(1)))
     aligned = aligned and x.data_ptr() % 16 == 0
     expanded = x.stride(1) == 0 or x.stride(0) == 0
-    return x if heads_together and aligned and not expanded else x.contiguous()
+    if heads_together and aligned and not expanded:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() may keep it where it lies
 
 
 def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:

@@ -348,6 +348,22 @@ def test_forgotten_masks(dtype):
         copy[(4,)](x, y, 1000, LOAD=True, STORE=False, STEP=256, N=256)
 
 
+@triton.jit
+def store_in_the_last(y, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    last = tl.program_id(0) == tl.num_programs(0) - 1
+    tl.store(y + at, 1.0, mask=last & (at < n))
+
+
+def test_mask_of_a_scalar_and_a_block():
+    """The interpreter makes it of integers 0 and 1, which numpy would take for positions."""
+    y = torch.zeros(5)
+    store_in_the_last[(3,)](y, 5, N=8)
+    assert torch.equal(y, torch.ones(5))
+    with pytest.raises(MemoryFault, match=r"program \(2, 0, 0\): store .* 1 of 6 lanes"):
+        store_in_the_last[(3,)](y, 6, N=8)
+
+
 def test_two_programs_store_to_one_address():
     x, y = randn(1000), torch.empty(1000)
     with pytest.raises(MemoryFault, match=r"program \(1, 0, 0\): race: store .* \(0, 0, 0\)"):

@@ -51,7 +51,7 @@ def test_an_old_card_gets_the_definitions_and_one_line(monkeypatch, capsys):
     monkeypatch.setitem(compiler.CHIPS, 75, turing)
     with compiler.fake_gpu(75):
         assert not launch.runs_triton(CudaTensor()) and not launch.runs_triton(CudaTensor())
-        with pytest.raises(RuntimeError, match="capability 8.0 and 99 KB.*cuda 75 with 64 KB"):
+        with pytest.raises(RuntimeError, match=r"capability 8\.0 and 99 KB.*cuda 75 with 64 KB"):
             kernels.use("triton")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "this is cuda 75 with 64 KB" in lines[0]
