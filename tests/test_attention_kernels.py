@@ -46,10 +46,11 @@ def check_decoding(chip, dtype, keys, heads, kv_heads, head_dim):
     assert_as_good(attention(q, k, v), eager()(q, k, v), exact)
 
 
+@pytest.mark.usefixtures("poison")
 @both_chips
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
-def test_decoding_matches_fp64(chip, poison, keys, heads, kv_heads, head_dim):
+def test_decoding_matches_fp64(chip, keys, heads, kv_heads, head_dim):
     for dtype in DTYPES:
         check_decoding(chip, dtype, keys, heads, kv_heads, head_dim)
 
@@ -94,8 +95,10 @@ def test_no_split_of_the_keys_is_empty(chip, monkeypatch):
 # What torch sees
 
 
-def test_operators_keep_their_promises(chip):
+def test_operators_keep_their_promises(chip, monkeypatch):
     """Schema, fake results and autograd registration agree with what the operators do."""
+    # The end of a row of lse, past what any kernel reads, stays as the memory was.
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     ops = torch.ops.nanolucie
     q, k, v, dy = draw(chip, torch.float32, 2, 5, 5, 4, 2, 64)
     for bounds in ((None, None), A._bounds(torch.tensor([0, 3, 10], device=chip), 2, 5)):
@@ -109,7 +112,7 @@ def test_operators_keep_their_promises(chip):
 def test_one_graph_for_all_lengths(chip):
     calls = [draw(chip, torch.float32, 2, n, n, 2, 1, 64)[:3] for n in (3, 5, 17, 40)]
     assert count_graphs(lambda *qkv: attention(*qkv).square().sum(), calls) == 1
-    bounds = [torch.tensor([0, 2, 2 * n], device=chip) for n in (3, 5, 17, 40)]
+    bounds = [torch.tensor([0, 2, 3, 2 * n], device=chip) for n in (3, 5, 17, 40)]
     calls = [[*qkv, cu_seqlens] for qkv, cu_seqlens in zip(calls, bounds)]
     assert count_graphs(lambda *inputs: attention(*inputs).square().sum(), calls) == 1
 
@@ -121,7 +124,7 @@ def test_lengths_do_not_recompile(tmp_path):
             q, k, v = torch.randn(2, length, 4, 64).bfloat16().requires_grad_().split([2, 1, 1], 2)
             kernels.attention(q, k, v).sum().backward()
             with torch.no_grad():
-                kernels.attention(q[:, -1:], *torch.randn(2, 2, 1000 + length, 1, 64).bfloat16())
+                kernels.attention(q[:, -1:], *torch.randn(2, 2, 1025 + length, 1, 64).bfloat16())
         """,
         tmp_path,
     )
@@ -215,12 +218,16 @@ FORWARD, BACKWARD, DECODE = "attention_forward", "attention_backward", "attentio
 WRONG, FAULT = AssertionError, MemoryFault
 MUTANTS = {
     "forward without causal mask": (
-        WRONG, FORWARD, "m[:, None] >= (n + BLOCK_M - BLOCK_N)[None, :]", "m[:, None] >= 0 * n[None, :]"
+        WRONG, FORWARD,
+        "m[:, None] >= (n + BLOCK_M - BLOCK_N)[None, :]",
+        "m[:, None] >= 0 * n[None, :]",
     ),
     "forward without causal mask in the second block": (
         WRONG, FORWARD, "m[:, None] >= (n + BLOCK_M - block * BLOCK_N)", "m[:, None] >= (0 * n)"
     ),
-    "forward without document mask": (WRONG, FORWARD, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
+    "forward without document mask": (
+        WRONG, FORWARD, ">= first_key[:, None]", ">= 0 * first_key[:, None]"
+    ),
     "forward that masks other documents, but reads them": (
         WRONG, FORWARD, "lowest = tl.load(starts + first_m)", "lowest = first_m * 0"
     ),
@@ -230,57 +237,105 @@ MUTANTS = {
     "forward with another head's keys": (
         WRONG, FORWARD, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"
     ),
-    "forward without rescaled output": (WRONG, FORWARD, "acc * shrink[:, None], new_max", "acc, new_max"),
+    "forward without rescaled output": (
+        WRONG, FORWARD, "acc * shrink[:, None], new_max", "acc, new_max"
+    ),
     "forward without rescaled sum": (WRONG, FORWARD, "row_sum * shrink", "row_sum"),
-    "forward that forgets the maximum": (WRONG, FORWARD, "tl.maximum(row_max, tl.max(scores, 1))", "tl.max(scores, 1)"),
+    "forward that forgets the maximum": (
+        WRONG, FORWARD, "tl.maximum(row_max, tl.max(scores, 1))", "tl.max(scores, 1)"
+    ),
     "forward without the last whole block": (
         WRONG, FORWARD, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"
     ),
-    "forward without the last block in part": (WRONG, FORWARD, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
-    "output without mask": (FAULT, FORWARD, "mask=inside[:, None])\n", "mask=inside[:, None] | True)\n"),
-    "lse without mask": (FAULT, FORWARD, "tl.log2(row_sum), mask=inside", "tl.log2(row_sum)"),
+    "forward without the last block in part": (
+        WRONG, FORWARD, "tl.range(0, rest,", "tl.range(0, 0 * rest,"
+    ),
+    "output without mask": (
+        FAULT, FORWARD, "mask=inside[:, None])\n", "mask=inside[:, None] | True)\n"
+    ),
     "lse without padding": (WRONG, FORWARD, "last & (tail >= 0)", "last & (tail < 0)"),
     "padding by every program": (FAULT, FORWARD, "mask=last & (tail >= 0)", "mask=tail >= 0"),
     "a table without padding": (FAULT, FORWARD, "(queries // PADDING + 2) * PADDING", "queries"),
     "32-bit sequences": (FAULT, FORWARD, "table += batch.to(tl.int64)", "table += batch"),
     "32-bit tokens": (FAULT, FORWARD, "row.to(tl.int64) * stride", "row * stride"),
     "reading past the end": (FAULT, FORWARD, "(row + r >= 0) & (row + r < rows)", "row + r >= 0"),
-    "reading before the beginning": (FAULT, FORWARD, "(row + r >= 0) & (row + r < rows)", "row + r < rows"),
-    "dq without causal mask": (WRONG, BACKWARD, "(row + offset)[:, None] >= key[None, :]", "key[None, :] >= -10000"),
-    "dq without document mask": (WRONG, BACKWARD, "key[None, :] >= first_key[:, None]", "key[None, :] >= -10000"),
-    "dq that reads other documents": (WRONG, BACKWARD, "lowest = tl.load(starts + first_m)", "lowest = 0"),
+    "reading before the beginning": (
+        FAULT, FORWARD, "(row + r >= 0) & (row + r < rows)", "row + r < rows"
+    ),
+    "dq without causal mask": (
+        WRONG, BACKWARD, "(row + offset)[:, None] >= key[None, :]", "key[None, :] >= -10000"
+    ),
+    "dq without document mask": (
+        WRONG, BACKWARD, "key[None, :] >= first_key[:, None]", "key[None, :] >= -10000"
+    ),
+    "dq that reads other documents": (
+        WRONG, BACKWARD, "lowest = tl.load(starts + first_m)", "lowest = 0"
+    ),
     "dq with another head's keys": (
         WRONG, BACKWARD, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"
     ),
     "dq without the last whole block": (
         WRONG, BACKWARD, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"
     ),
-    "dq without the last block in part": (WRONG, BACKWARD, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
-    "dq without mask": (FAULT, BACKWARD, "tl.store(dq_table + position, dq.to(dq_table.dtype.element_ty), mask=inside[:, None])", "tl.store(dq_table + position, dq.to(dq_table.dtype.element_ty))"),
-    "delta without mask": (FAULT, BACKWARD, "tl.store(delta_table + row, delta, mask=inside)", "tl.store(delta_table + row, delta)"),
+    "dq without the last block in part": (
+        WRONG, BACKWARD, "tl.range(0, rest,", "tl.range(0, 0 * rest,"
+    ),
+    "dq without mask": (
+        FAULT, BACKWARD,
+        "tl.store(dq_table + position, dq.to(dq_table.dtype.element_ty), mask=inside[:, None])",
+        "tl.store(dq_table + position, dq.to(dq_table.dtype.element_ty))",
+    ),
     "delta without padding": (WRONG, BACKWARD, "last & (tail >= 0)", "last & (tail < 0)"),
-    "dkdv without causal mask": (WRONG, BACKWARD, "(row + offset)[None, :] >= key[:, None]", "key[:, None] >= 0"),
-    "dkdv without document mask": (WRONG, BACKWARD, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"),
-    "dkdv that reads other documents": (WRONG, BACKWARD, "end = tl.load(ends", "end += 0 * tl.load(ends"),
-    "dkdv with another group's queries": (WRONG, BACKWARD, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
+    "dkdv without causal mask": (
+        WRONG, BACKWARD, "(row + offset)[None, :] >= key[:, None]", "key[:, None] >= 0"
+    ),
+    "dkdv without document mask": (
+        WRONG, BACKWARD, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"
+    ),
+    "dkdv that reads other documents": (
+        WRONG, BACKWARD, "end = tl.load(ends", "end += 0 * tl.load(ends"
+    ),
+    "dkdv with another group's queries": (
+        WRONG, BACKWARD, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"
+    ),
     "dkdv without the first block": (
         WRONG, BACKWARD, "tl.range(0, end - diagonal", "tl.range(BLOCK_M, end - diagonal"
     ),
     "dkdv without the last block": (
         WRONG, BACKWARD, "tl.range(0, end - diagonal", "tl.range(0, end - diagonal - BLOCK_M"
     ),
-    "dkdv without mask": (FAULT, BACKWARD, "dv.to(dv_table.dtype.element_ty), mask=inside[:, None]", "dv.to(dv_table.dtype.element_ty)"),
-    "decoding of another group": (WRONG, DECODE, "kv_head * GROUP + member", "kv_head + member * KV_HEADS"),
-    "decoding without masked scores": (WRONG, DECODE, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"),
-    "decoding without masked keys": (WRONG, DECODE, "seen = start + n < count", "seen = start + n < count + 64"),
+    "dkdv without mask": (
+        FAULT, BACKWARD,
+        "dv.to(dv_table.dtype.element_ty), mask=inside[:, None]",
+        "dv.to(dv_table.dtype.element_ty)",
+    ),
+    "decoding of another group": (
+        WRONG, DECODE, "kv_head * GROUP + member", "kv_head + member * KV_HEADS"
+    ),
+    "decoding without masked scores": (
+        WRONG, DECODE, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"
+    ),
+    "decoding without masked keys": (
+        FAULT, DECODE, "seen = start + n < count", "seen = start + n < count + 64"
+    ),
     "decoding without rescaled output": (WRONG, DECODE, "acc * shrink[:, None]", "acc"),
     "decoding without rescaled sum": (WRONG, DECODE, "row_sum * shrink", "row_sum"),
-    "decoding without the last block": (WRONG, DECODE, "tl.range(0, count,", "tl.range(0, count - BLOCK_N,"),
-    "decoding without head mask": (FAULT, DECODE, "inside = member < GROUP", "inside = member >= 0"),
+    "decoding without the last block": (
+        WRONG, DECODE, "tl.range(0, count,", "tl.range(0, count - BLOCK_N,"
+    ),
+    "decoding without head mask": (
+        FAULT, DECODE, "inside = member < GROUP", "inside = member >= 0"
+    ),
     "decoding without weights": (WRONG, DECODE, "rows * weight[:, None]", "rows"),
-    "joining splits there are not": (FAULT, DECODE, "inside = split < splits", "inside = split >= 0"),
-    "decoding of 32-bit sequences": (FAULT, DECODE, "k_table += batch.to(tl.int64)", "k_table += batch"),
-    "decoding of 32-bit tokens": (FAULT, DECODE, "v_table += first.to(tl.int64)", "v_table += first"),
+    "joining splits there are not": (
+        FAULT, DECODE, "inside = split < splits", "inside = split >= 0"
+    ),
+    "decoding of 32-bit sequences": (
+        FAULT, DECODE, "k_table += batch.to(tl.int64)", "k_table += batch"
+    ),
+    "decoding of 32-bit tokens": (
+        FAULT, DECODE, "v_table += first.to(tl.int64)", "v_table += first"
+    ),
 }  # fmt: skip
 
 
@@ -297,18 +352,23 @@ def attempt(chip, fault):
         for keys in (70, 129, 300):
             check_decoding(chip, torch.bfloat16, keys, 4, 2, 64)
     elif "reads" in fault:
-        check_others_untouched(chip, torch.nan, [0, 128, 256], (0, 128))
-        check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], (128, 256))
+        for document in ((0, 128), (128, 256)):
+            check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], document)
     else:
-        q, k, v, dy = draw(chip, torch.bfloat16, 2, 300, 300, 4, 2, 64)
+        q, k, v, dy = draw(chip, torch.bfloat16, 1, 300, 300, 4, 2, 64)
         check(attention, eager(), [q, k, v], dy)
-        cu_seqlens = torch.tensor([0, 90, 91, 260, 450, 600], device=chip)
+        cu_seqlens = torch.tensor([0, 90, 91, 260, 300], device=chip)
         check(partial(attention, cu_seqlens=cu_seqlens), eager(cu_seqlens), [q, k, v], dy)
 
 
+def chip_with(fault):
+    """Pointers have offsets and edges to get wrong, descriptors have not."""
+    return 80 if "32-bit" in fault or "reading" in fault else 90
+
+
 @interpreted
-@pytest.mark.parametrize("fault", MUTANTS)
 @pytest.mark.usefixtures("chip")
+@pytest.mark.parametrize("chip, fault", [(chip_with(f), f) for f in MUTANTS], indirect=["chip"])
 def test_broken_kernels_are_caught(request, monkeypatch, tmp_path, fault):
     error, module, old, new = MUTANTS[fault]
     broken = mutant(tmp_path, module, old, new)

@@ -156,6 +156,13 @@ def test_the_triton_kernels_train_like_the_definitions(tiny_data, chip, dtype, t
     assert float(logs["triton"][-1]["training_loss"]) < float(logs["triton"][0]["training_loss"])
 
 
+def test_two_fresh_processes_agree_bit_for_bit(tiny_data):
+    wide = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, samples=40)
+    for name in ("a", "b"):
+        assert run(tiny_data, name=name, device="auto", dtype="auto", **wide).returncode == 0
+    assert results(log_of(tiny_data, "a")) == results(log_of(tiny_data, "b"))
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_like_the_others(tiny_data):
     logs = [train_here(tiny_data, name=f"c{c}", samples=40, compile=c) for c in (False, True)]
