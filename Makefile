@@ -40,8 +40,9 @@ static: $(STATIC)/installed
 # beside their peers. Figures and plots go to OUT.
 OUT ?= out/gpu
 gpu: $(INSTALLED)
+	-$(RUN) -m pip install -q --no-deps liger-kernel==0.8.5
 	@started=$$(date +%s); \
-	timeout 180 $(RUN) -m pytest -m gpu -q; tests=$$?; \
+	timeout -s INT 240 $(RUN) -m pytest -q -m "gpu and not slow"; tests=$$?; \
 	$(RUN) -m bench.kernels --out "$(OUT)" \
 		--minutes $$(( (510 - $$(date +%s) + started) / 60 )) && exit $$tests
 

@@ -112,6 +112,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 KV, D]
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = rope(q, k, cos, sin)
+        v = v.contiguous()  # attention keeps it for its backward, a slice would keep all of qkv
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         return self.o_proj(attention(q, k, v, cu_seqlens).flatten(2))

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     stop = catch_signals()
     config = load(argv)
     device, dtype = pick_device(config)
-    pick_kernels(config)
+    pick_kernels(config, device)
     rank, world = start_processes(device)
     model = empty_model(config, device, dtype)
     check(config, model)
@@ -216,7 +216,9 @@ def pick_device(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, config.dtype)
 
 
-def pick_kernels(config: Config) -> None:
+def pick_kernels(config: Config, device: torch.device) -> None:
+    if config.kernels == "triton" and device.type == "cpu" and torch.cuda.is_available():
+        raise ConfigError("kernels=triton: not with --device=cpu")
     try:
         kernels.use(config.kernels)
     except (ValueError, RuntimeError) as error:

@@ -67,8 +67,8 @@ def run(
     deadline = time.monotonic() + 60 * minutes
     plan = [
         (name, tokens, mode, provider)
-        for name, op in ops.items()
         for tokens in suite.tokens
+        for name, op in ops.items()
         for mode in op.floor(suite, tokens)
         for provider in op.providers  # in turns: a GPU that grows warm favours nobody
     ]

@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel at Lucie's shapes, found without a GPU.
 
-    python -m bench.static [op ...] [--chip 80 90 100] [--check] [--json FILE]
+    python -m bench.static [op ...] [--chip 80 86 90 100] [--check] [--json FILE]
 
 Calls the public operations as model.py does, forward and backward, under a driver that compiles for
 the chip and runs nothing, and reads the machine code. --check exits 1 with a line for each kernel
@@ -42,9 +42,10 @@ class Needs:
     """What a kernel must show. Spilled registers are allowed to none, save on sm_100."""
 
     ops: str  # that launch it, on every chip
-    tensor: int = 0  # fewest tensor-core instructions; on sm_90 they must be wgmma
+    tensor: int = 0  # fewest tensor-core instructions
+    wgmma: bool = True  # which they must be on sm_90; it takes 64 rows, decoding has 16
     tma: tuple[int, ...] = ()  # chips where it loads through the tensor memory accelerator
-    narrow: int | None = None  # most global loads under 128 bits, in a kernel that streams
+    narrow: int | None = None  # most loads, and most stores, under 128 bits, in one that streams
     overlap: float = 0.0  # least share of the softmax under a running wgmma, on sm_90
 
 
@@ -58,7 +59,7 @@ REQUIREMENTS = {
     "_attention_forward": Needs("attention", tensor=8, tma=HOPPER, overlap=0.8),
     "_attention_backward_dq": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_backward_dkdv": Needs("attention", tensor=8, tma=HOPPER),
-    "_attention_decode": Needs("attention", narrow=3),
+    "_attention_decode": Needs("attention", tensor=8, wgmma=False, narrow=3),
     "_attention_combine": Needs("attention", narrow=12),  # a few small loads in all
 }
 
@@ -185,7 +186,7 @@ def faults(record: Launch) -> list[str]:
         found.append(f"spills {row.spills} bytes, {local} accesses to local memory")
     if row.tensor < needs.tensor:
         found.append(f"has {row.tensor} tensor-core instructions, fewer than {needs.tensor}")
-    if needs.tensor and record.capability == 90 and counts["HGMMA"] < needs.tensor:
+    if needs.wgmma and record.capability == 90 and counts["HGMMA"] < needs.tensor:
         found.append(f"has {counts['HGMMA']} wgmma, fewer than {needs.tensor}")
     if record.sass.serialized:
         found.append("waits for each wgmma by itself: ptxas lacked registers to run them in a row")
@@ -193,6 +194,8 @@ def faults(record: Launch) -> list[str]:
         found.append("has no TMA load")
     if needs.narrow is not None and (not row.wide or row.loads - row.wide > needs.narrow):
         found.append(f"has {row.wide} loads of 128 bits among {row.loads}")
+    if needs.narrow is not None and counts["STG"] - counts["STG.128"] > needs.narrow:
+        found.append(f"has {counts['STG.128']} stores of 128 bits among {counts['STG']}")
     if record.capability == 90 and (row.overlap or 0.0) < needs.overlap:
         found.append(f"overlaps {row.overlap or 0:.2f} of its softmax, less than {needs.overlap}")
     return found
@@ -203,10 +206,9 @@ def compile_op(op: str, chip: int) -> tuple[list[Row], list[str]]:
     rows, failures, launched, seen = [], [], set(), set()
     for case, call in CASES[op].items():
         where = f"sm_{chip} {op} {case}".rstrip()
-        previous = launch._mode
         with fake_gpu(chip) as launches:
+            before = launch.use("triton")
             try:
-                launch.use("triton")
                 call()
             except Exception as error:  # the next kernels are still worth a look
                 failures.append(f"{where}: " + " ".join(str(error).split()))
@@ -214,7 +216,7 @@ def compile_op(op: str, chip: int) -> tuple[list[Row], list[str]]:
                 if not launches:
                     failures.append(f"{where}: launched nothing")
             finally:
-                launch.use(previous)
+                launch.use(before)
         for record in launches:
             launched.add(record.name)
             if record.cubin not in seen:
@@ -257,7 +259,9 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(prog="bench.static", description=__doc__.split("\n\n")[0])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(CASES)}; all if none is named")
-    parser.add_argument("--chip", nargs="+", type=int, default=[80, 90, 100], choices=list(CHIPS))
+    parser.add_argument(
+        "--chip", nargs="+", type=int, default=[80, 86, 90, 100], choices=list(CHIPS)
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 if a requirement is missed")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args(argv)

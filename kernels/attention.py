@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.attention_backward import _attention_backward_dkdv, _attention_backward_dq
 from kernels.attention_decode import _attention_combine, _attention_decode
 from kernels.attention_forward import PADDING, _attention_forward
-from kernels.launch import gpu, not_offered, runs_triton, triton
+from kernels.launch import forced, gpu, not_offered, on_its_device, runs_triton, triton
 
 LOG2_E = math.log2(math.e)
 
@@ -34,14 +34,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
     flattened `[B * T]` tokens, 0 first and B * T last (S = T then): a query sees its own document
     only. Returns `[B, T, H, D]` in the dtype of q.
 
-    The Triton kernels take D of 64 and 128 in bf16, fp16 and fp32, one dtype for q, k and v.
+    The Triton kernels take D of 64 and 128, one dtype for q, k and v: bf16 or fp16, and where they
+    are forced fp32, which they do exactly and slowly. Raises ValueError for shapes that do not fit.
     """
     queries, keys = q.shape[1], k.shape[1]
     if queries > keys:
         raise ValueError(f"attention: {queries} queries over {keys} keys")
     if cu_seqlens is not None and queries != keys:
         raise ValueError("attention: cu_seqlens needs as many keys as queries")
-    if not (runs_triton(q) and _offered(q, k, v)):
+    fits = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
+    if not fits or q.shape[2] % k.shape[2]:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        raise ValueError(f"attention: shapes of q, k and v do not fit: {shapes}")
+    if q.numel() == 0 or not (runs_triton(q) and _offered(q, k, v)):
         return _definition(q, k, v, cu_seqlens)
     if queries == 1 and cu_seqlens is None and not _needs_gradient(q, k, v):
         return _decode_op(q, k, v)
@@ -92,12 +97,16 @@ def _bounds(cu_seqlens: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tenso
 
 def _offered(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.shape[3] not in (64, 128):
-        return not_offered(f"attention has kernels for head_dim 64 and 128, not {q.shape[3]}")
-    if not q.dtype == k.dtype == v.dtype:
-        return not_offered(f"attention of {q.dtype}, {k.dtype} and {v.dtype} has no kernel")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return not_offered(f"attention has no kernel for {q.dtype}")
-    return True
+        not_offered(f"attention has kernels for head_dim 64 and 128, not {q.shape[3]}")
+    elif not q.dtype == k.dtype == v.dtype:
+        not_offered(f"attention of {q.dtype}, {k.dtype} and {v.dtype} has no kernel")
+    elif q.dtype == torch.float32 and not forced():
+        not_offered("attention in fp32 has no fast kernel")
+    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        not_offered(f"attention has no kernel for {q.dtype}")
+    else:
+        return True
+    return False
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -111,7 +120,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 # of the tensor memory accelerator, the others through pointers.
 _SMALL = {
     "forward": (32, 64, 4, 2),
-    "dq": (32, 32, 4, 2),
+    "dq": (32, 32, 8, 2),
     "dkdv": (32, 64, 8, 2),
 }
 LAUNCH = {
@@ -183,6 +192,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 @torch.library.custom_op("nanolucie::attention", mutates_args=())
+@on_its_device
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -213,6 +223,7 @@ def _(q, k, v, starts, ends):
 
 
 @torch.library.custom_op("nanolucie::attention_backward", mutates_args=())
+@on_its_device
 def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     starts: Tensor | None, ends: Tensor | None,
@@ -252,10 +263,12 @@ def _(d_out, q, k, v, out, lse, starts, ends):
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, starts, ends = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd makes zeros in the place of d_lse
     ctx.save_for_backward(q, k, v, *output, starts, ends)
 
 
-def _backward(ctx, d_out: Tensor, _d_lse: Tensor):
+def _backward(ctx, d_out: Tensor, _):
     return (*_backward_op(d_out, *ctx.saved_tensors), None, None)
 
 
@@ -263,6 +276,7 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("nanolucie::attention_decode", mutates_args=())
+@on_its_device
 def _decode_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """out `[B, 1, H, D]`."""
     q, k, v = _rows(q), _rows(k), _rows(v)

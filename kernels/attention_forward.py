@@ -141,9 +141,10 @@ def _attention_forward(
     inside = row < queries
     lse += (batch.to(tl.int64) * HEADS + head) * table_length(queries)
     tl.store(lse + row, row_max + tl.log2(row_sum), mask=inside)
-    tail = tl.arange(0, PADDING)  # exp2(score - infinity) is 0
+    tail = tl.arange(0, 2 * PADDING)  # exp2(score - infinity) is 0
     last = first_m + BLOCK_M >= queries  # as a mask: a branch here unsettles the loop's schedule
-    tl.store(lse + queries + tail, tail + float("inf"), mask=last & (tail >= 0))
+    mask = last & (queries + tail < table_length(queries))
+    tl.store(lse + queries + tail, tail + float("inf"), mask=mask)
     out += batch.to(tl.int64) * queries * HEADS * D + head * D
     pointers = out + row.to(tl.int64)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
     tl.store(pointers, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=inside[:, None])

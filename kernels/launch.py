@@ -6,9 +6,11 @@ constants in each operation's file, one set per class of GPU (`gpu`), never sear
 ranks that tuned for themselves would disagree, and two runs would differ.
 """
 
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -50,17 +52,19 @@ class GPU:
     multiprocessors: int
 
 
-def use(mode: str) -> None:
+def use(mode: str) -> str:
     """Choose for all operations: "auto", "triton" or "torch" (the definitions).
 
-    Raises ValueError for another word, and RuntimeError where "triton" cannot run.
+    Returns the choice before. Raises ValueError for another word, and RuntimeError where "triton"
+    cannot run.
     """
     global _mode
     if mode not in MODES:
         raise ValueError(f"kernels are {', '.join(MODES)}, not {mode!r}")
     if mode == "triton":
         gpu()
-    _mode = mode
+    before, _mode = _mode, mode
+    return before
 
 
 def gpu() -> GPU:
@@ -107,12 +111,16 @@ def _card_can() -> bool:
     return True
 
 
-def not_offered(why: str) -> bool:
-    """A shape that has no kernel: an error where Triton is forced, else one line. Returns False."""
-    if _mode == "triton":
+def forced() -> bool:
+    """Whether Triton is to run whatever it costs."""
+    return _mode == "triton"
+
+
+def not_offered(why: str) -> None:
+    """There is no kernel for these inputs: ValueError where Triton is forced, else one line."""
+    if forced():
         raise ValueError(why)
     _say(why + ": torch's own operation is used")
-    return False
 
 
 @torch.compiler.assume_constant_result
@@ -122,7 +130,20 @@ def _say(line: str) -> None:
 
 @lru_cache
 def say_once(line: str) -> None:
-    print(f"kernels: {line}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kernels: {line}", file=sys.stderr)
+
+
+def on_its_device(operation: Callable) -> Callable:
+    """Run an operation with the device of its first tensor as the current one: Triton launches on
+    that, wherever the tensors are."""
+
+    @wraps(operation)
+    def guarded(*args: object) -> object:
+        with torch.cuda.device_of(args[0]):
+            return operation(*args)
+
+    return guarded
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ Floor: 6 * N * V * D FLOPs, the three products of an ordinary linear layer.
 import torch
 from torch import Tensor
 
-from kernels.launch import runs_triton, tl, triton
+from kernels.launch import on_its_device, runs_triton, tl, triton
 
 IGNORE = -100  # torch's and Hugging Face's mark for a target that does not count
 
 
 def _chunk(tokens: int, vocab_size: int) -> int:
-    """Rows at a time: an eighth of the logits, and no more than 2^26 of them (256 MB in fp32), but
-    at least 128 rows, fewer of which would not keep a matrix product busy."""
-    return max(128, min(tokens // 8, 2**26 // vocab_size))
+    """Rows at a time: an eighth of the logits, and no more than 2^26 of them (256 MB in fp32), in
+    whole tiles of 128 rows, and one tile at least: a matrix product would waste the rest of it."""
+    return max(128, min(tokens // 8, 2**26 // vocab_size) // 128 * 128)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -36,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         rows = _chunk(tokens, vocab_size)
         for start in range(0, tokens, rows):
+            logits = d_logits = None  # of the chunk before, freed
             h, t = hidden[start : start + rows], targets[start : start + rows]
             ignored = (t == IGNORE).unsqueeze(1)
             index = t.clamp(min=0).unsqueeze(1)
@@ -116,6 +117,7 @@ BLOCK, WARPS = 16_384, 16
 
 
 @torch.library.custom_op("nanolucie::linear_cross_entropy", mutates_args=())
+@on_its_device
 def _linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,9 +128,10 @@ def _linear_cross_entropy_op(
     d_weight.zero_()
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     rows = _chunk(tokens, vocab_size)
+    memory = hidden.new_empty(min(rows, tokens), vocab_size)  # of all chunks, one after the other
     for start in range(0, tokens, rows):
         h = hidden[start : start + rows]
-        logits = h @ w.T
+        logits = torch.mm(h, w.T, out=memory[: h.shape[0]])
         _cross_entropy[(h.shape[0],)](
             logits,
             targets[start:],
@@ -201,6 +204,9 @@ def linear_cross_entropy(
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1)
+    if targets.shape[0] != hidden.shape[0] or weight.shape[1] != hidden.shape[1]:
+        shapes = [tuple(x.shape) for x in (hidden, weight, targets)]
+        raise ValueError(f"shapes of hidden, weight and targets do not fit: {shapes}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if not torch.is_grad_enabled():  # a custom function would not know, and prepare gradients

@@ -13,7 +13,7 @@ that arrives at the sum).
 import torch
 from torch import Tensor
 
-from kernels.launch import as_rows, gpu, runs_triton, tl, triton
+from kernels.launch import as_rows, gpu, on_its_device, runs_triton, tl, triton
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -129,6 +129,7 @@ def _tile(columns: int, elements: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("nanolucie::rms_norm", mutates_args=())
+@on_its_device
 def _rms_norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,6 +173,7 @@ def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 
 
 @torch.library.custom_op("nanolucie::rms_norm_backward", mutates_args=())
+@on_its_device
 def _rms_norm_backward_op(
     dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -213,11 +215,15 @@ def _save(ctx, inputs, output) -> None:
     x, residual, weight, _ = inputs
     _, total, rstd = output
     ctx.add, ctx.x_dtype = residual is not None, x.dtype
+    ctx.mark_non_differentiable(rstd) if ctx.add else ctx.mark_non_differentiable(total, rstd)
+    ctx.set_materialize_grads(False)  # an output nobody uses needs no zeros for its gradient
     ctx.save_for_backward(total if ctx.add else x, weight, rstd)
 
 
-def _differentiate(ctx, dy: Tensor, d_total: Tensor, _):
-    dx, d_weight = _rms_norm_backward_op(dy, d_total if ctx.add else None, *ctx.saved_tensors)
+def _differentiate(ctx, dy: Tensor | None, d_total: Tensor | None, _):
+    if dy is None:  # only the sum was used
+        return d_total.to(ctx.x_dtype), d_total, None, None
+    dx, d_weight = _rms_norm_backward_op(dy, d_total, *ctx.saved_tensors)
     return dx.to(ctx.x_dtype), dx if ctx.add else None, d_weight, None
 
 

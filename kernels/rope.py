@@ -9,7 +9,7 @@ Floor: memory. Forward and backward each read and write q and k once; the tables
 import torch
 from torch import Tensor
 
-from kernels.launch import runs_triton, tl, triton
+from kernels.launch import on_its_device, runs_triton, tl, triton
 
 
 def rope_tables(
@@ -118,6 +118,7 @@ TILE = 4096
 
 
 @torch.library.custom_op("nanolucie::rope", mutates_args=())
+@on_its_device
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:

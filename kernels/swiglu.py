@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import as_rows, runs_triton, tl, triton
+from kernels.launch import as_rows, on_its_device, runs_triton, tl, triton
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -79,6 +79,7 @@ def _grid(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 @torch.library.custom_op("nanolucie::swiglu", mutates_args=())
+@on_its_device
 def _swiglu_op(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate|up has {gate_up.shape[-1]} columns, an odd number")
@@ -98,6 +99,7 @@ def _half(gate_up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nanolucie::swiglu_backward", mutates_args=())
+@on_its_device
 def _swiglu_backward_op(dy: Tensor, gate_up: Tensor) -> Tensor:
     dy2, x = as_rows(dy), as_rows(gate_up)
     d_gate_up = gate_up.new_empty(gate_up.shape)

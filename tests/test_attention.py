@@ -81,6 +81,30 @@ def test_documents_see_themselves_only():
     assert not torch.equal(changed[0, :5], out[0, :5])
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1, 3, 6, 64), (1, 3, 4, 64), (1, 3, 4, 64)],  # heads not a multiple
+        [(1, 3, 4, 64), (1, 3, 2, 64), (1, 3, 4, 64)],  # of keys and of values
+        [(2, 3, 4, 64), (1, 3, 2, 64), (1, 3, 2, 64)],  # batches
+        [(1, 3, 4, 64), (1, 3, 2, 128), (1, 3, 2, 128)],  # head_dim
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes):
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="shapes of q, k and v do not fit"):
+        attention(q, k, v)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_in_nothing_out(chip, shape):
+    q = torch.randn(*shape, 4, 64, device=chip, dtype=torch.bfloat16).requires_grad_()
+    k, v = (torch.randn(*shape, 2, 64, device=chip, dtype=torch.bfloat16) for _ in "kv")
+    out = attention(q, k, v)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
+
+
 def test_impossible_shapes_are_named():
     q, k = torch.randn(1, 3, 2, 64), torch.randn(1, 2, 2, 64)
     with pytest.raises(ValueError, match="3 queries over 2 keys"):
@@ -143,7 +167,7 @@ def test_kernels_with_one_token(chip, poison, dtype):
     """The softmax of one score is constant: dq and dk are 0, to rounding."""
     q, k, v, dy = draw(chip, dtype, 2, 1, 1, 4, 2, 64)
     out, dq, dk, dv = gradients(attention, [q, k, v], dy)
-    assert torch.equal(out, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(out, v.repeat_interleave(2, 2))
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
     assert_as_good(dv, dv, dy.double().unflatten(2, (2, 2)).sum(3))
 
@@ -180,7 +204,7 @@ def test_kernels_with_documents(chip, poison, documents):
         check(ours, plain, [q, k, v], dy)
     else:  # as in test_kernels_with_one_token
         out, dq, dk, _ = gradients(ours, [q, k, v], dy)
-        assert torch.equal(out, v.repeat_interleave(2, 2))
+        torch.testing.assert_close(out, v.repeat_interleave(2, 2))
         assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
 

@@ -71,8 +71,8 @@ def test_every_row_is_measured(rehearsal):
     found = [(r["op"], r["tokens"], r["mode"], r["provider"]) for r in rows]
     assert found == [
         (op, tokens, mode, provider)
-        for op in OPS
         for tokens in TOY.tokens
+        for op in OPS
         for mode in MODES.get(op, ["forward", "backward", "full"])
         for provider in (OURS, "eager")
     ]
@@ -420,6 +420,7 @@ def test_unknown_names_are_answered_with_the_list(capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu(tmp_path):
     assert bench.main(["rope", "--suite", "quick", "--out", str(tmp_path), "--minutes", "1"]) == 0

@@ -137,7 +137,7 @@ def test_alignment_is_that_of_the_tensor(compiled):
 
 
 @pytest.mark.parametrize(
-    "chip, kind, instruction",
+    "capability, kind, instruction",
     [
         (80, "sm_80", "HMMA"),
         (86, "default", "HMMA"),
@@ -145,11 +145,11 @@ def test_alignment_is_that_of_the_tensor(compiled):
         (100, "sm_90", "UTCMMA"),
     ],
 )
-def test_each_chip_gets_its_own_code(compiled, chip, kind, instruction):
+def test_each_chip_gets_its_own_code(compiled, capability, kind, instruction):
     """One process compiles for all in turn: nothing of one chip may be kept for another."""
-    of_chip = compiled["chips"][str(chip)]
-    assert of_chip["gpu"] == {"kind": kind, "multiprocessors": CHIPS[chip].multiprocessors}
-    assert all(f"sm_{chip}" in launch["head"] for launch in of_chip["launches"])
+    of_chip = compiled["chips"][str(capability)]
+    assert of_chip["gpu"] == {"kind": kind, "multiprocessors": CHIPS[capability].multiprocessors}
+    assert all(f"sm_{capability}" in launch["head"] for launch in of_chip["launches"])
     assert instruction in of_chip["launches"][2]["counts"]
 
 
@@ -184,7 +184,7 @@ def test_unknown_chip():
 
 
 @pytest.mark.parametrize(
-    "chip, registers, warps, shared, blocks",
+    "capability, registers, warps, shared, blocks",
     [
         (90, 32, 4, 0, 16),  # 64 warps
         (86, 32, 4, 0, 12),  # 48 warps
@@ -204,6 +204,6 @@ def test_unknown_chip():
         (90, 200, 1, 0, 8),  # two warps in each quarter: ten would fit in the whole
     ],
 )
-def test_occupancy(chip, registers, warps, shared, blocks):
-    launch = Launch("k", (1, 1, 1), chip, warps, registers, 0, shared, {}, b"")
+def test_occupancy(capability, registers, warps, shared, blocks):
+    launch = Launch("k", (1, 1, 1), capability, warps, registers, 0, shared, {}, b"")
     assert occupancy(launch) == blocks
