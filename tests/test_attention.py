@@ -10,7 +10,9 @@ from kernels import attention
 from kernels.launch import gpu
 
 A = sys.modules["kernels.attention"]  # the name in the package is the function's
-both_chips = pytest.mark.parametrize("chip", [90, 80], indirect=True)  # descriptors and pointers
+both_chips = pytest.mark.parametrize(  # descriptors; pointers, in smaller blocks
+    "chip", [90, pytest.param(80, marks=pytest.mark.slow)], indirect=True
+)
 
 
 def exact(q, k, v, documents=None):

@@ -115,6 +115,7 @@ def test_one_graph_for_all_lengths(chip):
     assert count_graphs(lambda *inputs: attention(*inputs).square().sum(), calls) == 1
 
 
+@pytest.mark.slow
 def test_lengths_do_not_recompile(tmp_path):
     compiled = compiled_variants(
         """
@@ -366,6 +367,7 @@ def chip_with(fault):
     return 80 if "32-bit" in fault or "reading" in fault else 90
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.usefixtures("chip")
 @pytest.mark.parametrize("chip, fault", [(chip_with(f), f) for f in MUTANTS], indirect=["chip"])

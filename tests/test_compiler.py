@@ -16,6 +16,8 @@ if importlib.util.find_spec("triton") is None:
 
 from gpuless.compiler import CHIPS, Launch, occupancy
 
+pytestmark = pytest.mark.slow
+
 KERNELS = """
 import json
 import torch, triton, triton.language as tl

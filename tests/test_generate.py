@@ -130,6 +130,7 @@ def command(*args):
     )
 
 
+@pytest.mark.slow
 def test_command_line(run):
     args = (run, "--prompt", PROMPT.replace("\n", "\\n"), "--max-new-tokens=5")
     done = command(*args, "--num-return-sequences=3", "--seed=1")

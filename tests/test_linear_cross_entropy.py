@@ -324,6 +324,7 @@ def test_one_graph_for_all_token_counts(chip):
     assert count_graphs(lambda h, w, t: 2 * linear_cross_entropy(h, w, t), calls) == 1
 
 
+@pytest.mark.slow
 def test_token_counts_do_not_recompile(tmp_path):
     compiled = compiled_variants(
         """
@@ -356,6 +357,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_broken_kernels_are_caught(chip, tmp_path, fault):

@@ -166,6 +166,7 @@ def test_too_many_tokens_are_refused(tiny_config):
         Lucie(tiny_config)(torch.zeros(1, 65, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_two_layers_compile_to_one_graph_for_all_lengths(chip):
     """Forward and backward, the Triton kernels in it, over four lengths: no break, no retrace."""
     torch.manual_seed(0)

@@ -214,6 +214,7 @@ def test_one_graph_for_all_row_counts(chip):
     assert count_graphs(loss, calls) == 1
 
 
+@pytest.mark.slow
 def test_row_counts_do_not_recompile(tmp_path):
     compiled = compiled_variants(
         """
@@ -252,6 +253,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_broken_kernels_are_caught(chip, tmp_path, fault):

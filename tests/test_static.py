@@ -81,6 +81,7 @@ raise SystemExit(static.main(["rms_norm", "--chip", "90"] + CHECK))
 """
 
 
+@pytest.mark.slow
 def test_mutants_are_reported(tmp_path):
     script = tmp_path / "mutants.py"
     script.write_text(MUTANTS.replace("CHECK", "['--check']"), encoding="utf-8")

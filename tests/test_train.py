@@ -156,6 +156,7 @@ def test_the_triton_kernels_train_like_the_definitions(tiny_data, chip, dtype, t
     assert float(logs["triton"][-1]["training_loss"]) < float(logs["triton"][0]["training_loss"])
 
 
+@pytest.mark.slow
 def test_two_fresh_processes_agree_bit_for_bit(tiny_data):
     wide = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, samples=40)
     for name in ("a", "b"):
@@ -437,6 +438,7 @@ def test_a_damaged_checkpoint_is_one_line(tiny_data):
     assert (tiny_data / "out/run/log.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_hours_are_counted_on_over_restarts_and_ranks(tiny_data):
     train_here(tiny_data, max_minutes=1e-6)
     path = checkpoint.latest(tiny_data / "out/run") / "state.json"
@@ -534,6 +536,7 @@ def test_lucie_7b_on_a_small_machine_says_what_it_needs(tiny_data, monkeypatch):
         train.main(["config/pretrain.py", "--device=cpu"])
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_run_is_refused(tiny_data):
     train_here(tiny_data, samples=8, warmup_samples=0)
     before = weights_of(tiny_data)
@@ -547,6 +550,7 @@ def test_a_directory_of_another_run_is_refused(tiny_data):
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_text_in_five_languages_trains(tmp_path):
     """50 steps on a mixture of the shared corpus, prepared by the commands a user would type."""
