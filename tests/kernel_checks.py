@@ -32,10 +32,10 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 
 
 def gpu(test: Callable) -> Callable:
-    """Mark a test that needs a CUDA device."""
-    return pytest.mark.gpu(
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
-    )
+    """Mark a test of tensors past 2^31 elements, which needs a CUDA device of 80 GB."""
+    large = torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 75e9
+    reason = "needs a CUDA device of 80 GB"
+    return pytest.mark.gpu(pytest.mark.skipif(not large, reason=reason)(test))
 
 
 def _inside(x: Tensor, *shape: int) -> Tensor:
