@@ -31,7 +31,7 @@ lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# What the compiler makes of every kernel for an A100, an H100 and a B200, none of which need be
+# What the compiler makes of every kernel for an A100, RTX 3090, H100 and B200, none of which need be
 # here. With another Triton, in an environment of its own: make static TRITON=3.6.0
 static: $(STATIC)/installed
 	$(STATIC)/bin/python -m bench.static --check
