@@ -192,6 +192,7 @@ def test_command_line(tmp_path):
     assert "Traceback" not in done.stderr and "none.txt: not a folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_data_is_complete(tmp_path):
     prepare.prepare_demo(tmp_path)
     for name in (*prepare.DEMO_MIXTURES, "validation"):
