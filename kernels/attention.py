@@ -115,9 +115,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 # --- blocks ---------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages): the largest blocks for which no Triton from 3.6 to 3.9 spills a
-# register or gives up running wgmma in the background (python -m bench.static). sm_90 reads by way
-# of the tensor memory accelerator, the others through pointers.
+# (BLOCK_M, BLOCK_N, warps, stages), such that no Triton from 3.6 to 3.9 spills a register or gives
+# up running wgmma in the background (python -m bench.static; bench/NOTES.md has the others). sm_90
+# reads by way of the tensor memory accelerator, the others through pointers.
 _SMALL = {
     "forward": (32, 64, 4, 2),
     "dq": (32, 32, 8, 2),
