@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,3 +104,19 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "the Triton kernels need the triton package, which is for Linux\n"
+
+
+def test_operations_run_on_the_device_of_their_first_tensor(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
+    x, y = torch.zeros(1), torch.ones(1)
+    assert launch.on_its_device(lambda a, b: b)(x, y) is y
+    assert entered == [x]
+
+
+def test_one_rank_speaks_for_all(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    launch.say_once("nothing")
+    monkeypatch.setenv("RANK", "0")
+    launch.say_once("something")
+    assert capsys.readouterr().err == "kernels: something\n"

@@ -166,6 +166,17 @@ def test_too_many_tokens_are_refused(tiny_config):
         Lucie(tiny_config)(torch.zeros(1, 65, dtype=torch.int64))
 
 
+def test_the_packed_projection_is_not_kept_for_the_backward(tiny_config):
+    """A slice of it, kept by attention, would keep the whole: 12 KB a token and layer in Lucie."""
+    model, kept = Lucie(tiny_config), []
+    packed = 8 * 16  # heads of q, k and v
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(torch.arange(12)[None], torch.arange(12)[None])
+    shapes = [x.shape for x in kept if x.ndim == 4]
+    assert torch.Size([1, 2, 12, 16]) in shapes  # attention's values
+    assert all(x.untyped_storage().nbytes() < 4 * 12 * packed for x in kept if x.ndim == 4)
+
+
 @pytest.mark.slow
 def test_two_layers_compile_to_one_graph_for_all_lengths(chip):
     """Forward and backward, the Triton kernels in it, over four lengths: no break, no retrace."""

@@ -122,6 +122,10 @@ WIDE, NARROW, WGMMA = ["LDG.E.128"] * 4, ["LDG.E.U16"], ["HGMMA.64x128x16"] * 8
     [
         (launch("_swiglu_forward", 90, *WIDE, *NARROW * 3), []),
         (launch("_swiglu_forward", 90, *WIDE, *NARROW * 4), ["128 bits among 8"]),
+        (launch("_swiglu_forward", 90, *WIDE, *["STG.E"] * 3, "STG.E.128"), []),
+        (launch("_swiglu_forward", 90, *WIDE, *["STG.E"] * 4, "STG.E.128"), ["stores of 128"]),
+        (launch("_attention_decode", 90, *WIDE, *["HMMA.16816"] * 8), []),
+        (launch("_attention_decode", 90, *WIDE), ["0 tensor-core"]),
         (launch("_swiglu_forward", 90), ["0 loads of 128 bits among 0"]),
         (launch("_swiglu_forward", 80, "LDGSTS.E.BYPASS.128"), []),
         (launch("_swiglu_forward", 80, *WIDE, spills=8), ["spills 8 bytes"]),

@@ -530,6 +530,12 @@ def test_bad_input_is_one_line(tiny_data, change, message):
     assert checkpoint.latest(tiny_data / "out/run") is None
 
 
+def test_forced_kernels_need_the_gpu_that_device_forbids(tiny_data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(train.ConfigError, match="kernels=triton: not with --device=cpu"):
+        train_here(tiny_data, kernels="triton")
+
+
 def test_lucie_7b_on_a_small_machine_says_what_it_needs(tiny_data, monkeypatch):
     monkeypatch.setattr(train, "machine_memory", lambda config: 24 * 10**9)
     with pytest.raises(train.ConfigError, match=r"6\.71 B parameters train in 107 GB.*demo"):
