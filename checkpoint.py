@@ -1,104 +1,388 @@
-"""Checkpoints: written whole or not at all, read back on any number of ranks; and the Hugging Face
-layout, in and out.
+"""Checkpoints: written whole or not at all, in the background, read back on any number of ranks.
 
-A checkpoint is a directory of safetensors shards, one per rank, and a state.json. The shards hold
-`model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` (AdamW's moments) for every parameter, with their
-place in the full tensor, so that torch's Distributed Checkpoint can load them on another number of
-ranks. state.json holds the rest: step, samples and tokens consumed, seconds trained, the config.
-Neither format can hold code, so loading a foreign checkpoint cannot run any.
+    out/NAME/checkpoints/step0005000/
+        shard-00001.safetensors ...   of each rank: model.NAME, exp_avg.NAME, exp_avg_sq.NAME
+        state.json                    step, samples and tokens consumed, seconds, config, versions
+        manifest.json                 the size and SHA-256 of every file above
 
-It is written under a temporary name, synced and renamed: a directory with its final name is
-complete, and a run that is killed while saving falls back on the one before.
+Torch's Distributed Checkpoint decides which rank writes and reads what, so that a checkpoint of 512
+ranks loads on one; how the bytes get to the disk is `_Writer`. A copy of the tensors is taken to
+main memory, and training goes on while a thread writes that: under a temporary name, synced, the
+manifest last, then renamed. A directory with its final name is complete, and whatever happens to it
+later is found by its manifest. No format here can hold code, and none is unpickled: a foreign
+checkpoint cannot run anything.
+
+The Hugging Face layout is in hf_layout.py.
 """
 
+import hashlib
 import json
-import logging
 import os
 import re
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from tqdm import tqdm
 
+from hf_layout import CheckpointError, folder_of, from_hf, load_folder, reason, to_hf
 from model import Lucie, LucieConfig
+from parallel import gather
+
+__all__ = [
+    "CheckpointError", "Saver", "architecture", "folder_of", "from_hf", "from_run", "latest",
+    "load", "load_folder", "newest_sound", "read_state", "save", "to_hf", "verify",
+]  # fmt: skip
 
 STEP = re.compile(r"step(\d+)$")
-HF_SHARD_BYTES = 5 * 10**9
-HF_CONFIG = {  # what every Lucie shares and LucieConfig does not name
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "model_type": "llama",
-    "pretraining_tp": 1,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-}
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
+CHUNK = 1 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message is one line."""
+# --- writing -------------------------------------------------------------------------------------
 
 
-# --- our own layout ------------------------------------------------------------------------------
+class Saver:
+    """Saves the checkpoints of a run in the background, one at a time.
+
+    Every rank makes one and calls its methods alike. Of the checkpoints whose step is not among
+    `milestones`, only the newest keep_last stay.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, milestones: Iterable[int] = ()) -> None:
+        self.folder, self._keep_last, self._milestones = folder, keep_last, set(milestones)
+        # Its messages between ranks must not mix with those of the training that goes on.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=cuda,
+            )
+        )
+        self._running = self._path = None
+
+    def save(
+        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict
+    ) -> None:
+        """Begin to write folder/name; returns as soon as the tensors may change again.
+
+        state is plain JSON data, with its step. Waits for the save before, if that still goes on.
+        """
+        self.wait()
+        self._path = self.folder / name
+        writer = _Writer(self._path, json.dumps(state, indent=1), self._keep_last, self._milestones)
+        self._running = dcp.async_save(
+            _tensors(model, optimizer),
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=not dist.is_initialized(),
+        )
+
+    def busy(self) -> bool:
+        """Whether a save goes on."""
+        return self._running is not None and not self._running.done()
+
+    def failed(self) -> bool:
+        """Whether the save that was begun last has ended badly, on this rank's knowledge."""
+        ended = self._running is not None and self._running.done()
+        return ended and self._running.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the end of the save. Raises CheckpointError if the disk is full or not writable,
+        on all ranks; nothing of it remains then."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except (OSError, dcp.CheckpointException) as error:
+            shutil.rmtree(_unfinished(self._path), ignore_errors=True)
+            raise CheckpointError(f"{self._path}: not saved ({_first_reason(error)})") from None
 
 
 def save(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write a checkpoint to `path`. Every rank calls this; `state` is plain JSON data.
+    """Write one checkpoint and wait for it. Every rank calls this. Raises CheckpointError."""
+    path = Path(path)
+    saver = Saver(path.parent, keep_last=sys.maxsize)
+    saver.save(path.name, model, optimizer, state)
+    saver.wait()
 
-    Raises CheckpointError if the disk is full or not writable; nothing of that name remains then.
+
+class _Writer(dcp.StorageWriter):
+    """Distributed Checkpoint's way to the disk: a safetensors file a rank, then the manifest.
+
+    Its own writer builds a rank's file in memory first, twice its size; this one streams.
+    """
+
+    def __init__(self, path: Path, state: str, keep_last: int, milestones: set[int]) -> None:
+        self._path, self._state = path, state
+        self._keep_last, self._milestones = keep_last, milestones
+
+    def reset(self, checkpoint_id: object = None) -> None: ...
+
+    def set_up_storage_writer(
+        self, is_coordinator: bool, *args: object, **kwargs: object
+    ) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        return True
+
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        """On rank 0, before any rank writes."""
+        shutil.rmtree(_unfinished(self._path), ignore_errors=True)
+        _unfinished(self._path).mkdir(parents=True)
+        names = [f"shard-{number:05d}.safetensors" for number in range(1, len(plans) + 1)]
+        return [replace(plan, storage_data=name) for plan, name in zip(plans, names)]
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future:
+        written: Future = Future()
+        written.set_result(self._write_shard(plan, planner) if plan.items else [])
+        return written
+
+    def _write_shard(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> list[WriteResult]:
+        header, places, end = {}, {}, 0
+        for item in plan.items:  # fp32 all of them
+            chunk, name = item.tensor_data.chunk, item.index.fqn
+            start, end = end, end + 4 * chunk.sizes.numel()
+            header[name] = {"dtype": "F32", "shape": chunk.sizes, "data_offsets": [start, end]}
+            places[name] = {"saved_offsets": chunk.offsets}
+        # How Distributed Checkpoint's reader of safetensors finds a piece's place in its tensor.
+        header["__metadata__"] = {"DCP_SHARDING_INFO": json.dumps(places)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+
+        digest = hashlib.sha256()
+        with open(_unfinished(self._path) / plan.storage_data, "wb") as file:
+            for content in (len(text).to_bytes(8, "little"), text):
+                digest.update(content)
+                file.write(content)
+            for item in plan.items:
+                tensor = planner.resolve_data(item).contiguous()
+                content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                for first in range(0, len(content), CHUNK):
+                    digest.update(content[first : first + CHUNK])
+                    file.write(content[first : first + CHUNK])
+            _sync(file)
+            size = file.tell()
+        facts = {plan.storage_data: {"bytes": size, "sha256": digest.hexdigest()}}
+        return [WriteResult(item.index, 0, facts) for item in plan.items]
+
+    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, when all ranks have written."""
+        folder = _unfinished(self._path)
+        files = {}
+        for of_rank in results:
+            files |= of_rank[0].storage_data if of_rank else {}
+        files["state.json"] = _write_text(folder / "state.json", self._state)
+        manifest = {"files": files, "sha256": _digest_of(files)}
+        _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+        _sync_directory(folder)
+        before = self._path.with_name(
+            f".{self._path.name}.old"
+        )  # of the same step, if there is one
+        shutil.rmtree(before, ignore_errors=True)
+        if self._path.exists():
+            os.replace(self._path, before)
+        os.replace(folder, self._path)
+        _sync_directory(self._path.parent)
+        shutil.rmtree(before, ignore_errors=True)
+        self._forget_old_ones()
+
+    def _forget_old_ones(self) -> None:
+        passing = [p for step, p in _found(self._path.parent) if step not in self._milestones]
+        for path in passing[: -self._keep_last]:
+            os.replace(path, _unfinished(path))  # there is never half of one under its name
+            shutil.rmtree(_unfinished(path), ignore_errors=True)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    out = {}
+    for name, p in model.named_parameters():
+        out[f"model.{name}"] = p.detach()
+        if optimizer is not None:
+            out[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
+            out[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
+    return out
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _write_text(path: Path, text: str) -> dict:
+    """Write and sync a file; its entry of the manifest."""
+    content = text.encode()
+    with open(path, "wb") as file:
+        file.write(content)
+        _sync(file)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _digest_of(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(file: object) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Make names in a directory survive a power cut; Windows has no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_reason(error: BaseException) -> str:
+    """The first line of what went wrong on the first rank that failed."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return reason(error)
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of those under their final names, the oldest first, by number."""
+    named = [p for p in folder.glob("*step*") if p.is_dir() and not p.name.startswith(".")]
+    return sorted((int(m[1]), p) for p in named if (m := STEP.search(p.name)))
+
+
+def latest(path: str | Path) -> Path | None:
+    """The checkpoint of the highest step under a run directory, or `path` if it is one.
+
+    Compares numbers, not names. None if there is none.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    if (path / "manifest.json").is_file():
+        return path
+    found = _found(path / "checkpoints")
+    return found[-1][1] if found else None
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a killed save left behind, and undo a replacement that it left half done."""
+    for before in folder.glob(".*.old"):
+        path = before.with_name(before.name[1:].removesuffix(".old"))
+        if not path.exists():
+            os.replace(before, path)
+        shutil.rmtree(before, ignore_errors=True)
+    for unfinished in folder.glob(".*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def newest_sound(run: Path, rank: int, world: int) -> Path | None:
+    """The newest checkpoint of a run that is byte for byte as it was written, or None.
+
+    Every rank calls this and checks its share of the files. A damaged one is named on stderr and
+    set aside as NAME.damaged, and the one before it is looked at. Raises CheckpointError when
+    there are checkpoints and all are damaged: a run is never begun anew by mistake.
+    """
+    if rank == 0:
+        _tidy(run / "checkpoints")
+    candidates = gather([path for _, path in _found(run / "checkpoints")])[0]
+    for path in reversed(candidates):
+        damage = next(filter(None, gather(_damage(path, rank, world))), None)
+        if damage is None:
+            return path
+        if rank == 0:
+            print(f"train.py: {damage}; set aside, the one before it is used", file=sys.stderr)
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if candidates:
+        raise CheckpointError(f"{run}: every checkpoint is damaged; another --name begins anew")
+    return None
+
+
+def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
+    """Compare a checkpoint with its manifest; of several ranks each reads its share of the files.
+
+    Raises CheckpointError naming the file that is missing, cut short or changed.
+    """
+    damage = _damage(Path(path), rank, world)
+    if damage:
+        raise CheckpointError(damage)
+
+
+def _damage(path: Path, rank: int, world: int) -> str | None:
     try:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        _barrier()
-        with _quiet():
-            dcp.save(
-                _tensors(model, optimizer),
-                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-                no_dist=not dist.is_initialized(),
-            )
-        if first:
-            with open(unfinished / "state.json", "w", encoding="utf-8") as f:
-                json.dump(state, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
-            _sync_directory(unfinished)
-            older = path.with_name(f".{path.name}.old")  # of the same step, kept until it is not
-            shutil.rmtree(older, ignore_errors=True)
-            if path.exists():
-                os.replace(path, older)
-            os.replace(unfinished, path)
-            _sync_directory(path.parent)
-            shutil.rmtree(older, ignore_errors=True)
-        _barrier()
-    except (OSError, dcp.CheckpointException) as error:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{path}: not saved ({_reason(error)})") from None
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        files = manifest["files"]
+        if _digest_of(files) != manifest["sha256"]:
+            raise ValueError
+        sizes = {name: int(facts["bytes"]) for name, facts in files.items()}
+        alien = {p.name for p in path.glob("*.safetensors")} - files.keys()
+        if alien:
+            return f"{path / alien.pop()}: not in the manifest"
+        missing = [name for name in files if not (path / name).is_file()]
+        if missing:
+            return f"{path / missing[0]}: missing"
+        cut = [name for name in files if (path / name).stat().st_size != sizes[name]]
+        if cut:
+            have = (path / cut[0]).stat().st_size
+            return f"{path / cut[0]}: damaged ({have:,} bytes, {sizes[cut[0]]:,} were written)"
+        mine = list(files)[rank::world]
+        bar = tqdm(
+            desc=f"checking {path.name}",
+            total=sum(sizes[name] for name in mine),
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            leave=False,
+            disable=rank > 0,
+        )
+        with bar:
+            for name in mine:
+                digest = hashlib.sha256()
+                with open(path / name, "rb", buffering=0) as file:
+                    while content := file.read(CHUNK):
+                        digest.update(content)
+                        bar.update(len(content))
+                if digest.hexdigest() != files[name]["sha256"]:
+                    return f"{path / name}: damaged (its SHA-256 is not the one written)"
+    except FileNotFoundError:
+        return f"{path / 'manifest.json'}: missing"
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path / 'manifest.json'}: damaged"
+    return None
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
     """Fill the model, and the optimizer if given, from a checkpoint; return its state.
 
-    Raises CheckpointError if it is incomplete, damaged or of another architecture.
+    Each rank reads what is its own. Raises CheckpointError if it is incomplete, damaged or of
+    another architecture; what has the right shape but other bytes, `verify` finds.
     """
     path = Path(path)
     state = read_state(path)
@@ -114,16 +398,14 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
                 step = torch.tensor(float(state["step"]), device=p.device)
                 moments = {n: torch.zeros_like(p.detach()) for n in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": step, **moments}
-    tensors = _tensors(model, optimizer)
     try:
-        with _quiet():
-            dcp.load(
-                tensors,
-                storage_reader=dcp.HuggingFaceStorageReader(str(path)),
-                no_dist=not dist.is_initialized(),
-            )
+        dcp.load(
+            _tensors(model, optimizer),
+            storage_reader=dcp.HuggingFaceStorageReader(str(path)),
+            no_dist=not dist.is_initialized(),
+        )
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged or incomplete ({_reason(error)})") from None
+        raise CheckpointError(f"{path}: damaged or incomplete ({_first_reason(error)})") from None
     return state
 
 
@@ -137,21 +419,6 @@ def read_state(path: str | Path) -> dict:
         raise CheckpointError(f"{path}: not a complete checkpoint (no state.json)") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}/state.json: damaged") from None
-
-
-def latest(path: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step under a run directory, or `path` if it is one.
-
-    Compares numbers, not names. None if there is none.
-    """
-    path = Path(path)
-    if (path / "state.json").is_file():
-        return path
-    found = [p for p in (path / "checkpoints").glob("*step*") if (p / "state.json").is_file()]
-    found = [
-        (int(m[1]), p) for p in found if not p.name.startswith(".") and (m := STEP.search(p.name))
-    ]
-    return max(found)[1] if found else None
 
 
 def architecture(options: dict) -> LucieConfig:
@@ -175,231 +442,3 @@ def from_run(path: str | Path) -> tuple[Lucie, dict]:
     model.to_empty(device="cpu")
     load(found, model, None)
     return model, options
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    out = {}
-    for name, p in model.named_parameters():
-        out[f"model.{name}"] = p.detach()
-        if optimizer is not None:
-            out[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
-            out[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
-    return out
-
-
-def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """The rows of a parameter that this rank holds, and the number of the first of them.
-
-    FSDP gives every rank ceil(rows / ranks) consecutive rows of dimension 0, the last ones fewer.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter.detach(), 0
-    mesh = parameter.device_mesh
-    return parameter.to_local().detach(), -(
-        -parameter.shape[0] // mesh.size()
-    ) * mesh.get_local_rank()
-
-
-def fill_rows(parameter: Tensor, start: int, values: Tensor) -> None:
-    """Write `values` to the rows from `start` on, as far as this rank holds them."""
-    rows, first = local_rows(parameter)
-    a, b = max(start, first), min(start + len(values), first + len(rows))
-    if a < b:
-        rows[a - first : b - first].copy_(values[a - start : b - start])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracebacks that Distributed Checkpoint logs of errors it also raises, and its
-    warning that one process is one process."""
-    logging.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _sync_directory(path: Path) -> None:
-    """Make names in a directory survive a power cut; Windows has no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong on the first rank that failed."""
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-# --- Hugging Face's layout -----------------------------------------------------------------------
-
-
-def hf_rows(config: LucieConfig) -> dict[str, tuple[str, int, int]]:
-    """{tensor name of Hugging Face: (our parameter, first row, past the last row)}.
-
-    Ours joins q|k|v and gate|up, row after row; every other tensor is the same.
-    """
-    c, rows = config, {}
-    rows["model.embed_tokens.weight"] = ("embed_tokens.weight", 0, c.vocab_size)
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    for i in range(c.num_hidden_layers):
-        parts = {
-            "self_attn.qkv_proj": (("q_proj", q), ("k_proj", kv), ("v_proj", kv)),
-            "self_attn.o_proj": (("o_proj", c.hidden_size),),
-            "mlp.gate_up_proj": (
-                ("gate_proj", c.intermediate_size),
-                ("up_proj", c.intermediate_size),
-            ),
-            "mlp.down_proj": (("down_proj", c.hidden_size),),
-            "input_layernorm": (("input_layernorm", c.hidden_size),),
-            "post_attention_layernorm": (("post_attention_layernorm", c.hidden_size),),
-        }
-        for ours, pieces in parts.items():
-            start = 0
-            for piece, count in pieces:
-                theirs = f"{ours.rpartition('.')[0]}.{piece}".lstrip(".")
-                rows[f"model.layers.{i}.{theirs}.weight"] = (
-                    f"layers.{i}.{ours}.weight",
-                    start,
-                    start + count,
-                )
-                start += count
-    rows["model.norm.weight"] = ("norm.weight", 0, c.hidden_size)
-    rows["lm_head.weight"] = ("lm_head.weight", 0, c.vocab_size)
-    return rows
-
-
-def hf_folder(path_or_name: str, revision: str | None = None) -> Path:
-    """A local folder as it is; a name is fetched through huggingface_hub."""
-    if Path(path_or_name).is_dir():
-        return Path(path_or_name)
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(path_or_name, revision=revision, allow_patterns=patterns))
-    except ImportError:
-        raise CheckpointError(
-            f"{path_or_name}: no such folder; to fetch it by name: pip install huggingface_hub"
-        ) from None
-    except Exception as error:  # the hub's client has a dozen errors of its own
-        raise CheckpointError(f"{path_or_name}: not fetched ({_reason(error)})") from None
-
-
-def hf_config(folder: Path) -> LucieConfig:
-    """LucieConfig of a Hugging Face folder. Raises CheckpointError for another architecture."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rope = values.get("rope_parameters") or {}  # transformers 5 keeps theta here
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {_reason(error)}") from None
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
-    scaling = values.get("rope_scaling") or (
-        rope if rope.get("rope_type", "default") != "default" else None
-    )
-    if scaling:
-        values["rope_scaling"] = scaling
-    for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias", "rope_scaling"):
-        if values.get(name, HF_CONFIG[name]) != HF_CONFIG[name]:
-            raise CheckpointError(f"{folder}: {name} {values[name]!r} is not Lucie's architecture")
-    if values.get("tie_word_embeddings"):
-        raise CheckpointError(f"{folder}: tied embeddings are not Lucie's architecture")
-    missing = [n for n in vars(LucieConfig()) if n not in values]
-    if missing:
-        raise CheckpointError(f"{folder}/config.json: lacks {', '.join(missing)}")
-    try:
-        return LucieConfig(**{n: values[n] for n in vars(LucieConfig())})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json: {_reason(error)}") from None
-
-
-def load_hf(folder: Path, model: nn.Module) -> None:
-    """Fill a (sharded) model from the safetensors of a Hugging Face folder, a tensor at a time."""
-    rows = hf_rows(model.config)
-    parameters = dict(model.named_parameters())
-    for name, tensor in _hf_tensors(folder):
-        if name.endswith("rotary_emb.inv_freq"):  # an old habit; ours are computed
-            continue
-        if name not in rows:
-            raise CheckpointError(f"{folder}: unknown tensor {name}")
-        ours, start, end = rows.pop(name)
-        expected = (end - start, *parameters[ours].shape[1:])
-        if tensor.shape != expected:
-            raise CheckpointError(f"{folder}: {name} is {list(tensor.shape)}, not {list(expected)}")
-        fill_rows(parameters[ours], start, tensor)
-    if rows:
-        raise CheckpointError(f"{folder}: lacks {next(iter(rows))} and {len(rows) - 1} more")
-
-
-def _hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({folder / shard for shard in shards})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: {_reason(error)}") from None
-    if not files:
-        raise CheckpointError(f"{folder}: holds no safetensors")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():
-                    yield name, f.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: {_reason(error)}") from None
-
-
-def from_hf(path_or_name: str, revision: str | None = None) -> Lucie:
-    """Lucie from a Hugging Face folder or name, fp32 on the CPU."""
-    folder = hf_folder(path_or_name, revision)
-    with torch.device("meta"):
-        model = Lucie(hf_config(folder))
-    model.to_empty(device="cpu")
-    load_hf(folder, model)
-    return model
-
-
-def to_hf(model: Lucie, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a Hugging Face folder: safetensors shards with their index, and config.json."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    parameters, rows = dict(model.named_parameters()), hf_rows(model.config)
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, (ours, start, end) in rows.items():
-        nbytes = (end - start) * parameters[ours][0].numel() * dtype.itemsize
-        if size + nbytes > HF_SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-        total += nbytes
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            ours, start, end = rows[name]
-            tensors[name] = parameters[ours].detach()[start:end].to(dtype, copy=True)
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    config = HF_CONFIG | vars(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    for file, content in (("model.safetensors.index.json", index), ("config.json", config)):
-        (path / file).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")

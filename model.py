@@ -143,6 +143,18 @@ class Block(nn.Module):
         return x + self.mlp(y)
 
 
+class Head(nn.Linear):
+    """Logits; or with targets the loss, without ever holding all the logits."""
+
+    def __init__(self, config: LucieConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, reduction)
+
+
 class Lucie(nn.Module):
     """The language model. On the meta device its parameters are left to be filled by the caller."""
 
@@ -152,7 +164,7 @@ class Lucie(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         # A plain attribute, not a buffer: model.to(torch.bfloat16) must never round the angles.
         self._rope_tables: tuple[Tensor, Tensor] | None = None
         with torch.no_grad():
@@ -190,10 +202,7 @@ class Lucie(nn.Module):
             x = block(x, cos[start:end], sin[start:end], cu_seqlens, cache)
         if cache is not None:
             cache.length = end
-        x = self.norm(x)
-        if targets is None:
-            return self.lm_head(x)
-        return linear_cross_entropy(x, self.lm_head.weight, targets, reduction)
+        return self.lm_head(self.norm(x), targets, reduction)
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The fp32 tables for this config's theta and length, made once on the device in use."""

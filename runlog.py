@@ -5,6 +5,9 @@ left behind (past the checkpoint, or cut short) are dropped.
 """
 
 import csv
+import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,3 +50,27 @@ def write(log: IO[str], board: Any, row: dict) -> None:
     for name, value in row.items():
         if board is not None and value is not None and name != "training_steps":
             board.add_scalar(name, value, row["training_steps"])
+
+
+def versions() -> dict[str, str]:
+    """What a run was computed with: the commit of this code, and the libraries that matter."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        code = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        code = ""
+    found = {"code": code or "not a git checkout", "python": platform.python_version()}
+    for library in ("torch", "triton", "numpy"):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found

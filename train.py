@@ -8,28 +8,31 @@ up the run, then loops over the steps of the schedule. Nothing in it depends on 
 processes but which samples each one reads.
 """
 
+import gc
 import json
 import math
 import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 import kernels
+import parallel
 import runlog
 from checkpoint import CheckpointError
 from config import Config, ConfigError, load
@@ -43,10 +46,12 @@ from schedule import Schedule, Step, revision_name
 # Dense bf16, by a part of the name of the GPU. Other H100s (PCIe, NVL) are slower and not listed.
 PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
 MAY_CHANGE = {  # on resuming a run; every other option would make it another run
-    "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "micro_batch_size",
+    "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "parallel",
+    "replica_size", "reduce_each_micro_batch", "activation_checkpointing", "micro_batch_size",
     "log_every", "eval_every", "eval_samples", "checkpoint_every", "checkpoint_early_every",
-    "checkpoint_early_steps",
+    "checkpoint_early_steps", "save_every", "keep_last",
 }  # fmt: skip
+EXPECTED = (ConfigError, DataError, TokenizerError, CheckpointError, OSError)  # one line each
 
 
 class Diverged(Exception):
@@ -59,42 +64,35 @@ def main(argv: list[str]) -> None:
     config = load(argv)
     device, dtype = pick_device(config)
     pick_kernels(config, device)
-    rank, world = start_processes(device)
-    model = empty_model(config, device, dtype)
-    check(config, model)
+    rank, world = parallel.start_processes(device)
+    model, forward = build_model(config, device, dtype)
+    optimizer = build_optimizer(config, model)
     schedule = schedule_of(config)
-    mixture = Mixture(config.mixture, config.seq_len, config.seed, config.vocab_size)
-    validation = None
-    if config.validation:
-        validation = Mixture(config.validation, config.seq_len, config.seed, config.vocab_size)
+    mixture, validation = parallel.together(open_data, config, errors=EXPECTED)
 
     # --- what to start from
     run = Path(config.out_dir, config.name)
-    source, resume = find_start(config, run, mixture)
-    model.to_empty(device=device)
-    optimizer = build_optimizer(config, model)
+    source, resume = find_start(config, run, mixture, rank, world)
     state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "gpu_seconds": 0.0}
     if resume:
         state |= checkpoint.load(source, model, optimizer)
     elif source is None:
         for name, parameter in model.named_parameters():
             value = initial_weight(model.config, name, parameter.shape, config.seed)
-            checkpoint.fill_rows(parameter, 0, value)
+            parallel.fill_rows(parameter, 0, value)
     elif isinstance(source, Path):
         checkpoint.load(source, model, None)
     else:
-        checkpoint.load_hf(checkpoint.hf_folder(*source.split("@", 1)), model)
+        folder = checkpoint.folder_of(*source.split("@", 1))
+        parallel.together(checkpoint.load_folder, folder, model, errors=EXPECTED)
     state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
+    state["versions"] = runlog.versions()
 
-    # --- logs
+    # --- logs and checkpoints
     flops, peak = model.flops_per_token(config.seq_len), peak_flops(device)
-    log = board = None
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        runlog.write_whole(run / "config.json", json.dumps(asdict(config), indent=1))
-        log = runlog.open_log(run, state["step"])
-        board = runlog.open_board(run, state["step"])
-    last, saves = schedule.num_steps(), set(schedule.checkpoint_steps())
+    log, board = parallel.together(open_logs, run, state, rank, errors=EXPECTED)
+    last, milestones = schedule.num_steps(), set(schedule.checkpoint_steps())
+    saver = checkpoint.Saver(run / "checkpoints", config.keep_last, milestones)
     bar = tqdm(
         desc=config.name,
         total=schedule.samples_after(last),
@@ -107,34 +105,45 @@ def main(argv: list[str]) -> None:
     # --- the loop
     steps = schedule.steps_from(state["step"])
     reader = ThreadPoolExecutor(1)  # reads the next step's data while this one computes
-    upcoming = reader.submit(read_step, mixture, next(steps, None), config, rank, world)
+    read = (reader, mixture, config, rank, world, device)
+    upcoming = read_ahead(next(steps, None), *read)
+    arrived = watch_samples(model)
+    gc.freeze()  # what lives now lives to the end: no later collection goes through it
     since, since_tokens = time.monotonic(), 0
-    before, saved, stopping, unreadable = started, state["step"], False, None
+    before, saved = started, state["step"]
+    stopping = unsaved = unread = False
     while state["step"] < last and not stopping:
-        try:
-            step, batches = upcoming.result()
-            upcoming = reader.submit(read_step, mixture, next(steps, None), config, rank, world)
-        except DataError as error:
-            unreadable, batches = error, []
+        mine = upcoming.result()
+        step, upcoming = mine.step, read_ahead(next(steps, None), *read)
 
         # Loss and gradient are means over all target tokens of the step, on all ranks.
-        count = sum(int((y != IGNORE).sum()) for _, y in batches)
-        count, failures = sum_over_ranks(torch.tensor([count, unreadable is not None]), device)
-        if failures:  # what is trained so far is kept
-            unreadable = unreadable or DataError("another rank could not read its data")
-            break
-        loss = torch.zeros((), device=device)
-        for tokens, targets in batches:
-            with autocast(device, dtype):
-                part = model(tokens.to(device), targets.to(device), reduction="sum") / count
-            (part * world).backward()  # FSDP averages over ranks where a sum is wanted
+        targets = parallel.sum_over_ranks(to_device([mine.targets], device)).clamp(min=1)
+        loss = torch.zeros(1, device=device)
+        arrived.clear()
+        for number, (x, y) in enumerate(mine.batches, start=1):
+            final = number == len(mine.batches)
+            with parallel.micro_batch(forward, final, config.reduce_each_micro_batch):
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                with autocast(forward, device, dtype):
+                    part = forward(x, y, reduction="sum") / targets
+                (part * world).sum().backward()  # ranks are averaged where a sum is wanted
             loss += part.detach()
-        loss = sum_over_ranks(loss, device).item()
         grad_norm = clip_gradients(model, config.clip_grad)
+
+        # One rank's trouble or signal is everybody's, at the same step. To learn of it is the only
+        # time in a step that the host waits for the device.
+        late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
+        here = to_device([bool(stop) or late, saver.failed(), mine.error is not None], device)
+        told = parallel.sum_over_ranks(torch.cat([loss, here]))
+        loss, stopping, unsaved, unread, grad_norm = torch.cat([told, grad_norm]).tolist()
+        if unread or unsaved:
+            break  # without the update; what is trained so far is kept
         if not math.isfinite(loss + grad_norm):
+            saver.wait()
             raise Diverged(
-                f"step {step.step}: loss {loss}, gradient norm {grad_norm}, at the samples from "
-                f"{step.samples_before:,} on; stopped before the update, nothing saved since"
+                f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from "
+                f"{at_fault(mine, arrived, config, rank, world)}; stopped before the update, the "
+                f"last checkpoint is that of step {saved:,}"
             )
         learning_rate = schedule.learning_rate(step.samples_before)
         for group in optimizer.param_groups:
@@ -177,20 +186,19 @@ def main(argv: list[str]) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s")
             since, since_tokens = time.monotonic(), 0  # the validation is not part of the speed
 
-        # One rank's signal stops all: the decision, unlike the signal, is everybody's at once.
-        minutes = (time.monotonic() - started) / 60
-        late = 0 < config.max_minutes <= minutes
-        stopping = bool(sum_over_ranks(bool(stop) or late, device))
-        if step.step in saves or stopping:
-            save(run, config, model, optimizer, state)
-            saved, since, since_tokens = step.step, time.monotonic(), 0
+        passing = config.save_every and step.step % config.save_every == 0
+        if step.step in milestones or passing or stopping:
+            saver.save(revision_name(step.step, config.checkpoint_prefix), model, optimizer, state)
+            saved = step.step
     bar.close()
-    if unreadable:
-        if saved != state["step"]:
-            save(run, config, model, optimizer, state)
-        raise unreadable
+    saver.wait()
+    name = revision_name(state["step"], config.checkpoint_prefix)
+    if unread:
+        if state["step"] != saved:
+            saver.save(name, model, optimizer, state)
+            saver.wait()
+        parallel.raise_together(mine.error)
     if rank == 0:
-        name = revision_name(saved, config.checkpoint_prefix)
         print(f"{config.name}: step {saved:,} of {last:,} in {run / 'checkpoints' / name}")
 
 
@@ -230,53 +238,41 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, number of ranks): torchrun's, or one process."""
-    lone = "RANK" not in os.environ
-    if lone and device.type == "cpu":
-        return 0, 1
-    # A lone GPU is sharded over itself: one code path, and compute in bf16 beside fp32 weights.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if lone else {}
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
-    else:
-        dist.init_process_group("gloo", **alone)
-    return dist.get_rank(), dist.get_world_size()
+def open_data(config: Config) -> tuple[Mixture, Mixture | None]:
+    """The mixtures to train and to validate on; a vocabulary that does not fit is an error."""
+    if config.tokenizer:
+        size = load_tokenizer(config.tokenizer).vocab_size
+        if size != config.vocab_size:
+            raise ConfigError(
+                f"{config.tokenizer} has {size:,} tokens, but vocab_size is {config.vocab_size:,}"
+            )
+    common = (config.seq_len, config.seed, config.vocab_size)
+    validation = Mixture(config.validation, *common) if config.validation else None
+    return Mixture(config.mixture, *common), validation
 
 
-def empty_model(config: Config, device: torch.device, dtype: torch.dtype) -> Lucie:
-    """The model on the meta device, sharded by FSDP where there are processes to share it.
-
-    Each block is gathered for its own forward and backward only; the embedding, last norm and head
-    stay gathered with the root. Parameters, gradients and their reduction are fp32, compute dtype.
-    """
+def build_model(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Lucie, nn.Module]:
+    """(the model, what to call in its stead): in memory, on every rank its part, not filled yet."""
     try:
-        architecture = checkpoint.architecture(asdict(config))
+        with torch.device("meta"):
+            model = Lucie(checkpoint.architecture(asdict(config)))
+        check_memory(config, model)
+        parallel.recompute(model, config.activation_checkpointing)
+        if config.compile:
+            for block in model.layers:  # all are alike: the first one's code serves the others
+                block.compile()
+        return model, parallel.spread(model, config.parallel, config.replica_size, device, dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    with torch.device("meta"):
-        model = Lucie(architecture)
-    if config.compile:
-        for block in model.layers:  # all are alike: the first one's code serves the others
-            block.compile()
-    if dist.is_initialized():
-        # Inputs are not cast: the rotary tables among them must stay fp32.
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
 
 
-def check(config: Config, model: Lucie) -> None:
-    """Raises ConfigError for what this machine cannot hold, or a vocabulary that does not fit."""
-    # fp32 weight, gradient and two moments; activations come on top
-    need = 16 * model.num_params() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if dist.is_initialized():
-        need //= dist.get_world_size()
+def check_memory(config: Config, model: Lucie) -> None:
+    """Raises ConfigError for a model that this machine cannot hold."""
+    # fp32 weight, gradient and two moments, of each rank that runs on this machine
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = 16 * model.num_params() * ranks / parallel.shards(config.parallel, config.replica_size)
     have = machine_memory(config)
     if have and need > have:
         raise ConfigError(
@@ -284,12 +280,6 @@ def check(config: Config, model: Lucie) -> None:
             f"(16 bytes each) and there are {have / 1e9:.0f} GB here: use more GPUs, or try "
             "config/demo_pretrain.py"
         )
-    if config.tokenizer:
-        size = load_tokenizer(config.tokenizer).vocab_size
-        if size != config.vocab_size:
-            raise ConfigError(
-                f"{config.tokenizer} has {size:,} tokens, but vocab_size is {config.vocab_size:,}"
-            )
 
 
 def machine_memory(config: Config) -> int:
@@ -312,13 +302,17 @@ def schedule_of(config: Config) -> Schedule:
     return schedule
 
 
-def find_start(config: Config, run: Path, mixture: Mixture) -> tuple[Path | str | None, bool]:
+def find_start(
+    config: Config, run: Path, mixture: Mixture, rank: int, world: int
+) -> tuple[Path | str | None, bool]:
     """(where weights come from, whether the run resumes): what init_from stands for.
 
     A Path is a checkpoint of ours, a string a Hugging Face folder or name, None is from scratch.
-    Giving the same command again resumes a run, whatever its first weights were.
+    Giving the same command again resumes a run, whatever its first weights were, from the newest
+    checkpoint that is not damaged. Damaged weights of another run are an error.
     """
-    wanted, existing = config.init_from, checkpoint.latest(run)
+    wanted = config.init_from
+    existing = checkpoint.newest_sound(run, rank, world)
     if existing:
         state = checkpoint.read_state(existing)
         old, new = state["config"], asdict(config)
@@ -342,7 +336,17 @@ def find_start(config: Config, run: Path, mixture: Mixture) -> tuple[Path | str 
     if wanted == "resume" or not (source := checkpoint.latest(wanted)):
         where = run if wanted == "resume" else wanted
         raise ConfigError(f"init_from={wanted}: no complete checkpoint in {where}")
+    parallel.together(checkpoint.verify, source, rank, world, errors=(CheckpointError,))
     return source, False
+
+
+def open_logs(run: Path, state: dict, rank: int) -> tuple[IO[str] | None, Any]:
+    """(log.csv, TensorBoard's writer) on rank 0, and the config beside them."""
+    if rank > 0:
+        return None, None
+    run.mkdir(parents=True, exist_ok=True)
+    runlog.write_whole(run / "config.json", json.dumps(state["config"], indent=1))
+    return runlog.open_log(run, state["step"]), runlog.open_board(run, state["step"])
 
 
 def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
@@ -385,49 +389,108 @@ def catch_signals() -> list[str]:
 # --- in the loop ---------------------------------------------------------------------------------
 
 
-def read_step(
-    mixture: Mixture, step: Step | None, config: Config, rank: int, world: int
-) -> tuple[Step, list[tuple[Tensor, Tensor]]] | None:
-    """This rank's micro-batches of a step: (tokens, targets), int64 `[<= micro_batch_size, T]`.
+class Share(NamedTuple):
+    """What one rank reads of a step."""
 
-    Every rank makes the same number of passes, since each is a meeting of all ranks; one that has
-    run out of samples passes with a sample whose targets do not count.
-    """
+    step: Step
+    samples: range  # its samples, by number
+    batches: list[tuple[Tensor, Tensor]]  # (tokens, targets), int64 `[<= micro_batch_size, T]`
+    targets: int  # that count
+    error: DataError | None  # why there are none, if the data could not be read
+
+
+def read_ahead(
+    step: Step | None, reader: ThreadPoolExecutor, mixture: Mixture, config: Config, rank: int,
+    world: int, device: torch.device,
+) -> Future[Share] | None:  # fmt: skip
     if step is None:
         return None
+    return reader.submit(read_step, mixture, step, config, rank, world, device.type == "cuda")
+
+
+def read_step(
+    mixture: Mixture, step: Step, config: Config, rank: int, world: int, pin: bool = False
+) -> Share:
+    """This rank's share of a step: every world-th sample from its rank on, as micro-batches.
+
+    Every rank makes the same number of passes, since each is a meeting of all ranks; one that has
+    run out of samples, or cannot read, passes with a sample whose targets do not count.
+    """
     samples = range(step.samples_before, step.samples_before + step.batch_size)
     mine, size = samples[rank::world], config.micro_batch_size
-    batches = []
+    batches, error = [], None
     for first in range(0, len(samples[::world]), size):  # rank 0 has the most samples
-        block = [mixture[i] for i in mine[first : first + size]]
+        try:
+            block = [mixture[i] for i in mine[first : first + size]] if error is None else []
+        except DataError as found:
+            error, block = found, []
         if block:
             tokens = torch.from_numpy(np.stack(block))
-            batches.append((tokens[:, :-1], tokens[:, 1:]))
+            x, y = tokens[:, :-1], tokens[:, 1:]
         else:
-            nothing = torch.zeros(1, config.seq_len, dtype=torch.int64)
-            batches.append((nothing, nothing + IGNORE))
-    return step, batches
+            x = torch.zeros(1, config.seq_len, dtype=torch.int64)
+            y = torch.full_like(x, IGNORE)
+        batches.append((x.pin_memory(), y.pin_memory()) if pin else (x, y))
+    targets = sum(int((y != IGNORE).sum()) for _, y in batches)
+    return Share(step, mine, batches, targets, error)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+def autocast(
+    forward: nn.Module, device: torch.device, dtype: torch.dtype
+) -> AbstractContextManager:
     """Compute in dtype where FSDP does not see to it already."""
-    if dist.is_initialized() or dtype == torch.float32:
+    if isinstance(forward, FSDPModule) or dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
 
 
-def sum_over_ranks(value: Tensor | float, device: torch.device) -> Tensor:
-    value = torch.as_tensor(value, device=device)
-    value = value.long() if value.dtype == torch.bool else value
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
+def to_device(numbers: list[float], device: torch.device) -> Tensor:
+    """fp32 numbers on the device, without waiting for what it is doing."""
+    cuda = device.type == "cuda"
+    here = torch.tensor(numbers, dtype=torch.float32, pin_memory=cuda)
+    return here.to(device, non_blocking=True)
 
 
-def clip_gradients(model: Lucie, largest: float) -> float:
-    """Scale all gradients so that their joint norm is at most `largest`; the norm before that."""
+def clip_gradients(model: Lucie, largest: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `largest`; the norm before, `[1]`."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).reshape(1)
+
+
+def watch_samples(model: Lucie) -> list[Tensor]:
+    """A list to which each backward adds, per sample, the sum of the gradient at its embeddings.
+
+    Whatever is no number on the way back from a sample's loss arrives there, and nowhere else is
+    it still known whose it was: gradients of weights are sums over samples and ranks.
+    """
+    arrived: list[Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: object, embedded: Tensor) -> None:
+        if embedded.requires_grad:
+            embedded.register_hook(
+                lambda gradient: arrived.append(gradient.sum((1, 2), dtype=torch.float32))
+            )
+
+    model.embed_tokens.register_forward_hook(watch)
+    return arrived
+
+
+def at_fault(mine: Share, arrived: list[Tensor], config: Config, rank: int, world: int) -> str:
+    """Which rank's samples brought what is not a number."""
+    broken, size = [], config.micro_batch_size
+    for number, sums in enumerate(arrived):
+        of_batch = mine.samples[number * size : (number + 1) * size]
+        broken += [i for i, total in zip(of_batch, sums.tolist()) if not math.isfinite(total)]
+    found = [
+        f"rank {r}, samples {', '.join(map(str, ids))}"
+        for r, ids in enumerate(parallel.gather(broken))
+        if ids
+    ]
+    return "; ".join(found) or (
+        f"no sample of {mine.step.samples_before} to "
+        f"{mine.step.samples_before + mine.step.batch_size - 1} alone, on no rank: their sum is "
+        "too large, or a device computes wrongly"
+    )
 
 
 @torch.no_grad()
@@ -441,42 +504,43 @@ def validation_loss(
     world: int,
 ) -> float:
     """Mean loss over the first eval_samples of the held-out mixture, the same ones every time."""
-    _, batches = read_step(mixture, Step(0, 0, config.eval_samples), config, rank, world)
-    loss = torch.zeros((), device=device)
-    for tokens, targets in batches:
-        with autocast(device, dtype):
-            loss += model(tokens.to(device), targets.to(device), reduction="sum")
-    if isinstance(model, FSDPModule):
-        model.reshard()  # its root stays gathered after a forward that no backward follows
-    count = sum(int((y != IGNORE).sum()) for _, y in batches)
-    return (sum_over_ranks(loss, device) / sum_over_ranks(count, device)).item()
-
-
-def save(
-    run: Path, config: Config, model: Lucie, optimizer: torch.optim.AdamW, state: dict
-) -> None:
-    name = revision_name(state["step"], config.checkpoint_prefix)
-    checkpoint.save(run / "checkpoints" / name, model, optimizer, state)
+    share = read_step(mixture, Step(0, 0, config.eval_samples), config, rank, world)
+    parallel.raise_together(share.error)
+    sums = to_device([0, share.targets], device)  # of losses, of targets
+    for x, y in share.batches:
+        with autocast(model, device, dtype):
+            sums[0] += model(x.to(device), y.to(device), reduction="sum")
+    parallel.drop_gathered(model)
+    loss, targets = parallel.sum_over_ranks(sums).tolist()
+    return loss / targets
 
 
 def command_line(argv: list[str]) -> None:
-    """main, with errors as one line and an exit code: 2 for bad input, 1 for a diverged run."""
+    """main, with errors as one line and an exit code: 2 for bad input, 1 for a run that failed.
+
+    Errors that are to be expected are the same on every rank, and rank 0 tells of them.
+    """
+    code = 0
     try:
         main(argv)
-    except (ConfigError, DataError, TokenizerError, CheckpointError) as error:
-        sys.exit(_fail(2, error))
-    except OSError as error:
-        sys.exit(_fail(2, f"{error.filename or 'writing'}: {error.strerror}"))
-    except Diverged as error:
-        sys.exit(_fail(1, error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _fail(code: int, message: object) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
-    return code
+    except (*EXPECTED, Diverged) as error:
+        code = 1 if isinstance(error, Diverged) else 2
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'writing'}: {error.strerror}"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+    except Exception as error:  # of this rank alone: the others wait for it, so be quick
+        rank, text = os.environ.get("RANK", "0"), str(error).strip()
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            print(f"train.py: rank {rank} lost another: {text.splitlines()[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = 1
+    if code:
+        sys.stderr.flush()
+        os._exit(code)  # threads that save or read may wait for ranks that are gone
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

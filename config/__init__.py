@@ -32,8 +32,20 @@ class Config:
     kernels: str = "auto"  # triton | torch (the definitions) | auto (triton on GPUs that can)
     compile: bool = False  # each block by torch.compile; a minute or more at the start
     # Save and stop after so long; 0: never. Surer than a signal for a large model: torchrun grants
-    # its processes 30 seconds after SIGTERM, and a checkpoint of the 7B takes longer.
+    # its processes 30 seconds after SIGTERM, and a step with a checkpoint of the 7B takes longer.
     max_minutes: float = 0.0
+
+    # --- many GPUs -------------------------------------------------------------------------------
+    # fsdp (all ranks share one copy of everything) | hsdp (groups of ranks have a copy each) |
+    # ddp (every rank has one). A single CPU process does without.
+    parallel: str = "fsdp"
+    replica_size: int = 0  # ranks to a copy in hsdp; 0: those of one machine
+    # False: gradients are summed over ranks once a step instead of after every micro-batch; each
+    # rank then keeps the whole gradient, 4 bytes a parameter (27 GB at 7B). fsdp and hsdp.
+    reduce_each_micro_batch: bool = True
+    # none | selective (norms, rotation and gate are computed again in the backward) | full (the
+    # matrix products too). Attention never is.
+    activation_checkpointing: str = "none"
 
     # --- model (Hugging Face's names) ------------------------------------------------------------
     vocab_size: int = 65024  # special tokens included
@@ -80,6 +92,8 @@ class Config:
     checkpoint_every: int = 25_000  # 0: only the last step
     checkpoint_early_every: int = 0  # denser at the start of a run ...
     checkpoint_early_steps: int = 0  # ... up to this step
+    save_every: int = 0  # between those, to resume from; 0: only when the run is stopped
+    keep_last: int = 2  # so many of the latter stay; the ones above always do
     checkpoint_prefix: str = ""  # Lucie's names: step0005000, extension_step0000250
 
 
@@ -112,10 +126,17 @@ def load(args: Sequence[str]) -> Config:
 
 
 def _check_ranges(config: Config) -> None:
-    for name in ("seq_len", "micro_batch_size", "log_every", "eval_every", "eval_samples"):
+    for name in (
+        "seq_len",
+        "micro_batch_size",
+        "log_every",
+        "eval_every",
+        "eval_samples",
+        "keep_last",
+    ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("weight_decay", "clip_grad", "max_minutes"):
+    for name in ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
     if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1 and config.eps > 0):
