@@ -190,6 +190,26 @@ def _kept_operations(products: bool, intermediate_size: int) -> Callable:
     return policy
 
 
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `largest` (0: leave them alone).
+
+    Returns the norm before that, fp32 `[1]` on the device. Squares are added in fp64, which rounds
+    to the same fp32 number however the gradients are cut: any number of ranks clips alike.
+    """
+    parameters = list(model.parameters())
+    gradients = [local_rows(p.grad)[0] for p in parameters]
+    squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in gradients)
+    if isinstance(parameters[0], DTensor):
+        mesh, shared = parameters[0].device_mesh, _sharded_dim(parameters[0])
+        dist.all_reduce(squares, group=mesh.get_group(shared))
+    norm = squares.sqrt().float()
+    if largest:
+        scale = (largest / (norm + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm.reshape(1)
+
+
 # --- what ranks tell each other ------------------------------------------------------------------
 
 
@@ -240,10 +260,14 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0
-    mesh = parameter.device_mesh
-    shared = next(i for i, place in enumerate(parameter.placements) if place.is_shard())
+    mesh, shared = parameter.device_mesh, _sharded_dim(parameter)
     per_rank = -(-parameter.shape[0] // mesh.size(shared))
     return parameter.to_local().detach(), per_rank * mesh.get_local_rank(shared)
+
+
+def _sharded_dim(parameter: DTensor) -> int:
+    """The dimension of the mesh over which a parameter is cut; over another one it is repeated."""
+    return next(i for i, place in enumerate(parameter.placements) if place.is_shard())
 
 
 def fill_rows(parameter: Tensor, start: int, values: Tensor) -> None:

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
@@ -117,8 +116,8 @@ def main(argv: list[str]) -> None:
         step, upcoming = mine.step, read_ahead(next(steps, None), *read)
 
         # Loss and gradient are means over all target tokens of the step, on all ranks.
-        targets = parallel.sum_over_ranks(to_device([mine.targets], device)).clamp(min=1)
-        loss = torch.zeros(1, device=device)
+        targets = parallel.sum_over_ranks(to_device(mine.targets, device)).clamp(min=1)
+        loss = to_device(0.0, device)
         arrived.clear()
         for number, (x, y) in enumerate(mine.batches, start=1):
             final = number == len(mine.batches)
@@ -126,15 +125,15 @@ def main(argv: list[str]) -> None:
                 x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
                 with autocast(forward, device, dtype):
                     part = forward(x, y, reduction="sum") / targets
-                (part * world).sum().backward()  # ranks are averaged where a sum is wanted
+                (part * world).backward()  # ranks are averaged where a sum is wanted
             loss += part.detach()
-        grad_norm = clip_gradients(model, config.clip_grad)
+        grad_norm = parallel.clip_gradients(model, config.clip_grad)
 
         # One rank's trouble or signal is everybody's, at the same step. To learn of it is the only
         # time in a step that the host waits for the device.
         late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
-        here = to_device([bool(stop) or late, saver.failed(), mine.error is not None], device)
-        told = parallel.sum_over_ranks(torch.cat([loss, here]))
+        flags = to_device([bool(stop) or late, saver.failed(), mine.error is not None], device)
+        told = parallel.sum_over_ranks(torch.cat([loss[None], flags]))
         loss, stopping, unsaved, unread, grad_norm = torch.cat([told, grad_norm]).tolist()
         if unread or unsaved:
             break  # without the update; what is trained so far is kept
@@ -444,17 +443,11 @@ def autocast(
     return torch.autocast(device.type, dtype)
 
 
-def to_device(numbers: list[float], device: torch.device) -> Tensor:
-    """fp32 numbers on the device, without waiting for what it is doing."""
+def to_device(numbers: float | list[float], device: torch.device) -> Tensor:
+    """fp64 numbers on the device, without waiting for what it is doing."""
     cuda = device.type == "cuda"
-    here = torch.tensor(numbers, dtype=torch.float32, pin_memory=cuda)
+    here = torch.tensor(numbers, dtype=torch.float64, pin_memory=cuda)
     return here.to(device, non_blocking=True)
-
-
-def clip_gradients(model: Lucie, largest: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `largest`; the norm before, `[1]`."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).reshape(1)
 
 
 def watch_samples(model: Lucie) -> list[Tensor]:
