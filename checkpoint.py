@@ -193,8 +193,7 @@ class _Writer(dcp.StorageWriter):
         for of_rank in results:
             files |= of_rank[0].storage_data if of_rank else {}
         files["state.json"] = _write_text(folder / "state.json", self._state)
-        manifest = {"files": files, "sha256": _digest_of(files)}
-        _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+        _write_text(folder / "manifest.json", _manifest(files))
         _sync_directory(folder)
         before = self._path.with_name(
             f".{self._path.name}.old"
@@ -237,8 +236,10 @@ def _write_text(path: Path, text: str) -> dict:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _digest_of(files: dict) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _manifest(files: dict) -> str:
+    """The text of a manifest, which vouches for itself as well."""
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": digest}, indent=1)
 
 
 def _sync(file: object) -> None:
@@ -332,9 +333,9 @@ def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
 
 def _damage(path: Path, rank: int, world: int) -> str | None:
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        files = manifest["files"]
-        if _digest_of(files) != manifest["sha256"]:
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _manifest(files):
             raise ValueError
         sizes = {name: int(facts["bytes"]) for name, facts in files.items()}
         alien = {p.name for p in path.glob("*.safetensors")} - files.keys()

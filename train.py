@@ -20,9 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,9 +35,9 @@ import runlog
 from checkpoint import CheckpointError
 from config import Config, ConfigError, load
 from data.dataset import DataError, Mixture
+from data.loader import Share, read_share
 from data.tokenizer import TokenizerError
 from data.tokenizer import load as load_tokenizer
-from kernels.linear_cross_entropy import IGNORE
 from model import Lucie, initial_weight
 from schedule import Schedule, Step, revision_name
 
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
         folder = checkpoint.folder_of(*source.split("@", 1))
         parallel.together(checkpoint.load_folder, folder, model, errors=EXPECTED)
     state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
-    state["versions"] = runlog.versions()
+    state["versions"] = runlog.versions() if rank == 0 else {}
 
     # --- logs and checkpoints
     flops, peak = model.flops_per_token(config.seq_len), peak_flops(device)
@@ -104,16 +103,24 @@ def main(argv: list[str]) -> None:
     # --- the loop
     steps = schedule.steps_from(state["step"])
     reader = ThreadPoolExecutor(1)  # reads the next step's data while this one computes
-    read = (reader, mixture, config, rank, world, device)
-    upcoming = read_ahead(next(steps, None), *read)
+
+    def read_ahead() -> tuple[Step, Future[Share]] | None:
+        if (step := next(steps, None)) is None:
+            return None
+        samples = range(step.samples_before, step.samples_before + step.batch_size)
+        share = (mixture, samples, config.micro_batch_size, rank, world, device.type == "cuda")
+        return step, reader.submit(read_share, *share)
+
+    upcoming = read_ahead()
     arrived = watch_samples(model)
+    gc.collect()
     gc.freeze()  # what lives now lives to the end: no later collection goes through it
     since, since_tokens = time.monotonic(), 0
     before, saved = started, state["step"]
     stopping = unsaved = unread = False
     while state["step"] < last and not stopping:
-        mine = upcoming.result()
-        step, upcoming = mine.step, read_ahead(next(steps, None), *read)
+        (step, reading), upcoming = upcoming, read_ahead()
+        mine = reading.result()
 
         # Loss and gradient are means over all target tokens of the step, on all ranks.
         targets = parallel.sum_over_ranks(to_device(mine.targets, device)).clamp(min=1)
@@ -136,13 +143,13 @@ def main(argv: list[str]) -> None:
         told = parallel.sum_over_ranks(torch.cat([loss[None], flags]))
         loss, stopping, unsaved, unread, grad_norm = torch.cat([told, grad_norm]).tolist()
         if unread or unsaved:
-            break  # without the update; what is trained so far is kept
+            break  # without the update
         if not math.isfinite(loss + grad_norm):
             saver.wait()
             raise Diverged(
                 f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from "
-                f"{at_fault(mine, arrived, config, rank, world)}; stopped before the update, the "
-                f"last checkpoint is that of step {saved:,}"
+                f"{at_fault(mine, arrived, config)}; stopped before the update, step {saved:,} "
+                "is the last one saved"
             )
         learning_rate = schedule.learning_rate(step.samples_before)
         for group in optimizer.param_groups:
@@ -388,52 +395,6 @@ def catch_signals() -> list[str]:
 # --- in the loop ---------------------------------------------------------------------------------
 
 
-class Share(NamedTuple):
-    """What one rank reads of a step."""
-
-    step: Step
-    samples: range  # its samples, by number
-    batches: list[tuple[Tensor, Tensor]]  # (tokens, targets), int64 `[<= micro_batch_size, T]`
-    targets: int  # that count
-    error: DataError | None  # why there are none, if the data could not be read
-
-
-def read_ahead(
-    step: Step | None, reader: ThreadPoolExecutor, mixture: Mixture, config: Config, rank: int,
-    world: int, device: torch.device,
-) -> Future[Share] | None:  # fmt: skip
-    if step is None:
-        return None
-    return reader.submit(read_step, mixture, step, config, rank, world, device.type == "cuda")
-
-
-def read_step(
-    mixture: Mixture, step: Step, config: Config, rank: int, world: int, pin: bool = False
-) -> Share:
-    """This rank's share of a step: every world-th sample from its rank on, as micro-batches.
-
-    Every rank makes the same number of passes, since each is a meeting of all ranks; one that has
-    run out of samples, or cannot read, passes with a sample whose targets do not count.
-    """
-    samples = range(step.samples_before, step.samples_before + step.batch_size)
-    mine, size = samples[rank::world], config.micro_batch_size
-    batches, error = [], None
-    for first in range(0, len(samples[::world]), size):  # rank 0 has the most samples
-        try:
-            block = [mixture[i] for i in mine[first : first + size]] if error is None else []
-        except DataError as found:
-            error, block = found, []
-        if block:
-            tokens = torch.from_numpy(np.stack(block))
-            x, y = tokens[:, :-1], tokens[:, 1:]
-        else:
-            x = torch.zeros(1, config.seq_len, dtype=torch.int64)
-            y = torch.full_like(x, IGNORE)
-        batches.append((x.pin_memory(), y.pin_memory()) if pin else (x, y))
-    targets = sum(int((y != IGNORE).sum()) for _, y in batches)
-    return Share(step, mine, batches, targets, error)
-
-
 def autocast(
     forward: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> AbstractContextManager:
@@ -468,7 +429,7 @@ def watch_samples(model: Lucie) -> list[Tensor]:
     return arrived
 
 
-def at_fault(mine: Share, arrived: list[Tensor], config: Config, rank: int, world: int) -> str:
+def at_fault(mine: Share, arrived: list[Tensor], config: Config) -> str:
     """Which rank's samples brought what is not a number."""
     broken, size = [], config.micro_batch_size
     for number, sums in enumerate(arrived):
@@ -479,11 +440,7 @@ def at_fault(mine: Share, arrived: list[Tensor], config: Config, rank: int, worl
         for r, ids in enumerate(parallel.gather(broken))
         if ids
     ]
-    return "; ".join(found) or (
-        f"no sample of {mine.step.samples_before} to "
-        f"{mine.step.samples_before + mine.step.batch_size - 1} alone, on no rank: their sum is "
-        "too large, or a device computes wrongly"
-    )
+    return "; ".join(found) or "no sample of its own on any rank: their sum, or a faulty device"
 
 
 @torch.no_grad()
@@ -497,7 +454,7 @@ def validation_loss(
     world: int,
 ) -> float:
     """Mean loss over the first eval_samples of the held-out mixture, the same ones every time."""
-    share = read_step(mixture, Step(0, 0, config.eval_samples), config, rank, world)
+    share = read_share(mixture, range(config.eval_samples), config.micro_batch_size, rank, world)
     parallel.raise_together(share.error)
     sums = to_device([0, share.targets], device)  # of losses, of targets
     for x, y in share.batches:
@@ -521,11 +478,12 @@ def command_line(argv: list[str]) -> None:
         if isinstance(error, OSError):
             error = f"{error.filename or 'writing'}: {error.strerror}"
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+            tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own
     except Exception as error:  # of this rank alone: the others wait for it, so be quick
         rank, text = os.environ.get("RANK", "0"), str(error).strip()
         if isinstance(error, dist.DistError) or "gloo" in text:
-            print(f"train.py: rank {rank} lost another: {text.splitlines()[0]}", file=sys.stderr)
+            line = f"train.py: rank {rank} lost another: {text.splitlines()[0]}"
+            tqdm.write(line, file=sys.stderr)
         else:
             traceback.print_exc()
         code = 1

@@ -31,7 +31,10 @@ clip_grad = 1.0
 dtype = "bfloat16"  # of compute
 
 micro_batch_size = 1
+activation_checkpointing = "full"  # 32,000 tokens would else take more than a card holds
 max_minutes = 1190.0  # jobs of 20 hours
+save_every = 50  # half an hour at Lucie's own speed
+keep_last = 2
 
 eval_every = 250  # with the checkpoints
 checkpoint_every = 250  # extension_step0000250 ... and the last, extension_step0001220

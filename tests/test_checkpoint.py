@@ -1,11 +1,15 @@
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import SHARED, TINY, needs_shared
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -45,52 +49,232 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
-def test_latest_goes_by_number_and_only_counts_complete_ones(tmp_path):
+def test_latest_goes_by_number(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     folder = tmp_path / "checkpoints"
     for name in ("step0000900", "extension_step0001000", "step9999999", "step10000000", "notes"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "state.json").write_text("{}")
-    (folder / "step99999999").mkdir()  # no state: not complete
+        (folder / name / "manifest.json").write_text("{}")
     (folder / ".step99999999.tmp").mkdir()
-    (folder / ".step99999999.tmp" / "state.json").write_text("{}")
+    (folder / "step99999999.damaged").mkdir()
+    (folder / "step99999998").write_text("a file")
     assert checkpoint.latest(tmp_path) == folder / "step10000000"
     assert checkpoint.latest(folder / "step0000900") == folder / "step0000900"
 
 
-def test_killed_at_any_moment_of_a_save_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_save_goes_on_while_the_weights_change(tmp_path):
     model, optimizer = trained()
-    folder = tmp_path / "checkpoints"
-    checkpoint.save(folder / "step0000003", model, optimizer, STATE)
+    saver = checkpoint.Saver(tmp_path / "checkpoints")
+    expected = [p.detach().clone() for p in model.parameters()]
+    state = dict(STATE)
+    saver.save("step0000003", model, optimizer, state)
+    state["samples"] = 99
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            optimizer.state[p]["exp_avg"].zero_()
+    saver.save("step0000004", model, optimizer, state | {"step": 4})  # waits for the one before
+    saver.wait()
+    assert not saver.busy() and not saver.failed()
+    first, second = (tmp_path / f"checkpoints/step000000{n}" for n in (3, 4))
+    assert checkpoint.read_state(first) == STATE
+    assert checkpoint.read_state(second)["samples"] == 99
+    for path in (first, second):
+        checkpoint.verify(path)
+    loaded, _ = checkpoint.from_run(first)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected))
+    assert not any(p.any() for p in checkpoint.from_run(second)[0].parameters())
 
-    class Killed(BaseException):
-        pass
 
-    def die(*args, **kwargs):
-        raise Killed
+def test_shards_are_safetensors_that_others_can_read(tmp_path):
+    """The layout, by safetensors' own reader and hashlib alone."""
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
+    shard = tmp_path / "step0000003/shard-00001.safetensors"
+    tensors = load_file(shard)
+    assert len(tensors) == 3 * len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert torch.equal(tensors[f"model.{name}"], p)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(tensors[f"{moment}.{name}"], optimizer.state[p][moment])
+    manifest = json.loads((shard.parent / "manifest.json").read_text())
+    assert manifest["files"].keys() == {shard.name, "state.json"}
+    for name, facts in manifest["files"].items():
+        content = (shard.parent / name).read_bytes()
+        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
-    def half_a_shard(_, storage_writer, **__):
-        (storage_writer.path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-        raise Killed
 
-    places = {
-        "checkpoint.dcp.save": half_a_shard,
-        "checkpoint.json.dump": die,
-        "checkpoint.os.replace": die,
-    }
-    for place, death in places.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(place, death)
-            with pytest.raises(Killed):
-                checkpoint.save(folder / "step0000004", model, optimizer, STATE | {"step": 4})
-        assert checkpoint.latest(tmp_path) == folder / "step0000003"
-    checkpoint.save(folder / "step0000004", model, optimizer, STATE | {"step": 4})
-    assert checkpoint.latest(tmp_path) == folder / "step0000004"
-    assert sorted(os.listdir(folder)) == ["step0000003", "step0000004"]
+def test_only_the_newest_passing_ones_stay_and_all_milestones(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "step0000008.damaged").mkdir()
+    saver = checkpoint.Saver(tmp_path, keep_last=2, milestones=[2, 5, 100])
+    for step in range(1, 9):
+        saver.save(f"long_step{step:07d}", model, optimizer, STATE | {"step": step})
+    saver.wait()
+    names = [f"long_step{step:07d}" for step in (2, 5, 7, 8)] + ["step0000008.damaged"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+# A process that saves step 4 dies at the k-th thing it does to the file system.
+KILLED = """
+import os, sys, time
+import test_checkpoint as t
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+
+def life(k):
+    model, optimizer = t.trained()
+    if k < 0:
+        t.checkpoint.save(folder / "checkpoints/step0000003", model, optimizer, t.STATE)
+        os._exit(0)
+    seen = [0]
+    def count():
+        seen[0] += 1
+        if seen[0] == k:
+            os._exit(9)
+    fsync = os.fsync
+    os.fsync = lambda handle: (count(), fsync(handle))
+    sys.addaudithook(lambda event, args: event in (
+        "open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"
+    ) and args and "step000000" in str(args[0]) and count())
+    t.checkpoint.save(folder / "checkpoints/step0000004", model, optimizer, t.STATE | {"step": 4})
+    os._exit(0)
+
+def look():
+    path = t.checkpoint.newest_sound(folder, 0, 1)
+    step = t.checkpoint.read_state(path)["step"]
+    left = sorted(os.listdir(folder / "checkpoints"))
+    os._exit(step if left == [f"step{n:07d}" for n in range(3, step + 1)] else 99)
+
+def run(job, *args):
+    child = os.fork()
+    if child == 0:
+        try:
+            job(*args)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+assert run(life, -1) == 0
+for k in range(1, 1000):
+    code = run(life, k)
+    print(k, code, run(look), flush=True)
+    if code == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("already", [False, True], ids=["a new one", "the same again"])
+def test_killed_at_any_file_boundary_leaves_a_sound_one(tmp_path, already):
+    code = (
+        KILLED
+        if not already
+        else KILLED.replace('step0000003"', 'step0000004"')
+        .replace("t.STATE)", 't.STATE | {"step": 4})')
+        .replace("range(3, step + 1)", "range(4, step + 1)")
+    )
+    (tmp_path / "killed.py").write_text(code)
+    path = os.pathsep.join((os.getcwd(), os.path.join(os.getcwd(), "tests")))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    deaths = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(deaths) > 10 and deaths[-1][1:] == (0, 4)
+    assert all(code == 9 for _, code, _ in deaths[:-1])
+    found = [step for _, _, step in deaths]
+    if already:
+        assert set(found) == {4}
+    else:  # the old one up to the renaming, the new one from then on
+        assert set(found) == {3, 4} and found == sorted(found)
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "longer": lambda content: content + b" ",
+    "emptied": lambda content: b"",
+    "first bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "middle bit": lambda content: flipped(content, len(content) // 2, 16),
+    "last bit": lambda content: flipped(content, len(content) - 1, 128),
+    "removed": lambda content: None,
+}
+
+
+def flipped(content, at, bit):
+    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_used(tmp_path, capsys, file, damage):
+    model, optimizer = trained()
+    saver = checkpoint.Saver(tmp_path / "checkpoints")
+    for step in (900, 1000):
+        saver.save(f"step{step:07d}", model, optimizer, STATE | {"step": step})
+    saver.wait()
+    path = tmp_path / "checkpoints/step0001000"
+    content = DAMAGES[damage]((path / file).read_bytes())
+    if content is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"step0001000/{file}: (damaged|missing)"):
+        checkpoint.verify(path)
+    sound = checkpoint.newest_sound(tmp_path, 0, 1)
+    assert sound == tmp_path / "checkpoints/step0000900"
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f"step0001000/{file}: " in line
+    assert "set aside, the one before it is used" in line
+    assert checkpoint.load(sound, model, optimizer)["step"] == 900
+    names = ["step0000900", "step0001000.damaged"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == names
+    assert checkpoint.newest_sound(tmp_path, 0, 1) == sound and not capsys.readouterr().err
+
+
+def test_every_bit_of_the_manifest_matters(tmp_path):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
+    manifest = tmp_path / "step0000003/manifest.json"
+    content = manifest.read_bytes()
+    for at in range(len(content)):
+        manifest.write_bytes(flipped(content, at, 1 << at % 8))
+        with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+            checkpoint.verify(tmp_path / "step0000003")
+
+
+def test_a_shard_that_does_not_belong_is_named(tmp_path):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "step0000003/more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors: not in the manifest"):
+        checkpoint.verify(tmp_path / "step0000003")
+
+
+def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path, capsys):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "checkpoints/step0000003", model, optimizer, STATE)
+    os.truncate(tmp_path / "checkpoints/step0000003/state.json", 10)
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        checkpoint.newest_sound(tmp_path, 0, 1)
+
+
+def test_each_of_two_ranks_checks_its_share(tmp_path):
+    model, optimizer = trained()
+    path = tmp_path / "step0000003"
+    checkpoint.save(path, model, optimizer, STATE)
+    content = (path / "state.json").read_bytes()
+    (path / "state.json").write_bytes(flipped(content, 5, 1))
+    checkpoint.verify(path, 0, 2)  # reads the shard
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        checkpoint.verify(path, 1, 2)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
-def test_a_damaged_shard_is_named(tmp_path, damage):
+def test_loading_a_damaged_shard_unverified_is_one_clear_error(tmp_path, damage):
     model, optimizer = trained()
     path = tmp_path / "step0000003"
     checkpoint.save(path, model, optimizer, STATE)
@@ -103,28 +287,37 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         checkpoint.load(path, model, optimizer)
 
 
-def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
+def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "exploded"),))
 
     model, optimizer = trained()
-    path = tmp_path / "step0000003"
+    path = tmp_path / "checkpoints/step0000003"
     checkpoint.save(path, model, optimizer, STATE)
     names = [file.name for file in path.iterdir()]
-    for name in (*names, ".metadata"):
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
+    for name in (*names, ".metadata", "shard-00002.safetensors", "__0_0.distcp"):
+        run = tmp_path / "copy"
+        shutil.rmtree(run, ignore_errors=True)
+        copy = run / "checkpoints/step0000003"
         shutil.copytree(path, copy)
         (copy / name).write_bytes(pickle.dumps(Bomb()))
-        try:
-            checkpoint.load(copy, model, optimizer)
-        except CheckpointError:
-            pass
+        for read in (
+            lambda copy=copy: checkpoint.load(copy, model, optimizer),
+            lambda run=run: checkpoint.from_run(run),
+            lambda run=run: checkpoint.newest_sound(run, 0, 1),
+        ):
+            try:
+                read()
+            except CheckpointError:
+                pass
         assert not (tmp_path / "exploded").exists()
+    with pytest.raises(FileExistsError):  # the bomb is one
+        (tmp_path / "exploded").mkdir()
+        pickle.loads(pickle.dumps(Bomb()))
 
 
-def test_saving_again_never_leaves_neither(tmp_path, monkeypatch):
+def test_saving_again_never_leaves_neither(tmp_path):
     model, optimizer = trained()
     path = tmp_path / "checkpoints" / "step0000003"
     checkpoint.save(path, model, optimizer, STATE)
@@ -133,7 +326,8 @@ def test_saving_again_never_leaves_neither(tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["step0000003"]
 
 
-def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir"])
+def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call):
     model, optimizer = trained()
     folder = tmp_path / "checkpoints"
     checkpoint.save(folder / "step0000003", model, optimizer, STATE)
@@ -141,10 +335,30 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoint.dcp.save", full)
-    with pytest.raises(CheckpointError, match=r"step0000004: not saved .*No space left"):
-        checkpoint.save(folder / "step0000004", model, optimizer, STATE)
+    saver = checkpoint.Saver(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(call, full)
+        saver.save("step0000004", model, optimizer, STATE)
+        with pytest.raises(CheckpointError, match=r"step0000004: not saved .*No space left"):
+            saver.wait()
     assert os.listdir(folder) == ["step0000003"]
+    checkpoint.verify(folder / "step0000003")
+    saver.save("step0000004", model, optimizer, STATE)  # when there is room again
+    saver.wait()
+    assert sorted(os.listdir(folder)) == ["step0000003", "step0000004"]
+
+
+def test_a_failed_save_is_noticed_without_waiting(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "file").write_text("")
+    saver = checkpoint.Saver(tmp_path / "file")
+    saver.save("step0000003", model, optimizer, STATE)
+    while saver.busy():
+        time.sleep(0.01)
+    assert saver.failed()
+    with pytest.raises(CheckpointError, match="not saved"):
+        saver.wait()
+    assert not saver.failed()
 
 
 def test_a_damaged_state_is_named(tmp_path):
@@ -179,94 +393,3 @@ def test_weights_pass_to_a_longer_context(tmp_path):
 
 
 # --- Hugging Face
-
-
-@pytest.mark.parametrize("theta", [500_000.0, 20_000_000.0])
-def test_their_folder_gives_the_same_logits_and_comes_back(tmp_path, theta):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    values = vars(LucieConfig(**TINY, max_position_embeddings=600, rope_theta=theta))
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**values, tie_word_embeddings=False)
-    )
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    ours = checkpoint.from_hf(str(tmp_path / "theirs"))
-    assert ours.config == LucieConfig(**values)
-    tokens = torch.randint(97, (1, 600))
-    assert (ours(tokens) - theirs(input_ids=tokens).logits).abs().max() < 1e-4
-
-    checkpoint.to_hf(ours, tmp_path / "ours", torch.float32)
-    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(tensor, back.state_dict()[name]), name
-    again = checkpoint.from_hf(str(tmp_path / "ours"))
-    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), ours.parameters()))
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["rope_theta"] == theta and config["tie_word_embeddings"] is False
-
-
-@needs_shared
-def test_config_equals_the_released_one(tmp_path):
-    """Lucie-7B's own config.json, key by key: architecture is compared, training facts are not."""
-    released = json.loads((SHARED / "lucie/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(released))
-    config = checkpoint.hf_config(tmp_path)
-    changed = {"rope_theta": 2e7, "max_position_embeddings": 32_000, "initializer_range": 0.02}
-    assert config == LucieConfig(**changed)
-    small = LucieConfig(**TINY, max_position_embeddings=32_000, rope_theta=2e7)
-    checkpoint.to_hf(Lucie(small), tmp_path / "ours")
-    ours = json.loads((tmp_path / "ours" / "config.json").read_text())
-    told = {"training_steps", "training_tokens", "transformers_version"}
-    assert released.keys() - ours.keys() == told
-    sizes = TINY.keys()
-    for key in released.keys() - told - sizes:
-        assert ours[key] == released[key], key
-
-
-def test_tensors_that_are_computed_here_are_passed_over(tmp_path):
-    model = Lucie(CONFIG)
-    checkpoint.to_hf(model, tmp_path, torch.float32)
-    (path,) = tmp_path.glob("*.safetensors")
-    tensors = load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    save_file(tensors, path)
-    again = checkpoint.from_hf(str(tmp_path))
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-
-
-def test_foreign_or_broken_folders_are_named(tmp_path):
-    model = Lucie(CONFIG)
-    checkpoint.to_hf(model, tmp_path / "good")
-
-    def broken(config=None, shard=None):
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        if config:
-            path = tmp_path / "bad" / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | config))
-        if shard:
-            shard(next((tmp_path / "bad").glob("*.safetensors")))
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.from_hf(str(tmp_path / "bad"))
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "tied" in broken({"tie_word_embeddings": True})
-    assert "rope_scaling" in broken({"rope_scaling": {"rope_type": "llama3", "factor": 8}})
-    assert "attention_bias" in broken({"attention_bias": True})
-    assert "model_type 'gpt2'" in broken({"model_type": "gpt2"})
-    assert "is [97, 64], not [96, 64]" in broken({"vocab_size": 96})
-    assert "unknown tensor model.layers.1" in broken({"num_hidden_layers": 1})
-    assert "lacks model.layers.2" in broken({"num_hidden_layers": 3})
-    assert "rope_theta" in broken({"rope_theta": 0})
-    assert "config.json" in broken({"rope_theta": None})
-    index = tmp_path / "good" / "model.safetensors.index.json"
-    whole = index.read_text()
-    for text in ("[]", "{", '{"weight_map": 3}'):
-        index.write_text(text)
-        assert "index.json" in broken()
-    index.write_text(whole)
-    assert "safetensors" in broken(shard=lambda path: os.truncate(path, 50))
-    assert "No such file" in broken(shard=lambda path: path.unlink())
-    with pytest.raises(CheckpointError, match="nowhere"):
-        checkpoint.from_hf(str(tmp_path / "nowhere"))

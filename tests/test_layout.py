@@ -10,8 +10,10 @@ ALLOWED = {
     "gpuless": set(),
     "schedule": set(),
     "runlog": set(),
+    "parallel": set(),
     "model": {"kernels"},
-    "checkpoint": {"model"},
+    "hf_layout": {"model", "parallel"},
+    "checkpoint": {"model", "parallel", "hf_layout"},
 }
 LEAVES = {"train", "generate", "eval", "bench"}
 

@@ -1,0 +1,215 @@
+"""A run that is killed and stopped at random moments, and restarted each time, is the undisturbed
+run. A life is a process of its own, which SIGKILL ends for good; to begin one costs no imports."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from test_train import log_of, options, results, weights_of
+
+import checkpoint
+import train
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and POSIX signals")
+
+# Lives are forked off a process that has imported all they need and computed nothing.
+if os.name != "nt":
+    SERVER = multiprocessing.get_context("forkserver")
+    SERVER.set_forkserver_preload(["test_faults", "torch.utils.tensorboard"])
+
+# 6 MB of checkpoint, so that writing one takes a good part of a step.
+LARGE = dict(hidden_size=128, intermediate_size=512, micro_batch_size=8, save_every=2)
+
+
+def start(data: Path, ranks: int = 0, hook: Callable | None = None, **change) -> list:
+    """A life of a run: its processes, one or as many as `ranks`.
+
+    hook, if any, is called in each before train.py's command line is. What they print goes to data/errors.
+    """
+    tests = Path(__file__).parent
+    (data / "errors").write_text("")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks or 1):
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests)))
+        with mock.patch.dict(os.environ, environment):  # of the process they are forked off
+            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+            names |= dict(MASTER_ADDR="localhost", MASTER_PORT=port)
+            arguments = (options(data, **change), data / "errors", names if ranks else {}, hook)
+            processes.append(SERVER.Process(target=_life, args=arguments))
+            processes[-1].start()
+    return processes
+
+
+def _life(
+    arguments: list[str], errors: Path, names: dict[str, int], hook: Callable | None
+) -> None:
+    with open(errors, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({name: str(value) for name, value in names.items()})
+    if hook:
+        hook()
+    train.command_line(arguments)
+
+
+def end(processes: list, seconds: float = 60) -> list[int]:
+    """Their exit codes, minus the signal's number for those that one has ended."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} of {len(processes)} do not end"
+    return [process.exitcode for process in processes]
+
+
+def said(data: Path) -> list[str]:
+    """What the processes told of themselves, but for the bar."""
+    text = (data / "errors").read_text()
+    assert "Traceback" not in text, text
+    return [line for line in text.replace("\r", "\n").splitlines() if "train.py:" in line]
+
+
+def until(condition: Callable[[], bool], processes: list) -> None:
+    """Wait until it holds, or one of the processes ends."""
+    while not condition() and not wait([process.sentinel for process in processes], 0.005):
+        pass
+
+
+def logged(data: Path, name: str = "run") -> int:
+    """The step of the last row of the log."""
+    try:
+        rows = (data / "out" / name / "log.csv").read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return 0
+    return int(rows[-1].partition(",")[0]) if rows else 0
+
+
+def steps_of(folder: Path, mark: str = "") -> list[int]:
+    """The steps of the checkpoints under their final names, or of what bears another mark."""
+    names = [f"step{step:07d}" for step in range(2000)]
+    left = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [i for i, name in enumerate(names) if (f".{name}.{mark}" if mark else name) in left]
+
+
+def note_begin(path: Path) -> None:
+    """A hook: the step that a life goes on from, written where it enters the loop."""
+    steps_from = train.Schedule.steps_from
+
+    def noting(self, step):
+        path.with_suffix(".new").write_text(str(step))
+        path.with_suffix(".new").replace(path)
+        return steps_from(self, step)
+
+    train.Schedule.steps_from = noting
+
+
+def undisturbed(data: Path, ranks: int = 0, **change) -> float:
+    """The run `whole`, for comparison; seconds from its start to its first row."""
+    before = time.monotonic()
+    processes = start(data, ranks, name="whole", **change)
+    until(lambda: logged(data, "whole") > 0, processes)
+    seconds = time.monotonic() - before
+    assert not any(end(processes)), (data / "errors").read_text()
+    return seconds
+
+
+def same_as_undisturbed(data: Path) -> None:
+    assert results(log_of(data)) == results(log_of(data, "whole"))
+    a, b = weights_of(data, "whole"), weights_of(data)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "kills,stops", [(6, 2), pytest.param(30, 10, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, stops):
+    """Moments: a random step of the run and up to the length of a start later.
+
+    Where the next step is reached already, that falls into a start.
+    """
+    chance = random.Random(kills)
+    steps = 4 * (kills + stops) + 50  # the last moment is long before the end
+    change = LARGE | dict(samples=8 * steps)
+    length = undisturbed(tiny_data, **change)
+    folder, begun = tiny_data / "out/run/checkpoints", tiny_data / "begun"
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * stops
+    chance.shuffle(signals)
+    moments = sorted(chance.randrange(steps - 40) for _ in signals)
+    newest = lost = in_save = in_start = 0
+    for number, reached in zip(signals, moments):
+        begun.unlink(missing_ok=True)
+        life = start(tiny_data, hook=partial(note_begin, begun), **change)
+        if number == signal.SIGTERM:  # nothing heeds it while Python itself starts
+            until(begun.exists, life)
+        until(lambda step=reached: logged(tiny_data) >= step, life)
+        time.sleep(chance.uniform(0, length))
+        life[0].kill() if number == signal.SIGKILL else life[0].terminate()
+        assert end(life) == [-9 if number == signal.SIGKILL else 0], said(tiny_data)
+        assert not said(tiny_data)
+
+        if begun.exists():
+            assert int(begun.read_text()) == newest
+        in_start += not begun.exists()
+        complete, unfinished = steps_of(folder), steps_of(folder, "tmp")
+        newest = max([newest, *complete])
+        assert newest in (0, *complete)
+        if newest:
+            checkpoint.verify(folder / f"step{newest:07d}")
+        if number == signal.SIGTERM:
+            assert newest == logged(tiny_data) and not unfinished
+        in_save += any(step > newest for step in unfinished)
+        lost += begun.exists() and logged(tiny_data) - newest
+    assert end(start(tiny_data, **change)) == [0]
+    same_as_undisturbed(tiny_data)
+    assert steps_of(folder) == [steps - 4 + steps % 2, steps - 2 + steps % 2, steps]
+    print(
+        f"{kills} kills, {in_save} of them in a save and {in_start} before the first step, "
+        f"{lost} steps done again; {stops} stops"
+    )
+    assert 0 < in_save < kills and lost
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_when_one_of_two_ranks_is_killed_the_other_ends_and_both_go_on(tiny_data, kills):
+    chance = random.Random(kills)
+    steps = 8 * kills + 16
+    change = LARGE | dict(samples=8 * steps)
+    undisturbed(tiny_data, 2, **change)
+    folder, begun = tiny_data / "out/run/checkpoints", tiny_data / "begun"
+    newest = in_save = 0
+    for _ in range(kills):
+        begun.unlink(missing_ok=True)
+        ranks = start(tiny_data, 2, hook=partial(note_begin, begun), **change)
+        until(lambda: begun.exists() and logged(tiny_data) > newest, ranks)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.3))
+        victim = chance.randrange(2)
+        ranks[victim].kill()
+        codes = end(ranks, seconds=5)
+        assert codes[victim] == -9 and codes[1 - victim] > 0
+        (line,) = said(tiny_data)
+        assert f"rank {1 - victim} lost another" in line
+        assert int(begun.read_text()) == newest
+        complete = steps_of(folder)
+        in_save += any(step > max(complete, default=0) for step in steps_of(folder, "tmp"))
+        newest = max([newest, *complete])
+        assert newest in (0, *complete)
+    assert end(start(tiny_data, 2, **change)) == [0, 0]
+    same_as_undisturbed(tiny_data)
+    print(f"{kills} kills of one rank, {in_save} of them in a save")

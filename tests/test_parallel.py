@@ -1,0 +1,404 @@
+"""One process, DDP, FSDP and HSDP are the same run. Ranks are processes on this machine, over gloo;
+512 of them are imagined, by torch's fake process group."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CUDA, TINY
+from test_train import log_of, options, weights_of
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import parallel
+import train
+from model import Lucie, LucieConfig, initial_weight
+
+# Lucie's own optimizer: with a tiny eps AdamW turns the last bit of a tiny gradient into a step.
+PUBLISHED = dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5, validation="")
+
+RUNS = """
+import json, sys, torch, parallel, train
+import torch.distributed as dist
+ranks = parallel.start_processes(torch.device("cpu"))
+parallel.start_processes = lambda device: ranks
+for arguments in json.load(open(sys.argv[1])):
+    train.main(arguments)
+dist.destroy_process_group()
+"""
+
+
+def on_ranks(count, script, *args, timeout=200):
+    """Run Python code on several ranks; whatever they print."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*launcher, str(script), *map(str, args)],
+        capture_output=True, text=True, env=env, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def one_after_the_other(data, count, runs):
+    """Several runs of train.py, one start of the processes for all."""
+    (data / "runs.py").write_text(RUNS)
+    (data / "runs.json").write_text(json.dumps([options(data, **run) for run in runs]))
+    on_ranks(count, data / "runs.py", data / "runs.json")
+
+
+def steps_of(batch, **change):
+    """20 steps."""
+    change |= dict(global_batch_size=batch, samples=20 * batch, warmup_samples=3 * batch)
+    return PUBLISHED | dict(micro_batch_size=1) | change
+
+
+def same_run(data, name, reference, exactly):
+    """Losses, gradient norms and weights: bit for bit, or within 1e-6 of the reference's."""
+    tolerance = 0 if exactly else 1e-6
+    rows, expected = log_of(data, name), log_of(data, reference)
+    assert len(rows) == len(expected) == 20
+    for ours, theirs in zip(rows, expected):
+        for column in ("training_loss", "grad_norm"):
+            a, b = float(ours[column]), float(theirs[column])
+            assert abs(a - b) <= tolerance * abs(b), (name, ours["training_steps"], column)
+    ours, theirs = weights_of(data, name), weights_of(data, reference)
+    for parameter in theirs:
+        difference = (ours[parameter] - theirs[parameter]).abs().max()
+        assert difference <= tolerance, (name, parameter)
+
+
+# A sum of two gradients has no order; of more, every way adds them in its own.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count,ways",
+    [(2, ("ddp", "fsdp")), (4, ("hsdp", "fsdp", "ddp"))],
+)
+def test_every_way_is_the_run_of_one_process(tiny_data, count, ways):
+    runs = []
+    for batch in (1, 2, 3, 5):
+        train.main(options(tiny_data, name=f"one-{batch}", **steps_of(batch)))
+        for way in ways:
+            run = steps_of(batch, parallel=way, replica_size=2)
+            runs.append(run | dict(name=f"{way}-{batch}"))
+    one_after_the_other(tiny_data, count, runs)
+    for batch in (1, 2, 3, 5):
+        for way in ways:
+            same_run(tiny_data, f"{way}-{batch}", f"one-{batch}", exactly=batch <= 2)
+
+
+def test_two_ranks_are_the_run_of_one_process(tiny_data):
+    """The short form: uneven batches, gradients reduced each time or once, every checkpointing."""
+    train.main(options(tiny_data, name="one-2", **steps_of(2)))
+    train.main(options(tiny_data, name="one-5", **steps_of(5)))
+    runs = [
+        steps_of(2, name="fsdp-2", activation_checkpointing="selective"),
+        steps_of(2, name="ddp-2", parallel="ddp", activation_checkpointing="full"),
+        steps_of(5, name="once-5", reduce_each_micro_batch=False),
+        steps_of(5, name="hsdp-5", parallel="hsdp", replica_size=1),
+    ]
+    one_after_the_other(tiny_data, 2, runs)
+    for name in ("fsdp-2", "ddp-2"):
+        same_run(tiny_data, name, "one-2", exactly=True)
+    for name in ("once-5", "hsdp-5"):
+        same_run(tiny_data, name, "one-5", exactly=False)
+
+
+# --- one process that is a group of its own
+
+
+@pytest.fixture
+def alone():
+    """A process group of one, as a lone GPU has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def imagined(request):
+    """Rank 3 of as many as the parameter says; its messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=request.param)
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["fsdp", "hsdp", "ddp"])
+def test_nothing_is_left_uninitialised(alone, way):
+    """A parameter or table that nobody fills keeps the NaN it is given here."""
+    with torch.device("meta"):
+        model = Lucie(LucieConfig(**TINY, max_position_embeddings=64))
+    parallel.spread(model, way, 1, torch.device("cpu"), torch.float32)
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert not tensor.is_meta
+        parallel.local_rows(tensor)[0].fill_(torch.nan)
+    for name, p in model.named_parameters():
+        parallel.fill_rows(p, 0, initial_weight(model.config, name, p.shape, seed=42))
+    whole = Lucie(model.config, seed=42)
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
+        assert torch.equal(parallel.local_rows(ours)[0], theirs), name
+    tables = [one.rope_tables(torch.device("cpu")) for one in (model, whole)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*tables))
+
+
+@pytest.mark.parametrize("imagined", [512], indirect=True)
+@pytest.mark.parametrize("way,replica_size,parts", [("fsdp", 0, 512), ("hsdp", 8, 8)])
+def test_lucie_7b_is_never_whole_on_a_rank(imagined, way, replica_size, parts):
+    with torch.device("meta"):
+        model = Lucie(LucieConfig())
+    parallel.spread(model, way, replica_size, torch.device("cpu"), torch.bfloat16)
+    here = sum(parallel.local_rows(p)[0].numel() for p in model.parameters())
+    assert here == 6_706_958_336 // parts
+    assert parallel.shards(way, replica_size) == parts
+    for name in ("embed_tokens.weight", "layers.31.mlp.down_proj.weight", "lm_head.weight"):
+        rows, first = parallel.local_rows(model.get_parameter(name))
+        count = model.get_parameter(name).shape[0] // parts
+        assert (len(rows), first) == (count, 3 * count)
+        assert rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("imagined", [6], indirect=True)
+def test_groups_that_do_not_divide_the_ranks_are_refused(imagined):
+    for size in (4, 7):
+        with pytest.raises(ValueError, match=f"replica_size {size} does not divide the 6"):
+            parallel.shards("hsdp", size)
+
+
+def test_unknown_words_are_refused(tiny_config):
+    with pytest.raises(ValueError, match="parallel is fsdp, ddp, hsdp, not 'tp'"):
+        parallel.spread(Lucie(tiny_config), "tp", 0, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="activation_checkpointing is none, selective, full"):
+        parallel.recompute(Lucie(tiny_config), "some")
+
+
+# --- messages
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[operation.__name__.split(".")[0]] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+MESSAGES = {  # of three micro-batches, two layers: embedding, blocks and head are four units
+    ("fsdp", True): {"_reduce_scatter_base_": 12, "allreduce_": 0},
+    ("fsdp", False): {"_reduce_scatter_base_": 4, "allreduce_": 0},
+    ("hsdp", True): {"_reduce_scatter_base_": 12, "allreduce_": 4},
+    ("hsdp", False): {"_reduce_scatter_base_": 4, "allreduce_": 4},
+}
+
+
+@pytest.mark.parametrize("imagined", [8], indirect=True)
+@pytest.mark.parametrize("way,reduce_each", MESSAGES)
+def test_gradients_travel_no_more_often_than_they_must(imagined, way, reduce_each, tiny_config):
+    with torch.device("meta"):
+        model = Lucie(tiny_config)
+    forward = parallel.spread(model, way, 4, torch.device("cpu"), torch.float32)
+    for p in model.parameters():
+        parallel.local_rows(p)[0].fill_(0.1)
+    tokens = torch.randint(97, (1, 9))
+    with Operations() as seen:
+        for number in range(3):
+            with parallel.micro_batch(forward, number == 2, reduce_each):
+                forward(tokens, tokens).backward()
+    for name, count in MESSAGES[way, reduce_each].items():
+        assert seen.count[name] == count, (name, seen.count)
+    # Blocks are gathered for the forward and again for the backward, the head once for both.
+    assert seen.count["_allgather_base_"] == 3 * (4 + 3)
+
+
+# --- clipping
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1e9])
+def test_clipping_equals_torchs(tiny_config, largest):
+    models = [Lucie(tiny_config), Lucie(tiny_config)]
+    for model in models:
+        model(torch.arange(32).view(2, 16), torch.arange(32).view(2, 16)).backward()
+    gradients = [p.grad.double() for p in models[0].parameters()]
+    exact = torch.stack([g.norm() for g in gradients]).norm()
+    norm = parallel.clip_gradients(models[0], largest)
+    expected = nn.utils.clip_grad_norm_(models[1].parameters(), largest or torch.inf)
+    assert norm.shape == (1,) and norm.dtype == torch.float32
+    assert float(norm) == float(exact.float())
+    assert float(expected) == pytest.approx(float(norm), rel=1e-6)
+    for ours, theirs in zip(*(m.parameters() for m in models)):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
+def test_clipping_shards_equals_clipping_the_whole(alone, tiny_config):
+    with torch.device("meta"):
+        model = Lucie(tiny_config)
+    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
+    whole = Lucie(tiny_config)
+    for name, p in model.named_parameters():
+        parallel.fill_rows(p, 0, whole.get_parameter(name).detach())
+    tokens = torch.arange(32).view(2, 16)
+    for one in (forward, whole):
+        one(tokens, tokens).backward()
+    assert torch.equal(parallel.clip_gradients(model, 0.1), parallel.clip_gradients(whole, 0.1))
+    for ours, theirs in zip(model.parameters(), whole.parameters()):
+        assert isinstance(ours.grad, DTensor)
+        assert torch.equal(ours.grad.to_local(), theirs.grad)
+
+
+# --- activation checkpointing
+
+# Of the four products of a block, down_proj's result serves nothing that is computed again.
+AGAIN = {"none": (0, 0), "selective": (0, 2), "full": (3, 2)}  # products and norms, per layer
+
+
+@pytest.mark.parametrize("mode", AGAIN)
+def test_what_is_kept_is_not_computed_again(tiny_config, mode):
+    plain, model = Lucie(tiny_config), Lucie(tiny_config)
+    parallel.recompute(model, mode)
+    tokens = torch.randint(97, (2, 33))
+    seen = []
+    for one in (plain, model):
+        loss = one(tokens, tokens)
+        with Operations() as operations:
+            loss.backward()
+        seen.append(operations.count)
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+    layers = tiny_config.num_hidden_layers
+    products, norms = AGAIN[mode]
+    assert seen[1]["mm"] - seen[0]["mm"] == products * layers
+    assert seen[1]["rsqrt_"] - seen[0]["rsqrt_"] == norms * layers
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert seen[0][attention] == seen[1][attention] == 0
+    assert seen[1][f"{attention}_backward"] == layers
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_the_kernels_attention_is_kept_too(chip, mode):
+    config = LucieConfig(**TINY | dict(hidden_size=128, num_attention_heads=2,
+                         num_key_value_heads=1), max_position_embeddings=32)  # fmt: skip
+    tokens = torch.randint(97, (1, 32), device=chip)
+    gradients = []
+    for each in ("none", mode):
+        model = Lucie(config).to(chip)
+        parallel.recompute(model, each)
+        loss = model(tokens, tokens)
+        with Operations() as operations:
+            loss.backward()
+        assert operations.count["attention"] == 0
+        assert operations.count["attention_backward"] == config.num_hidden_layers
+        gradients.append([p.grad for p in model.parameters()])
+    assert operations.count["rms_norm"] == 2 * config.num_hidden_layers
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_less_is_kept(tiny_config):
+    """Bytes that a forward leaves behind, by torch's own count: each mode less than the last."""
+    held = []
+    for mode in parallel.RECOMPUTATION:
+        model = Lucie(tiny_config)
+        parallel.recompute(model, mode)
+        tokens = torch.randint(97, (2, 64))
+        model(tokens, tokens)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss = model(tokens, tokens)
+        events = profile.profiler.kineto_results.events()
+        held.append(sum(e.nbytes() for e in events if e.name() == "[memory]"))
+        del loss
+    assert held[0] > 1.2 * held[1] and held[1] > 1.2 * held[2], held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_blocks_compute_again_alike(tiny_config, mode):
+    tokens, gradients = torch.randint(97, (2, 64)), []
+    for compiled in (False, True):
+        model = Lucie(tiny_config)
+        parallel.recompute(model, mode)
+        if compiled:
+            for block in model.layers:
+                block.compile()
+        model(tokens, tokens).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, other in zip(*gradients):
+        assert (plain - other).abs().max() < 1e-5 * plain.abs().max()
+
+
+# --- what ranks tell each other
+
+
+def test_one_process_talks_to_itself():
+    def fails(error):
+        raise error
+
+    assert parallel.gather(3) == [3]
+    assert parallel.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]
+    assert parallel.together(max, 1, 2, errors=(OSError,)) == 2
+    with pytest.raises(OSError, match="lost"):
+        parallel.together(fails, OSError("lost"), errors=(OSError,))
+    with pytest.raises(KeyError):  # not foreseen: this rank's alone
+        parallel.together(fails, KeyError("x"), errors=(OSError,))
+
+
+SAY = """
+import sys, torch, parallel
+rank, world = parallel.start_processes(torch.device("cpu"))
+def act(value):
+    if rank == 1:
+        raise OSError(5, "unplugged", "disk")
+    return value
+try:
+    parallel.together(act, 7, errors=(OSError,))
+except OSError as error:
+    caught = (error.errno, error.filename)
+print(parallel.gather((rank, caught)) == [(0, (5, "disk")), (1, (5, "disk"))], flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_error_of_one_rank_is_raised_on_all(tmp_path):
+    (tmp_path / "say.py").write_text(SAY)
+    assert on_ranks(2, tmp_path / "say.py").count("True") == 2
+
+
+# --- on the chip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_step_waits_for_the_device_once(tiny_data):
+    """What train.py says of itself, by torch's own detector of synchronisations."""
+    code = """
+import sys, warnings, torch, train
+waits = []
+warnings.showwarning = lambda message, *_: waits.append(str(message))
+warnings.simplefilter("always")
+clip, seen = train.parallel.clip_gradients, []
+def counting(*args):
+    torch.cuda.set_sync_debug_mode("warn")
+    seen.append(len(waits))
+    return clip(*args)
+train.parallel.clip_gradients = counting
+train.main(sys.argv[1:])
+per_step = [b - a for a, b in zip(seen[2:], seen[3:])]  # the first steps allocate and compile
+print(set(per_step))
+"""
+    (tiny_data / "count.py").write_text(code)
+    arguments = options(tiny_data, device="cuda", dtype="bfloat16", log_every=100, validation="")
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    command = [sys.executable, str(tiny_data / "count.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "{1}" in done.stdout
