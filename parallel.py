@@ -102,6 +102,7 @@ def _shard(model: nn.Module, mesh: dist.DeviceMesh, dtype: torch.dtype) -> None:
     )
     common = {"mesh": mesh, "mp_policy": policy}
     fully_shard(model.embed_tokens, **common)
+    model.embed_tokens.set_unshard_in_backward(False)  # a look-up's backward needs no weights
     for block in model.layers:
         fully_shard(block, **common)
     # The backward begins with the head: to drop it in between would gather it twice.

@@ -75,7 +75,10 @@ def main(argv: list[str]) -> None:
     if resume:
         state |= checkpoint.load(source, model, optimizer)
     elif source is None:
-        for name, parameter in model.named_parameters():
+        parameters = list(model.named_parameters())
+        for name, parameter in tqdm(
+            parameters, "initial weights", delay=3, leave=False, disable=rank > 0
+        ):
             value = initial_weight(model.config, name, parameter.shape, config.seed)
             parallel.fill_rows(parameter, 0, value)
     elif isinstance(source, Path):

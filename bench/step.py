@@ -5,6 +5,8 @@
 Same shape, weights of the same size, batch, dtype and fused AdamW. The two take turns, a step each
 and each first in turn, so that a machine whose speed drifts favours neither; the ratio is the
 median over the pairs.
+
+    python -m bench.step --plan ...    memory, speed and traffic of a phase by arithmetic: plan.py
 """
 
 import argparse
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+from bench import plan
 from config import Config, ConfigError, load
 from model import Lucie
 
@@ -73,6 +76,9 @@ def compare(config: Config, dtype: torch.dtype, rounds: int) -> tuple[list[float
 
 
 def main(argv: list[str]) -> None:
+    if "--plan" in argv:
+        plan.main([argument for argument in argv if argument != "--plan"])
+        return
     parser = argparse.ArgumentParser(prog="bench.step", description=__doc__)
     parser.add_argument("config", nargs="?", default="config/demo_pretrain.py")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="*")

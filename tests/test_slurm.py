@@ -108,8 +108,9 @@ def test_mistyped_options_start_nothing(tiny_data, cluster):
 
 
 def test_an_error_is_passed_on_and_not_queued_again(tiny_data, cluster):
-    (cluster / "srun").write_text('#!/bin/bash\necho "${@: -3}"\nexit 7\n')
-    job = start(cluster, "config/demo_pretrain.py", "--seed=3", "--save_every=3")
-    assert end(job, cluster) == (7, [])
-    passed_on = "config/demo_pretrain.py --seed=3 --save_every=3"
-    assert (cluster / "log").read_text().splitlines()[-1] == passed_on
+    (cluster / "srun").write_text('#!/bin/bash\necho "$@"\nexit 7\n')
+    given = ["config/demo_pretrain.py", "--seed=3", "--save_every=3"]
+    assert end(start(cluster, *given), cluster) == (7, [])
+    # A config of its own, and the last of two values is the one that holds.
+    arguments = (cluster / "log").read_text().split(" train.py ")[1].split()
+    assert arguments == ["--save_every=250", *given]

@@ -1,0 +1,341 @@
+"""What a phase will need, by arithmetic: memory of a GPU, speed, GPU-hours, traffic.
+
+    python -m bench.step --plan config/pretrain.py --gpus 512 --card h100 --micro_batch_size=2
+    python -m bench.step --plan        the published phases on one GPU and on many
+
+Takes --gpus N (1), --card h200 | h100 | a100 (h100), --mfu FRACTION (0.4) and all of train.py.
+
+Memory is the sum of the tensors that are alive when most are. Which ones those are is written down
+below, and tests/test_plan.py holds their sum against what the allocator counts in a step of small
+models.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import parallel
+from config import Config, ConfigError, load
+from kernels.linear_cross_entropy import _chunk
+from model import Lucie
+from schedule import Schedule
+
+# Bytes by the name of the card, and dense bf16 FLOP/s of its SXM form.
+CARDS = {"h200": (141e9, 989.4e12), "h100": (80e9, 989.4e12), "a100": (80e9, 312e12)}
+PUBLISHED = [
+    ("config/pretrain.py", 1, "h200"),
+    ("config/extension.py", 1, "h200"),
+    ("config/pretrain.py", 8, "h100"),
+    ("config/pretrain.py", 512, "h100"),  # the GPUs that Lucie had
+    ("config/extension.py", 128, "h100"),
+]
+ASSUMED = """\
+Counted are the tensors of a step that is not compiled. The CUDA context, NCCL's buffers and
+fragmentation come on top: they must fit into the 6 % or so that a card has beyond its nominal
+decimal gigabytes, which are what is planned with. A step is one of global_batch_size, after the
+ramp. MFU is over 6 N + 6 L D S FLOPs a token (model.flops_per_token): what is recomputed does not
+count, so that the same GPU reaches less of it with full recomputation. Traffic is what a GPU sends,
+and as much arrives, with ring algorithms. A machine has 8 GPUs where replica_size is 0."""
+
+
+class Job:
+    """A phase on so many GPUs, or with device=cpu on so many processes of a CPU.
+
+    Raises ConfigError for what cannot be.
+    """
+
+    def __init__(self, config: Config, gpus: int) -> None:
+        for name, known in (
+            ("parallel", parallel.WAYS),
+            ("activation_checkpointing", parallel.RECOMPUTATION),
+        ):
+            if getattr(config, name) not in known:
+                raise ConfigError(f"{name} is {', '.join(known)}, not {getattr(config, name)!r}")
+        if gpus < 1:
+            raise ConfigError(f"--gpus must be at least 1, not {gpus}")
+        try:
+            with torch.device("meta"):
+                model = Lucie(checkpoint.architecture(asdict(config)))
+            self.schedule = Schedule(config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.config, self.gpus, self.model = config, gpus, model
+
+        # Into how many parts a copy of the model is cut.
+        copy = {"fsdp": gpus, "ddp": 1, "hsdp": config.replica_size or min(8, gpus)}
+        self.shards = copy[config.parallel]
+        if gpus % self.shards:
+            raise ConfigError(f"replica_size {self.shards} does not divide {gpus} GPUs")
+        self.unwrapped = gpus == 1 and config.device == "cpu"
+        # Weights are gathered in the dtype of compute; else they are whole, and cast by autocast.
+        self.fsdp = config.parallel != "ddp" and not self.unwrapped
+        # The kernels' definitions run, which make more temporary tensors.
+        self.definitions = config.kernels == "torch"
+        self.definitions |= config.kernels == "auto" and config.device == "cpu"
+
+        # Bytes of a number in a product (auto stands for bfloat16), and of the residual stream,
+        # which autocast leaves in fp32.
+        self.compute = 4 if config.dtype == "float32" else 2
+        self.residual = self.compute if self.fsdp else 4
+
+        # Of one GPU: micro-batches in a step, tokens in a micro-batch.
+        samples = -(-config.global_batch_size // gpus)
+        self.micro_batches = -(-samples // config.micro_batch_size)
+        self.tokens = min(config.micro_batch_size, samples) * config.seq_len
+
+        # Parameters; and those of the embedding, of a block, and of the last norm with the head.
+        self.parameters = model.num_params()
+        embedding, blocks = model.embed_tokens.weight.numel(), len(model.layers)
+        block = sum(p.numel() for p in model.layers[0].parameters())
+        self.units = embedding, block, self.parameters - embedding - blocks * block
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def kept_by_a_block(job: Job, mode: str) -> dict[str, int]:
+    """What a block keeps for its backward in a mode of activation_checkpointing: bytes a token."""
+    c, r, b = job.config, job.residual, job.compute
+    hidden, wide, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    packed = hidden + 2 * c.num_key_value_heads * (hidden // heads)
+    lines = {
+        "the block's input": (r * hidden, "none selective full"),
+        "1 / root mean square, of two norms": (4 + 4, "none"),
+        "normalised, input of qkv_proj": (b * hidden, "none"),
+        "product of qkv_proj": (b * packed, "selective"),
+        "queries and keys rotated, and values": (b * packed, "none"),
+        "attention's output, input of o_proj": (b * hidden, "none selective full"),
+        "its log-sum-exp": (4 * heads, "none selective full"),
+        "product of o_proj": (b * hidden, "selective"),
+        "the sum with the residual stream": (r * hidden, "none"),
+        "normalised, input of gate_up_proj": (b * hidden, "none"),
+        "product of gate_up_proj": (b * 2 * wide, "none selective"),
+        "gated, input of down_proj": (b * wide, "none"),
+    }
+    return {name: size for name, (size, modes) in lines.items() if mode in modes.split()}
+
+
+def _gradients(job: Job, done: int) -> float:
+    """Bytes of fp32 gradients in the last micro-batch, its backward through `done` parameters."""
+    rest, accumulates = job.parameters - done, job.micro_batches > 1
+    if not job.fsdp and not job.unwrapped:
+        # ddp keeps its buckets; gradients of earlier micro-batches move into them at the last
+        return 4 * job.parameters + accumulates * 4 * rest
+    if not accumulates:
+        return 4 * done / job.shards
+    if job.fsdp and not job.config.reduce_each_micro_batch:
+        return 4 * rest + 4 * done / job.shards
+    return 4 * job.parameters / job.shards
+
+
+class Moment(NamedTuple):
+    """A moment of a step; bytes of what comes and goes."""
+
+    name: str
+    done: int  # parameters whose backward is over
+    activations: int
+    loss: int = 0  # and the head
+    weights: int = 0  # gathered or cast for compute
+    buffers: float = 0  # gradients on their way
+
+
+def _moments(job: Job) -> Iterator[Moment]:
+    """Those at which memory can be at its peak, in the order of the last micro-batch of a step."""
+    c, b, tokens, layers = job.config, job.compute, job.tokens, job.config.num_hidden_layers
+    embedding, block, head = job.units
+    mode = c.activation_checkpointing
+    kept, recomputed = (tokens * sum(kept_by_a_block(job, m).values()) for m in (mode, "none"))
+    stream = tokens * job.residual * c.hidden_size  # between two blocks, or its gradient
+    narrow = tokens * b * c.hidden_size
+    cast = b if b < 4 and not job.fsdp else 0  # bytes of a weight in autocast's copies
+
+    def for_compute(unit: int, ahead: int, blocks: int = 0) -> int:
+        """fsdp gathers a unit, and if there are others to gather from, one ahead."""
+        return b * (unit + ahead * (job.shards > 1)) if job.fsdp else cast * block * blocks
+
+    # The loss makes the gradients of what enters it in its forward already, chunk by chunk. In bf16
+    # a chunk's part of the weight's is a tensor of its own before the fp32 one takes it.
+    logits = min(_chunk(tokens, c.vocab_size), tokens) * c.vocab_size
+    chunk = b * logits + (b * head if b < 4 else 0)
+    if job.definitions:  # fp32 logits and their exponentials; a CPU adds bf16 by way of fp32
+        chunk = max(8 * logits, (4 + b) * (logits + head) if b < 4 else 0)
+    yield Moment(
+        "forward of the loss",
+        done=0,
+        activations=layers * kept + stream + narrow + (stream if cast else 0),
+        loss=narrow + 4 * head + chunk + cast * head,
+        weights=for_compute(head, head, layers),
+    )
+    yield Moment(
+        "backward of the loss",  # which scales both gradients into new tensors
+        done=0,
+        activations=layers * kept + stream,
+        loss=2 * narrow + 2 * 4 * head + (b * head if job.fsdp and b < 4 else 0),
+        weights=for_compute(head, block, layers * (mode == "none")),
+    )
+    gates = tokens * b * 2 * c.intermediate_size * (1 + job.definitions)  # gradient of gate|up
+    down = c.hidden_size * c.intermediate_size  # a weight whose gradient is there by then
+    for i in reversed(range(layers)):
+        done = head + (layers - 1 - i) * block
+        ahead = block if i else 0  # the embedding's backward needs no weights
+        reducing = block if i < layers - 1 else head  # in fp32, until this block's turn
+        yield Moment(
+            f"backward of block {i + 1} of {layers}, at its gate",
+            done,
+            activations=i * kept + recomputed + stream + gates,
+            weights=for_compute(block, ahead, i + 1 if mode == "none" else 1),
+            buffers=b * down + 4 * reducing if job.fsdp else 4 * down,
+        )
+        if job.fsdp:
+            yield Moment(
+                f"reduction of block {i + 1} of {layers}",
+                done,
+                activations=i * kept + stream,
+                weights=for_compute(0, ahead),
+                buffers=(4 + max(b, 4 / job.shards)) * block,
+            )
+    yield Moment(
+        "backward of the embedding",
+        done=job.parameters - embedding,
+        activations=stream,
+        buffers=(b + 4 + 4 / job.shards if job.fsdp else 4) * embedding,
+    )
+    # The squares are added in fp64, for which torch copies a whole gradient.
+    largest = max(p.numel() for p in job.model.parameters())
+    yield Moment("gradient norm", job.parameters, activations=0, buffers=8 * largest / job.shards)
+
+
+def peak(job: Job) -> tuple[str, dict[str, float]]:
+    """The moment of a step at which a GPU holds most: its name, and bytes by purpose."""
+
+    def parts(moment: Moment) -> dict[str, float]:
+        return {
+            "parameters": 4 * job.parameters / job.shards,
+            "gradients": _gradients(job, moment.done),
+            "optimizer": 8 * job.parameters / job.shards,
+            "activations": moment.activations,
+            "head and loss": moment.loss,
+            "weights for compute": moment.weights,
+            "gradients on their way": moment.buffers,
+        }
+
+    highest = max(_moments(job), key=lambda moment: sum(parts(moment).values()))
+    return highest.name, parts(highest)
+
+
+# --- speed and traffic ---------------------------------------------------------------------------
+
+
+def speed(job: Job, mfu: float, flops: float) -> tuple[float, float]:
+    """(tokens a second on one GPU, GPU-hours of the phase) at so much of a GPU's FLOP/s."""
+    each = mfu * flops / job.model.flops_per_token(job.config.seq_len)
+    tokens = job.schedule.samples_after(job.schedule.num_steps()) * job.config.seq_len
+    return each, tokens / each / 3600
+
+
+def traffic(job: Job) -> dict[str, float]:
+    """Bytes that a GPU sends in a step, by collective.
+
+    In a ring of n, gathering or scattering p bytes takes (n - 1) / n * p, an all-reduce both.
+    """
+    copies, p = job.gpus // job.shards, job.parameters
+    if not job.fsdp:
+        return {"all-reduce of gradients": 2 * 4 * p * (job.gpus - 1) / job.gpus}
+    embedding, _, head = job.units
+    ring = (job.shards - 1) / job.shards
+    reductions = job.micro_batches if job.config.reduce_each_micro_batch else 1
+    return {
+        "all-gather, forward": job.micro_batches * ring * job.compute * p,
+        # the head is still there from the forward, the embedding is not needed
+        "all-gather, backward": job.micro_batches * ring * job.compute * (p - head - embedding),
+        "reduce-scatter": reductions * ring * 4 * p,
+        "all-reduce between copies": 2 * 4 * p / job.shards * (copies - 1) / copies,
+    }
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _line(name: str, figure: float, digits: int, rest: str = "") -> None:
+    print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
+
+
+def show(job: Job, card: str, mfu: float) -> None:
+    c, (room, flops) = job.config, CARDS[card]
+    moment, parts = peak(job)
+    total = sum(parts.values())
+    sent = {name: size for name, size in traffic(job).items() if size}
+    tokens, hours = speed(job, mfu, flops)
+    seconds = c.global_batch_size * c.seq_len / (tokens * job.gpus)
+    print(f"{c.name}, {job.parameters:,} parameters, on {job.gpus} x {card}, {c.parallel}")
+    print(f"a step: {c.global_batch_size:,} x {c.seq_len:,} tokens, on each GPU", end=" ")
+    print(
+        f"{job.micro_batches:,} x {job.tokens // c.seq_len}; recomputed", c.activation_checkpointing
+    )
+    print(f"\nGB of a GPU at the peak of a step, {moment}")
+    for name, size in parts.items():
+        _line(name, size / 1e9, 2)
+    _line("peak", total / 1e9, 2, f"of {room / 1e9:.0f}: {_verdict(total, room)}")
+    host = 12 * job.parameters / job.shards
+    _line("and in main memory, to save a checkpoint", host / 1e9, 2)
+    print(f"\nspeed at an MFU of {mfu:.1%}")
+    _line("tokens a second on a GPU", tokens, 0)
+    _line("tokens a second", tokens * job.gpus, 0, f"a step in {seconds:,.2f} s")
+    _line("GPU-hours of the phase", hours, 0, f"{hours / job.gpus / 24:,.1f} days")
+    print("\nGB a GPU sends in a step")
+    for name, size in (sent | {"total": sum(sent.values())}).items():
+        _line(name, size / 1e9, 2, f"{size / seconds / 1e9:,.2f} GB/s")
+    print(f"\n{ASSUMED}")
+
+
+def show_published(options: list[str], mfu: float) -> None:
+    print("GB of a GPU at the peak of a step, by activation_checkpointing")
+    print("state: parameters, gradients, optimizer; transit: weights and gradients on their way")
+    for path, gpus, card in PUBLISHED:
+        config, (room, flops) = load([path, *options]), CARDS[card]
+        tokens, hours = speed(Job(config, gpus), mfu, flops)
+        print(f"\n{config.name} on {gpus} x {card},", end=" ")
+        print(f"micro-batches of {config.micro_batch_size} x {config.seq_len:,} tokens")
+        print(f"  {tokens:,.0f} tokens/s a GPU and {hours:,.0f} GPU-hours at an MFU of {mfu:.1%}")
+        print(f"  {'':12}{'state':>10}{'activations':>14}{'loss':>8}{'transit':>10}{'peak':>10}")
+        for mode in parallel.RECOMPUTATION:
+            _, parts = peak(Job(replace(config, activation_checkpointing=mode), gpus))
+            *state, activations, loss, weights, buffers = (p / 1e9 for p in parts.values())
+            total = sum(parts.values())
+            print(f"  {mode:12}{sum(state):10,.1f}{activations:14,.1f}{loss:8,.1f}", end="")
+            print(f"{weights + buffers:10,.1f}{total / 1e9:10,.1f}  {_verdict(total, room)}")
+    print(f"\n{ASSUMED}")
+
+
+def _verdict(total: float, room: float) -> str:
+    return "fits" if total <= room else "does not fit"
+
+
+def main(argv: list[str]) -> None:
+    """Print the plan that the command line asks for. Raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="bench.step --plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--card", choices=CARDS)
+    parser.add_argument("--mfu", type=float, default=0.4)
+    try:
+        args, options = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    if not 0 < args.mfu <= 1:
+        raise ConfigError(f"--mfu lies over 0 and up to 1, not {args.mfu}")
+    files = [option for option in options if not option.startswith("--")]
+    if args.gpus is None and args.card is None and not files:
+        show_published(options, args.mfu)
+        return
+    config = load(options if files else ["config/pretrain.py", *options])
+    show(Job(config, 1 if args.gpus is None else args.gpus), args.card or "h100", args.mfu)
