@@ -7,6 +7,7 @@ left behind (past the checkpoint, or cut short) are dropped.
 import csv
 import platform
 import subprocess
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -42,14 +43,25 @@ def open_board(run: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    threading.excepthook = _spare_the_board
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 
+def _spare_the_board(failure: threading.ExceptHookArgs) -> None:
+    """A full disk stops TensorBoard's thread, too; log.csv and the checkpoints tell of it."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 def write(log: IO[str], board: Any, row: dict) -> None:
-    csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n").writerow(row)
-    for name, value in row.items():
-        if board is not None and value is not None and name != "training_steps":
-            board.add_scalar(name, value, row["training_steps"])
+    """Add a row. Raises OSError naming the file."""
+    try:
+        csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n").writerow(row)
+        for name, value in row.items():
+            if board is not None and value is not None and name != "training_steps":
+                board.add_scalar(name, value, row["training_steps"])
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, log.name) from None
 
 
 def versions() -> dict[str, str]:
