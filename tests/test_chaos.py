@@ -155,13 +155,13 @@ def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, s
     Where the next step has been reached already, that falls into a start.
     """
     chance = random.Random(kills)
-    steps = 4 * (kills + stops) + 50  # the last moment is long before the end
+    steps = 4 * (kills + stops) + 80  # the last moment is long before the end
     change = LARGE | dict(samples=8 * steps)
     length = undisturbed(tiny_data, **change)
     folder, begun = tiny_data / "out/run/checkpoints", tiny_data / "begun"
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * stops
     chance.shuffle(signals)
-    moments = sorted(chance.randrange(steps - 40) for _ in signals)
+    moments = sorted(chance.randrange(steps - 70) for _ in signals)
     newest = in_save = in_start = lost = 0
     for number, reached in zip(signals, moments):
         begun.unlink(missing_ok=True)
@@ -169,7 +169,8 @@ def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, s
         if number == signal.SIGTERM:  # nothing heeds it while Python itself starts
             until(begun.exists, life)
         until(lambda step=reached: logged(tiny_data) >= step, life)
-        time.sleep(chance.uniform(0, length))
+        late = time.monotonic() + chance.uniform(0, length)
+        until(lambda at=late: time.monotonic() > at or logged(tiny_data) > steps - 50, life)
         os.kill(life[0].pid, number)
         assert end(life) == [-number if number == signal.SIGKILL else 0]
         assert not said(tiny_data)
