@@ -75,12 +75,12 @@ def prepare(config, device):
 
 
 def measure(config):
-    """Bytes of the state between two steps, of what the forwards of a step leave, of its peak; and
-    how many numbers its collectives gather and scatter."""
+    """Bytes of the state between two steps, of what the forwards of a step keep, of its peak, left
+    behind by it; and how many numbers its collectives gather and scatter."""
     resting, step = prepare(config, torch.device("cpu"))
     state = sum(t.untyped_storage().nbytes() for t in resting)
     with_ranks, tries = dist.is_initialized(), []
-    for _ in range(4 if with_ranks else 1):
+    for _ in range(6 if with_ranks else 1):
         with profile(
             activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=with_ranks
         ) as profiler:
@@ -89,13 +89,13 @@ def measure(config):
         tries.append(added_up(allocations(profiler)))
     # What gloo's own thread happens to free goes unseen: the step counts of which all was seen.
     left, forward, highest = min(tries)
-    assert left < 0.02 * highest  # a step leaves nothing behind
     sent = {}
     for event in profiler.events():
         if event.name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
             numbers = max(torch.Size(shape).numel() for shape in event.input_shapes if shape)
             sent[event.name] = sent.get(event.name, 0) + numbers
-    return {"state": state, "forward": forward, "peak": state + highest, "sent": sent}
+    peak = state + highest
+    return {"state": state, "forward": forward, "peak": peak, "left": left, "sent": sent}
 
 
 def added_up(events):
@@ -162,6 +162,7 @@ def test_the_planned_peak_is_the_measured_one(change):
     _, parts, total = planned(config, 1)
     assert measured["peak"] > 80e6
     assert total == pytest.approx(measured["peak"], rel=0.02)
+    assert measured["left"] < 0.02 * total
     assert parts["parameters"] + parts["optimizer"] == pytest.approx(measured["state"], rel=1e-3)
 
 
@@ -198,6 +199,7 @@ def test_with_tritons_kernels_there_are_fewer_temporary_tensors(chip, dtype, mod
         gc.unfreeze()
     _, _, total = planned(config, 1)
     assert total == pytest.approx(measured["peak"], rel=0.05)
+    assert measured["left"] < 0.02 * total
     _, _, of_definitions = planned(small(**change), 1)
     assert of_definitions > 1.03 * total
 
@@ -233,6 +235,7 @@ def test_of_two_ranks_too(on_two_ranks, case):
     config, measured = small(**RANKS[case]), on_two_ranks[case]
     _, parts, total = planned(config, 2)
     assert total == pytest.approx(measured["peak"], rel=0.02)
+    assert measured["left"] < 0.02 * total
     state = parts["parameters"] + parts["optimizer"]
     if config.parallel == "ddp":
         state += 4 * plan.Job(config, 2).parameters
