@@ -36,13 +36,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from tqdm import tqdm
 
-from hf_layout import CheckpointError, folder_of, from_hf, load_folder, reason, to_hf
+from hf_layout import CheckpointError, from_hf, reason, to_hf
 from model import Lucie, LucieConfig
 from parallel import gather
 
-__all__ = [
-    "CheckpointError", "Saver", "architecture", "folder_of", "from_hf", "from_run", "latest",
-    "load", "load_folder", "newest_sound", "read_state", "save", "to_hf", "verify",
+__all__ = [  # from_hf and to_hf are hf_layout's
+    "CheckpointError", "Saver", "architecture", "from_hf", "from_run", "latest", "load",
+    "newest_sound", "read_state", "save", "to_hf", "verify",
 ]  # fmt: skip
 
 STEP = re.compile(r"step(\d+)$")
@@ -92,10 +92,6 @@ class Saver:
             async_stager=self._stager,
             no_dist=not dist.is_initialized(),
         )
-
-    def busy(self) -> bool:
-        """Whether a save goes on."""
-        return self._running is not None and not self._running.done()
 
     def failed(self) -> bool:
         """Whether the save that was begun last has ended badly, on this rank's knowledge."""
@@ -312,7 +308,7 @@ def newest_sound(run: Path, rank: int, world: int) -> Path | None:
         if damage is None:
             return path
         if rank == 0:
-            print(f"train.py: {damage}; set aside, the one before it is used", file=sys.stderr)
+            print(f"checkpoint: {damage}; set aside, the one before it is used", file=sys.stderr)
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

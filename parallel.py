@@ -49,6 +49,10 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def spread(
     model: nn.Module, way: str, replica_size: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
@@ -57,12 +61,11 @@ def spread(
     Returns what is to be called in its stead; `model` keeps the parameters and their names. They
     are not filled yet: no rank ever holds more than its own part and the tensor it is filling.
     replica_size: ranks that hold a copy of the model between them (hsdp); 0 for those of this
-    machine. Raises ValueError for another way, or ranks that cannot be divided so.
+    machine. Raises ValueError as `shards` does.
     """
-    if way not in WAYS:
-        raise ValueError(f"parallel is {', '.join(WAYS)}, not {way!r}")
+    size = shards(way, replica_size, world_size())
     if dist.is_initialized() and way != "ddp":
-        _shard(model, _mesh(way, replica_size, device), dtype)
+        _shard(model, _mesh(way, size, device), dtype)
     model.to_empty(device=device)
     if dist.is_initialized() and way == "ddp":
         return DistributedDataParallel(
@@ -74,25 +77,26 @@ def spread(
     return model
 
 
-def shards(way: str, replica_size: int) -> int:
-    """Into how many parts a copy of the model is cut."""
-    if not dist.is_initialized() or way == "ddp":
-        return 1
-    world = dist.get_world_size()
-    if way == "fsdp":
-        return world
-    size = replica_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if size < 1 or world % size:
+def shards(way: str, replica_size: int, world: int) -> int:
+    """Into how many parts a copy of the model is cut among `world` ranks.
+
+    Raises ValueError for another way than those above, or ranks that cannot be divided so.
+    """
+    if way not in WAYS:
+        raise ValueError(f"parallel is {', '.join(WAYS)}, not {way!r}")
+    if way != "hsdp":
+        return world if way == "fsdp" else 1
+    size = min(replica_size or int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
+    if world % size:
         raise ValueError(f"replica_size {size} does not divide the {world} processes")
     return size
 
 
-def _mesh(way: str, replica_size: int, device: torch.device) -> dist.DeviceMesh:
-    world, size = dist.get_world_size(), shards(way, replica_size)
+def _mesh(way: str, size: int, device: torch.device) -> dist.DeviceMesh:
     if way == "fsdp":
         return init_device_mesh(device.type, (size,))
     names = ("replicate", "shard")
-    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)
+    return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=names)
 
 
 def _shard(model: nn.Module, mesh: dist.DeviceMesh, dtype: torch.dtype) -> None:
@@ -195,7 +199,8 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `largest` (0: leave them alone).
 
     Returns the norm before that, fp32 `[1]` on the device. Squares are added in fp64, which rounds
-    to the same fp32 number however the gradients are cut: any number of ranks clips alike.
+    to the same fp32 number however the gradients are cut: any number of ranks clips alike. It costs
+    a copy in fp64 of one gradient at a time, when activations are gone.
     """
     parameters = list(model.parameters())
     gradients = [local_rows(p.grad)[0] for p in parameters]
@@ -225,7 +230,7 @@ def gather(value: object) -> list:
     """What each rank passes, in the order of ranks. For messages and verdicts, not for tensors."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -29,7 +29,8 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 import checkpoint
-import kernels
+import hardware
+import hf_layout
 import parallel
 import runlog
 from checkpoint import CheckpointError
@@ -41,8 +42,6 @@ from data.tokenizer import load as load_tokenizer
 from model import Lucie, initial_weight
 from schedule import Schedule, Step, revision_name
 
-# Dense bf16, by a part of the name of the GPU. Other H100s (PCIe, NVL) are slower and not listed.
-PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
 MAY_CHANGE = {  # on resuming a run; every other option would make it another run
     "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "parallel",
     "replica_size", "reduce_each_micro_batch", "activation_checkpointing", "micro_batch_size",
@@ -60,8 +59,8 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     stop = catch_signals()
     config = load(argv)
-    device, dtype = pick_device(config)
-    pick_kernels(config, device)
+    device, dtype = hardware.pick_device(config)
+    hardware.pick_kernels(config, device)
     rank, world = parallel.start_processes(device)
     model, forward = build_model(config, device, dtype)
     optimizer = build_optimizer(config, model)
@@ -71,26 +70,12 @@ def main(argv: list[str]) -> None:
     # --- what to start from
     run = Path(config.out_dir, config.name)
     source, resume = find_start(config, run, mixture, rank, world)
-    state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "gpu_seconds": 0.0}
-    if resume:
-        state |= checkpoint.load(source, model, optimizer)
-    elif source is None:
-        parameters = list(model.named_parameters())
-        for name, parameter in tqdm(
-            parameters, "initial weights", delay=3, leave=False, disable=rank > 0
-        ):
-            value = initial_weight(model.config, name, parameter.shape, config.seed)
-            parallel.fill_rows(parameter, 0, value)
-    elif isinstance(source, Path):
-        checkpoint.load(source, model, None)
-    else:
-        folder = checkpoint.folder_of(*source.split("@", 1))
-        parallel.together(checkpoint.load_folder, folder, model, errors=EXPECTED)
+    state = fill(model, optimizer, source, resume, config, rank)
     state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
     state["versions"] = runlog.versions() if rank == 0 else {}
 
     # --- logs and checkpoints
-    flops, peak = model.flops_per_token(config.seq_len), peak_flops(device)
+    flops, peak = model.flops_per_token(config.seq_len), hardware.peak_flops(device)
     log, board = parallel.together(open_logs, run, state, rank, errors=EXPECTED)
     last, milestones = schedule.num_steps(), set(schedule.checkpoint_steps())
     saver = checkpoint.Saver(run / "checkpoints", config.keep_last, milestones)
@@ -125,18 +110,8 @@ def main(argv: list[str]) -> None:
         (step, reading), upcoming = upcoming, read_ahead()
         mine = reading.result()
 
-        # Loss and gradient are means over all target tokens of the step, on all ranks.
-        targets = parallel.sum_over_ranks(to_device(mine.targets, device)).clamp(min=1)
-        loss = to_device(0.0, device)
         arrived.clear()
-        for number, (x, y) in enumerate(mine.batches, start=1):
-            final = number == len(mine.batches)
-            with parallel.micro_batch(forward, final, config.reduce_each_micro_batch):
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                with autocast(forward, device, dtype):
-                    part = forward(x, y, reduction="sum") / targets
-                (part * world).backward()  # ranks are averaged where a sum is wanted
-            loss += part.detach()
+        loss = gradients(forward, mine, config, device, dtype, world)
         grad_norm = parallel.clip_gradients(model, config.clip_grad)
 
         # One rank's trouble or signal is everybody's, at the same step. To learn of it is the only
@@ -214,39 +189,6 @@ def main(argv: list[str]) -> None:
 # --- set-up --------------------------------------------------------------------------------------
 
 
-def pick_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device of this process and the dtype to compute in."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"device {config.device!r}: not to be had here; --device=cpu")
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if config.dtype == "auto":
-        # On a processor without bf16 products they are emulated, several times slower than fp32.
-        config.dtype = "bfloat16" if kind == "cuda" or cpu_has_bfloat16() else "float32"
-    if config.dtype not in ("bfloat16", "float32"):
-        raise ConfigError(f"dtype is bfloat16, float32 or auto, not {config.dtype!r}")
-    return device, getattr(torch, config.dtype)
-
-
-def pick_kernels(config: Config, device: torch.device) -> None:
-    if config.kernels == "triton" and device.type == "cpu" and torch.cuda.is_available():
-        raise ConfigError("kernels=triton: not with --device=cpu")
-    try:
-        kernels.use(config.kernels)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"kernels={config.kernels}: {error}") from None
-
-
-def cpu_has_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
 def open_data(config: Config) -> tuple[Mixture, Mixture | None]:
     """The mixtures to train and to validate on; a vocabulary that does not fit is an error."""
     if config.tokenizer:
@@ -267,7 +209,7 @@ def build_model(
     try:
         with torch.device("meta"):
             model = Lucie(checkpoint.architecture(asdict(config)))
-        check_memory(config, model)
+        check_memory(config, model, device)
         parallel.recompute(model, config.activation_checkpointing)
         if config.compile:
             for block in model.layers:  # all are alike: the first one's code serves the others
@@ -277,28 +219,18 @@ def build_model(
         raise ConfigError(str(error)) from None
 
 
-def check_memory(config: Config, model: Lucie) -> None:
+def check_memory(config: Config, model: Lucie, device: torch.device) -> None:
     """Raises ConfigError for a model that this machine cannot hold."""
     # fp32 weight, gradient and two moments, of each rank that runs on this machine
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need = 16 * model.num_params() * ranks / parallel.shards(config.parallel, config.replica_size)
-    have = machine_memory(config)
+    shards = parallel.shards(config.parallel, config.replica_size, parallel.world_size())
+    need = 16 * model.num_params() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / shards
+    have = hardware.memory_of_machine(device)
     if have and need > have:
         raise ConfigError(
             f"{model.num_params() / 1e9:.2f} B parameters train in {need / 1e9:.0f} GB at least "
             f"(16 bytes each) and there are {have / 1e9:.0f} GB here: use more GPUs, or try "
             "config/demo_pretrain.py"
         )
-
-
-def machine_memory(config: Config) -> int:
-    """Bytes of the GPUs of this machine, or its main memory; 0 where that cannot be known."""
-    if torch.cuda.is_available() and config.device != "cpu":
-        return torch.cuda.mem_get_info()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 def schedule_of(config: Config) -> Schedule:
@@ -349,6 +281,31 @@ def find_start(
     return source, False
 
 
+def fill(
+    model: Lucie,
+    optimizer: torch.optim.AdamW,
+    source: Path | str | None,
+    resume: bool,
+    config: Config,
+    rank: int,
+) -> dict:
+    """Give the parameters their first values, as `find_start` says; where the run stands then."""
+    state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "gpu_seconds": 0.0}
+    if resume:
+        return state | checkpoint.load(source, model, optimizer)
+    if isinstance(source, Path):
+        checkpoint.load(source, model, None)
+    elif source:
+        folder = hf_layout.folder_of(*source.split("@", 1))
+        parallel.together(hf_layout.load_folder, folder, model, errors=EXPECTED)
+    else:
+        parameters = list(model.named_parameters())
+        for name, p in tqdm(parameters, "initial weights", delay=3, leave=False, disable=rank > 0):
+            value = initial_weight(model.config, name, p.shape, config.seed)
+            parallel.fill_rows(p, 0, value)
+    return state
+
+
 def open_logs(run: Path, state: dict, rank: int) -> tuple[IO[str] | None, Any]:
     """(log.csv, TensorBoard's writer) on rank 0, and the config beside them."""
     if rank > 0:
@@ -373,13 +330,6 @@ def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
     )
 
 
-def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
-
-
 def catch_signals() -> list[str]:
     """A list that SIGINT, SIGTERM or SIGUSR1 adds to; a second signal stops at once."""
     received: list[str] = []
@@ -396,6 +346,29 @@ def catch_signals() -> list[str]:
 
 
 # --- in the loop ---------------------------------------------------------------------------------
+
+
+def gradients(
+    forward: nn.Module,
+    mine: Share,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: int,
+) -> Tensor:
+    """Leave in the parameters the gradient of the mean loss over all target tokens of a step, on
+    all ranks; this rank's part of that loss, an fp64 scalar on the device."""
+    targets = parallel.sum_over_ranks(to_device(mine.targets, device)).clamp(min=1)
+    loss = to_device(0.0, device)
+    for number, (x, y) in enumerate(mine.batches, start=1):
+        final = number == len(mine.batches)
+        with parallel.micro_batch(forward, final, config.reduce_each_micro_batch):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            with autocast(forward, device, dtype):
+                part = forward(x, y, reduction="sum") / targets
+            (part * world).backward()  # ranks are averaged where a sum is wanted
+        loss += part.detach()
+    return loss
 
 
 def autocast(

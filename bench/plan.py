@@ -20,12 +20,11 @@ import torch
 import checkpoint
 import parallel
 from config import Config, ConfigError, load
-from kernels.linear_cross_entropy import _chunk
+from hardware import CARDS
+from kernels.linear_cross_entropy import chunk_rows
 from model import Lucie
 from schedule import Schedule
 
-# Bytes by the name of the card, and dense bf16 FLOP/s of its SXM form.
-CARDS = {"h200": (141e9, 989.4e12), "h100": (80e9, 989.4e12), "a100": (80e9, 312e12)}
 PUBLISHED = [
     ("config/pretrain.py", 1, "h200"),
     ("config/extension.py", 1, "h200"),
@@ -49,27 +48,19 @@ class Job:
     """
 
     def __init__(self, config: Config, gpus: int) -> None:
-        for name, known in (
-            ("parallel", parallel.WAYS),
-            ("activation_checkpointing", parallel.RECOMPUTATION),
-        ):
-            if getattr(config, name) not in known:
-                raise ConfigError(f"{name} is {', '.join(known)}, not {getattr(config, name)!r}")
         if gpus < 1:
             raise ConfigError(f"--gpus must be at least 1, not {gpus}")
         try:
             with torch.device("meta"):
                 model = Lucie(checkpoint.architecture(asdict(config)))
+            parallel.recompute(model, config.activation_checkpointing)
             self.schedule = Schedule(config)
+            # Into how many parts a copy of the model is cut.
+            self.shards = parallel.shards(config.parallel, config.replica_size or 8, gpus)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.config, self.gpus, self.model = config, gpus, model
 
-        # Into how many parts a copy of the model is cut.
-        copy = {"fsdp": gpus, "ddp": 1, "hsdp": config.replica_size or min(8, gpus)}
-        self.shards = copy[config.parallel]
-        if gpus % self.shards:
-            raise ConfigError(f"replica_size {self.shards} does not divide {gpus} GPUs")
         self.unwrapped = gpus == 1 and config.device == "cpu"
         # Weights are gathered in the dtype of compute; else they are whole, and cast by autocast.
         self.fsdp = config.parallel != "ddp" and not self.unwrapped
@@ -159,7 +150,7 @@ def _moments(job: Job) -> Iterator[Moment]:
 
     # The loss makes the gradients of what enters it in its forward already, chunk by chunk. In bf16
     # a chunk's part of the weight's is a tensor of its own before the fp32 one takes it.
-    logits = min(_chunk(tokens, c.vocab_size), tokens) * c.vocab_size
+    logits = min(chunk_rows(tokens, c.vocab_size), tokens) * c.vocab_size
     chunk = b * logits + (b * head if b < 4 else 0)
     if job.definitions:  # fp32 logits and their exponentials; a CPU adds bf16 by way of fp32
         chunk = max(8 * logits, (4 + b) * (logits + head) if b < 4 else 0)
@@ -265,7 +256,7 @@ def _line(name: str, figure: float, digits: int, rest: str = "") -> None:
 
 
 def show(job: Job, card: str, mfu: float) -> None:
-    c, (room, flops) = job.config, CARDS[card]
+    c, (_, room, flops) = job.config, CARDS[card]
     moment, parts = peak(job)
     total = sum(parts.values())
     sent = {name: size for name, size in traffic(job).items() if size}
@@ -296,7 +287,7 @@ def show_published(options: list[str], mfu: float) -> None:
     print("GB of a GPU at the peak of a step, by activation_checkpointing")
     print("state: parameters, gradients, optimizer; transit: weights and gradients on their way")
     for path, gpus, card in PUBLISHED:
-        config, (room, flops) = load([path, *options]), CARDS[card]
+        config, (_, room, flops) = load([path, *options]), CARDS[card]
         tokens, hours = speed(Job(config, gpus), mfu, flops)
         print(f"\n{config.name} on {gpus} x {card},", end=" ")
         print(f"micro-batches of {config.micro_batch_size} x {config.seq_len:,} tokens")

@@ -39,7 +39,7 @@ class Config:
     # fsdp (all ranks share one copy of everything) | hsdp (groups of ranks have a copy each) |
     # ddp (every rank has one). A single CPU process does without.
     parallel: str = "fsdp"
-    replica_size: int = 0  # ranks to a copy in hsdp; 0: those of one machine
+    replica_size: int = 0  # ranks to a copy in hsdp, at most all; 0: those of one machine
     # False: gradients are summed over ranks once a step instead of after every micro-batch; each
     # rank then keeps the whole gradient, 4 bytes a parameter (27 GB at 7B). fsdp and hsdp.
     reduce_each_micro_batch: bool = True

@@ -18,7 +18,7 @@ from kernels.launch import on_its_device, runs_triton, tl, triton
 IGNORE = -100  # torch's and Hugging Face's mark for a target that does not count
 
 
-def _chunk(tokens: int, vocab_size: int) -> int:
+def chunk_rows(tokens: int, vocab_size: int) -> int:
     """Rows at a time: an eighth of the logits, and no more than 2^26 of them (256 MB in fp32), in
     whole tiles of 128 rows, and one tile at least: a matrix product would waste the rest of it."""
     return max(128, min(tokens // 8, 2**26 // vocab_size) // 128 * 128)
@@ -34,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
 
-        rows = _chunk(tokens, vocab_size)
+        rows = chunk_rows(tokens, vocab_size)
         for start in range(0, tokens, rows):
             logits = d_logits = None  # of the chunk before, freed
             h, t = hidden[start : start + rows], targets[start : start + rows]
@@ -127,7 +127,7 @@ def _linear_cross_entropy_op(
     d_hidden, d_weight = _gradients(hidden, weight, need_hidden, need_weight)
     d_weight.zero_()
     losses = hidden.new_empty(tokens, dtype=torch.float32)
-    rows = _chunk(tokens, vocab_size)
+    rows = chunk_rows(tokens, vocab_size)
     memory = hidden.new_empty(min(rows, tokens), vocab_size)  # of all chunks, one after the other
     for start in range(0, tokens, rows):
         h = hidden[start : start + rows]

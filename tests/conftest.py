@@ -5,6 +5,8 @@ them, repaired by gpuless/interpreter.py, which has to be asked for before trito
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,17 @@ def chip(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             kernels.use("triton")
             yield torch.device("cpu")
     kernels.use("auto")
+
+
+def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
+    """A Python script as a process of its own, or as so many under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *(torchrun if ranks else []), script, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=env, timeout=timeout
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ ALLOWED = {
     "gpuless": set(),
     "schedule": set(),
     "runlog": set(),
+    "hardware": {"config", "kernels"},
     "parallel": set(),
     "model": {"kernels"},
     "hf_layout": {"model", "parallel"},

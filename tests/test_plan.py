@@ -5,7 +5,6 @@ Run as a script this file is one rank that measures: `test_plan.py '[{"seq_len":
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import launch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import parallel
@@ -215,11 +215,7 @@ RANKS = {
 
 
 def on_ranks(number, cases):
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    command = [*launcher, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    done = launch(__file__, json.dumps(cases), ranks=number)
     assert done.returncode == 0, done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
@@ -308,7 +304,7 @@ def test_activations_of_the_7b():
 def test_where_the_7b_fits(path, gpus, card, fits):
     for mode, expected in fits.items():
         config = load([path, f"--activation_checkpointing={mode}"])
-        assert (planned(config, gpus)[2] <= plan.CARDS[card][0]) == expected, mode
+        assert (planned(config, gpus)[2] <= plan.CARDS[card].memory) == expected, mode
 
 
 def test_lucies_own_hours():
@@ -375,7 +371,7 @@ def test_it_prints_the_published_phases(capsys):
         ("--gpus 0", "--gpus must be at least 1"),
         ("--gpus many", "invalid int value"),
         ("--mfu 40", "--mfu lies over 0"),
-        ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide 12 GPUs"),
+        ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide the 12"),
         ("--gpus 4 --parallel=tp", "parallel is fsdp, ddp, hsdp"),
         ("--gpus 4 --micro_batchsize=2", "did you mean 'micro_batch_size'"),
         ("--gpus 4 --activation_checkpointing=some", "none, selective, full"),
