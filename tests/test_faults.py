@@ -340,6 +340,8 @@ def dying(self, *args):
     update(self, *args)
     count[0] += 1
     if count[0] == 13 and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        while not os.path.isdir(os.environ["SAVED"]):  # in the background
+            time.sleep(0.01)
         open(os.environ["DIED"], "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 torch.optim.AdamW.step = dying
@@ -353,6 +355,7 @@ def test_torchrun_ends_quickly_without_a_rank_or_starts_all_again(tiny_data, mon
     # Else a restart may meet addresses that the dead left in the store (pytorch issue 135712).
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("DIED", str(tiny_data / "died"))
+    monkeypatch.setenv("SAVED", str(tiny_data / "out/run/checkpoints/step0000010"))
     done = patched(tiny_data, DYING, 2, save_every=5)
     if restarts:
         assert done.returncode == 0, done.stderr

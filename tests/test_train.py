@@ -193,7 +193,7 @@ def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
     assert done.returncode == 9
     left = checkpoint.latest(tiny_data / "out/killed")
-    assert left.name == "step0000010"
+    assert left.name in ("step0000005", "step0000010")  # the latter may have been in work yet
     assert results(train_here(tiny_data, **change)) == results(whole)
 
 
