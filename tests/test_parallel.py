@@ -210,6 +210,28 @@ def test_gradients_travel_no_more_often_than_they_must(imagined, way, reduce_eac
     assert seen.count["_allgather_base_"] == 3 * (4 + 2)
 
 
+def test_ddp_exchanges_gradients_at_the_last_micro_batch(alone, tiny_config):
+    with torch.device("meta"):
+        model = Lucie(tiny_config)
+    forward = parallel.spread(model, "ddp", 0, torch.device("cpu"), torch.float32)
+    for p in model.parameters():
+        p.data.fill_(0.1)
+    sent = []
+
+    def noting(_, bucket):
+        sent.append(number)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    forward.register_comm_hook(None, noting)
+    tokens = torch.randint(97, (1, 9))
+    for number in range(3):
+        with parallel.micro_batch(forward, number == 2, True):
+            forward(tokens, tokens).backward()
+    assert set(sent) == {2}
+
+
 # --- clipping
 
 

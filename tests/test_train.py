@@ -1,10 +1,12 @@
 import csv
+import gc
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 
@@ -246,6 +248,28 @@ def test_uneven_ignored_targets_weigh_the_same_on_any_ranks_and_micro_batches(ti
                 assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5)
 
 
+def test_the_next_step_is_read_while_one_computes(tiny_data, monkeypatch):
+    read, clip = train.read_share, train.parallel.clip_gradients
+    begun, threads, passed = [threading.Event() for _ in range(21)], set(), []
+
+    def reading(mixture, samples, *args):
+        if len(samples) == 8:  # a step, not the validation
+            threads.add(threading.current_thread())
+            begun[samples.start // 8].set()
+        return read(mixture, samples, *args)
+
+    def waiting(*args):
+        passed.append(1)
+        assert len(passed) == 20 or begun[len(passed)].wait(10)
+        return clip(*args)
+
+    monkeypatch.setattr(train, "read_share", reading)
+    monkeypatch.setattr(train.parallel, "clip_gradients", waiting)
+    train_here(tiny_data)
+    assert len(passed) == 20 and len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
 POISONED = """
 import model
 forward, clip, steps = model.MLP.forward, train.parallel.clip_gradients, [0]
@@ -325,6 +349,7 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     # The thread that reads ahead counts the targets, on the host, one number a micro-batch.
     assert set(reading) <= {"__int__"} and len(reading) <= 2 * 20
     assert all(step.count("tolist") == 1 for step in steps)
+    assert gc.get_freeze_count() > 10_000  # no collection goes through the model and torch either
 
 
 def test_data_that_vanishes_mid_run_is_one_line_and_loses_nothing(tiny_data):
@@ -568,12 +593,25 @@ def test_bad_input_is_one_line(tiny_data, change, message):
 
     tokenizer.save({bytes([b]): b + 4 for b in range(256)}, tiny_data / "r.tiktoken")
     change = {k: v.format(data=tiny_data) if type(v) is str else v for k, v in change.items()}
-    done = run(tiny_data, **change)
-    assert done.returncode == 2, done.stderr
-    (line,) = said(done)
-    assert message in line
-    assert "Traceback" not in done.stderr
+    with pytest.raises(train.EXPECTED) as caught:
+        train_here(tiny_data, **change)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert checkpoint.latest(tiny_data / "out/run") is None
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"learning_rat": 1}, "--learning_rat=1: no option is called 'learning_rat'"),
+        ({"mixture": "none.csv"}, "none.csv: No such file"),
+        ({"out_dir": "/dev/null/x"}, "/dev/null/x/run: Not a directory"),
+    ],
+)
+def test_an_error_that_is_expected_ends_with_its_line_and_2(tiny_data, change, message):
+    done = run(tiny_data, **change)
+    (line,) = said(done)
+    assert done.returncode == 2 and line.startswith(f"train.py: {message}")
+    assert "Traceback" not in done.stderr
 
 
 def test_forced_kernels_need_the_gpu_that_device_forbids(tiny_data, monkeypatch):
