@@ -22,14 +22,12 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
@@ -38,7 +36,7 @@ from tqdm import tqdm
 
 from hf_layout import CheckpointError, from_hf, reason, to_hf
 from model import Lucie, LucieConfig
-from parallel import gather
+from parallel import gather, together
 
 __all__ = [  # from_hf and to_hf are hf_layout's
     "CheckpointError", "Saver", "architecture", "from_hf", "from_run", "latest", "load",
@@ -56,12 +54,12 @@ CHUNK = 1 << 20  # bytes hashed and written at a time, while they are in the pro
 class Saver:
     """Saves the checkpoints of a run in the background, one at a time.
 
-    Every rank makes one and calls its methods alike. Of the checkpoints whose step is not among
-    `milestones`, only the newest keep_last stay.
+    Every rank makes one and calls its methods alike. Of the checkpoints that were not saved as
+    milestones, only the newest keep_last stay.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, milestones: Iterable[int] = ()) -> None:
-        self.folder, self._keep_last, self._milestones = folder, keep_last, set(milestones)
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        self.folder, self._keep_last = folder, keep_last
         # Its messages between ranks must not mix with those of the training that goes on.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         cuda = torch.cuda.is_available()
@@ -76,7 +74,12 @@ class Saver:
         self._running = self._path = None
 
     def save(
-        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict,
+        milestone: bool = False,
     ) -> None:
         """Begin to write folder/name; returns as soon as the tensors may change again.
 
@@ -84,7 +87,8 @@ class Saver:
         """
         self.wait()
         self._path = self.folder / name
-        writer = _Writer(self._path, json.dumps(state, indent=1), self._keep_last, self._milestones)
+        text = json.dumps(state | {"milestone": milestone}, indent=1)
+        writer = _Writer(self._path, text, self._keep_last)
         self._running = dcp.async_save(
             _tensors(model, optimizer),
             storage_writer=writer,
@@ -99,8 +103,8 @@ class Saver:
         return ended and self._running.exception() is not None
 
     def wait(self) -> None:
-        """Wait for the end of the save. Raises CheckpointError if the disk is full or not writable,
-        on all ranks; nothing of it remains then."""
+        """Wait for the end of the save. Raises CheckpointError on all ranks if the disk is full or
+        not writable; nothing of the new checkpoint remains then."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -125,9 +129,8 @@ class _Writer(dcp.StorageWriter):
     Its own writer builds a rank's file in memory first, twice its size; this one streams.
     """
 
-    def __init__(self, path: Path, state: str, keep_last: int, milestones: set[int]) -> None:
-        self._path, self._state = path, state
-        self._keep_last, self._milestones = keep_last, milestones
+    def __init__(self, path: Path, state: str, keep_last: int) -> None:
+        self._path, self._state, self._keep_last = path, state, keep_last
 
     def reset(self, checkpoint_id: object = None) -> None: ...
 
@@ -203,10 +206,15 @@ class _Writer(dcp.StorageWriter):
         self._forget_old_ones()
 
     def _forget_old_ones(self) -> None:
-        passing = [p for step, p in _found(self._path.parent) if step not in self._milestones]
-        for path in passing[: -self._keep_last]:
-            os.replace(path, _unfinished(path))  # there is never half of one under its name
-            shutil.rmtree(_unfinished(path), ignore_errors=True)
+        # What was a milestone stays one, whatever the schedule of the run that goes on.
+        try:
+            found = [path for _, path in _found(self._path.parent)]
+            passing = [path for path in found if not read_state(path)["milestone"]]
+            for path in passing[: -self._keep_last]:
+                os.replace(path, _unfinished(path))  # never half of one under its name
+                shutil.rmtree(_unfinished(path), ignore_errors=True)
+        except (OSError, CheckpointError) as error:  # the new one is complete all the same
+            print(f"checkpoint: an old one is not removed ({reason(error)})", file=sys.stderr)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -293,26 +301,37 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+class Damaged(CheckpointError):
+    """A checkpoint is not what was written."""
+
+
 def newest_sound(run: Path, rank: int, world: int) -> Path | None:
     """The newest checkpoint of a run that is byte for byte as it was written, or None.
 
     Every rank calls this and checks its share of the files. A damaged one is named on stderr and
     set aside as NAME.damaged, and the one before it is looked at. Raises CheckpointError when
-    there are checkpoints and all are damaged: a run is never begun anew by mistake.
+    there are checkpoints and all are damaged, for a run is never begun anew by mistake; or when
+    one cannot be read, which is no proof of damage.
     """
-    if rank == 0:
-        _tidy(run / "checkpoints")
-    candidates = gather([path for _, path in _found(run / "checkpoints")])[0]
-    for path in reversed(candidates):
-        damage = next(filter(None, gather(_damage(path, rank, world))), None)
-        if damage is None:
+
+    def set_aside(path: Path) -> None:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+    folder = run / "checkpoints"
+    together(lambda: _tidy(folder) if rank == 0 else None, errors=(OSError,))
+    for path in reversed(gather([path for _, path in _found(folder)])[0]):
+        try:
+            together(verify, path, rank, world, errors=(CheckpointError,))
             return path
-        if rank == 0:
-            print(f"checkpoint: {damage}; set aside, the one before it is used", file=sys.stderr)
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-    if candidates:
+        except Damaged as damage:
+            if rank == 0:
+                print(
+                    f"checkpoint: {damage}; set aside, the one before it is used", file=sys.stderr
+                )
+            together(lambda path=path: set_aside(path) if rank == 0 else None, errors=(OSError,))
+    if gather(any(folder.glob("*.damaged")))[0]:
         raise CheckpointError(f"{run}: every checkpoint is damaged; another --name begins anew")
     return None
 
@@ -320,34 +339,27 @@ def newest_sound(run: Path, rank: int, world: int) -> Path | None:
 def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
     """Compare a checkpoint with its manifest; of several ranks each reads its share of the files.
 
-    Raises CheckpointError naming the file that is missing, cut short or changed.
+    Raises Damaged naming the file that is missing, cut short or changed, and CheckpointError for
+    one that cannot be read.
     """
-    damage = _damage(Path(path), rank, world)
-    if damage:
-        raise CheckpointError(damage)
-
-
-def _damage(path: Path, rank: int, world: int) -> str | None:
+    path = Path(path)
+    # Rank 0 looks for all the files. Another that misses one, on a machine of its own, has trouble.
+    missing = Damaged if rank == 0 else CheckpointError
     try:
-        text = (path / "manifest.json").read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _manifest(files):
-            raise ValueError
-        sizes = {name: int(facts["bytes"]) for name, facts in files.items()}
+        files = _read_manifest(path)
         alien = {p.name for p in path.glob("*.safetensors")} - files.keys()
         if alien:
-            return f"{path / alien.pop()}: not in the manifest"
-        missing = [name for name in files if not (path / name).is_file()]
-        if missing:
-            return f"{path / missing[0]}: missing"
-        cut = [name for name in files if (path / name).stat().st_size != sizes[name]]
-        if cut:
-            have = (path / cut[0]).stat().st_size
-            return f"{path / cut[0]}: damaged ({have:,} bytes, {sizes[cut[0]]:,} were written)"
+            raise Damaged(f"{path / alien.pop()}: not in the manifest")
+        for name, facts in files.items():
+            size = (path / name).stat().st_size
+            if size != facts["bytes"]:
+                raise Damaged(
+                    f"{path / name}: damaged ({size:,} bytes, {facts['bytes']:,} were written)"
+                )
         mine = list(files)[rank::world]
         bar = tqdm(
             desc=f"checking {path.name}",
-            total=sum(sizes[name] for name in mine),
+            total=sum(files[name]["bytes"] for name in mine),
             unit="B",
             unit_scale=True,
             delay=2,
@@ -362,14 +374,23 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
                         digest.update(content)
                         bar.update(len(content))
                 if digest.hexdigest() != files[name]["sha256"]:
-                    return f"{path / name}: damaged (its SHA-256 is not the one written)"
-    except FileNotFoundError:
-        return f"{path / 'manifest.json'}: missing"
+                    raise Damaged(f"{path / name}: damaged (its SHA-256 is not the one written)")
+    except FileNotFoundError as error:
+        raise missing(f"{error.filename}: missing") from None
     except OSError as error:
-        return f"{error.filename or path}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{path / 'manifest.json'}: damaged"
-    return None
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """{name of a file: its bytes and sha256}."""
+    try:
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text == _manifest(files):
+            return files
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Damaged(f"{path / 'manifest.json'}: damaged")
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -382,7 +403,7 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     another architecture; what has the right shape but other bytes, `verify` finds.
     """
     path = Path(path)
-    state = read_state(path)
+    state = together(read_state, path, errors=(CheckpointError,))
     here, there = vars(model.config), state["config"]
     free = ("rope_theta", "initializer_range")  # neither changes what the weights are
     differ = [n for n in here if n in there and here[n] != there[n] and n not in free]
@@ -401,7 +422,7 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
             storage_reader=dcp.HuggingFaceStorageReader(str(path)),
             no_dist=not dist.is_initialized(),
         )
-    except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError) as error:
+    except dcp.CheckpointException as error:
         raise CheckpointError(f"{path}: damaged or incomplete ({_first_reason(error)})") from None
     return state
 

@@ -37,10 +37,7 @@ class CheckpointError(Exception):
 
 
 def rows_of(config: LucieConfig) -> dict[str, tuple[str, int, int]]:
-    """{tensor name of Hugging Face: (our parameter, first row, past the last row)}.
-
-    Ours joins q|k|v and gate|up, row after row; every other tensor is the same.
-    """
+    """{tensor name of Hugging Face: (our parameter, first row, past the last row)}."""
     c, rows = config, {}
     rows["model.embed_tokens.weight"] = ("embed_tokens.weight", 0, c.vocab_size)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     model, forward = build_model(config, device, dtype)
     optimizer = build_optimizer(config, model)
     schedule = schedule_of(config)
-    mixture, validation = parallel.together(open_data, config, errors=EXPECTED)
+    mixture, held_out = parallel.together(open_data, config, rank, world, errors=EXPECTED)
 
     # --- what to start from
     run = Path(config.out_dir, config.name)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     flops, peak = model.flops_per_token(config.seq_len), hardware.peak_flops(device)
     log, board = parallel.together(open_logs, run, state, rank, errors=EXPECTED)
     last, milestones = schedule.num_steps(), set(schedule.checkpoint_steps())
-    saver = checkpoint.Saver(run / "checkpoints", config.keep_last, milestones)
+    saver = checkpoint.Saver(run / "checkpoints", config.keep_last)
     bar = tqdm(
         desc=config.name,
         total=schedule.samples_after(last),
@@ -123,12 +123,16 @@ def main(argv: list[str]) -> None:
         if unread or unsaved:
             break  # without the update
         if not math.isfinite(loss + grad_norm):
-            saver.wait()
-            raise Diverged(
+            found = (
                 f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from "
                 f"{at_fault(mine, arrived, config)}; stopped before the update, step {saved:,} "
                 "is the last one saved"
             )
+            try:
+                saver.wait()
+            except CheckpointError as error:
+                found += f", or was to be: {error}"
+            raise Diverged(found)
         learning_rate = schedule.learning_rate(step.samples_before)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -146,7 +150,7 @@ def main(argv: list[str]) -> None:
         bar.update(step.batch_size)
 
         validate = step.step % config.eval_every == 0 or step.step == last
-        validate = validate and validation is not None
+        validate = validate and held_out is not None
         if validate or step.step % config.log_every == 0 or step.step == last:
             speed = since_tokens / (now - since)
             row = {
@@ -162,17 +166,17 @@ def main(argv: list[str]) -> None:
                 "validation_loss": None,
             }
             if validate:
-                row["validation_loss"] = validation_loss(
-                    model, validation, config, device, dtype, rank, world
-                )
+                row["validation_loss"] = validation_loss(model, held_out, device, dtype)
             if rank == 0:
                 runlog.write(log, board, row)
             bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s")
             since, since_tokens = time.monotonic(), 0  # the validation is not part of the speed
 
+        milestone = step.step in milestones
         passing = config.save_every and step.step % config.save_every == 0
-        if step.step in milestones or passing or stopping:
-            saver.save(revision_name(step.step, config.checkpoint_prefix), model, optimizer, state)
+        if milestone or passing or stopping:
+            name = revision_name(step.step, config.checkpoint_prefix)
+            saver.save(name, model, optimizer, state, milestone)
             saved = step.step
     bar.close()
     saver.wait()
@@ -189,17 +193,24 @@ def main(argv: list[str]) -> None:
 # --- set-up --------------------------------------------------------------------------------------
 
 
-def open_data(config: Config) -> tuple[Mixture, Mixture | None]:
-    """The mixtures to train and to validate on; a vocabulary that does not fit is an error."""
+def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | None]:
+    """(the mixture to train on, this rank's share of the held-out samples).
+
+    A vocabulary that does not fit is an error.
+    """
     if config.tokenizer:
         size = load_tokenizer(config.tokenizer).vocab_size
         if size != config.vocab_size:
             raise ConfigError(
                 f"{config.tokenizer} has {size:,} tokens, but vocab_size is {config.vocab_size:,}"
             )
-    common = (config.seq_len, config.seed, config.vocab_size)
-    validation = Mixture(config.validation, *common) if config.validation else None
-    return Mixture(config.mixture, *common), validation
+    common, held_out = (config.seq_len, config.seed, config.vocab_size), None
+    if config.validation:
+        samples, size = range(config.eval_samples), config.micro_batch_size
+        held_out = read_share(Mixture(config.validation, *common), samples, size, rank, world)
+        if held_out.error:
+            raise held_out.error
+    return Mixture(config.mixture, *common), held_out
 
 
 def build_model(
@@ -255,7 +266,7 @@ def find_start(
     wanted = config.init_from
     existing = checkpoint.newest_sound(run, rank, world)
     if existing:
-        state = checkpoint.read_state(existing)
+        state = parallel.together(checkpoint.read_state, existing, errors=EXPECTED)
         old, new = state["config"], asdict(config)
         if wanted not in ("resume", "auto", old.get("init_from")) or wanted == "scratch":
             raise ConfigError(f"{run} holds a run already: --init_from=resume, or another --name")
@@ -274,7 +285,7 @@ def find_start(
         return None, False
     if wanted.startswith("hf:"):
         return wanted.removeprefix("hf:"), False
-    if wanted == "resume" or not (source := checkpoint.latest(wanted)):
+    if wanted == "resume" or not (source := parallel.gather(checkpoint.latest(wanted))[0]):
         where = run if wanted == "resume" else wanted
         raise ConfigError(f"init_from={wanted}: no complete checkpoint in {where}")
     parallel.together(checkpoint.verify, source, rank, world, errors=(CheckpointError,))
@@ -296,7 +307,7 @@ def fill(
     if isinstance(source, Path):
         checkpoint.load(source, model, None)
     elif source:
-        folder = hf_layout.folder_of(*source.split("@", 1))
+        folder = parallel.together(hf_layout.folder_of, *source.split("@", 1), errors=EXPECTED)
         parallel.together(hf_layout.load_folder, folder, model, errors=EXPECTED)
     else:
         parameters = list(model.named_parameters())
@@ -330,14 +341,17 @@ def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
     )
 
 
-def catch_signals() -> list[str]:
-    """A list that SIGINT, SIGTERM or SIGUSR1 adds to; a second signal stops at once."""
-    received: list[str] = []
+def catch_signals() -> list[float]:
+    """A list that SIGINT, SIGTERM or SIGUSR1 adds its time to; a second signal stops at once.
+
+    Within a second it counts as the same: torchrun passes on what a whole process group has got.
+    """
+    received: list[float] = []
 
     def note(number: int, _frame: object) -> None:
-        if received:
+        if received and time.monotonic() - received[0] > 1:
             os._exit(128 + number)
-        received.append(signal.Signals(number).name)
+        received.append(time.monotonic())
 
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -421,19 +435,11 @@ def at_fault(mine: Share, arrived: list[Tensor], config: Config) -> str:
 
 @torch.no_grad()
 def validation_loss(
-    model: Lucie,
-    mixture: Mixture,
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    rank: int,
-    world: int,
+    model: Lucie, held_out: Share, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Mean loss over the first eval_samples of the held-out mixture, the same ones every time."""
-    share = read_share(mixture, range(config.eval_samples), config.micro_batch_size, rank, world)
-    parallel.raise_together(share.error)
-    sums = to_device([0, share.targets], device)  # of losses, of targets
-    for x, y in share.batches:
+    """Mean loss over the held-out samples of all ranks, the same ones every time."""
+    sums = to_device([0, held_out.targets], device)  # of losses, of targets
+    for x, y in held_out.batches:
         with autocast(model, device, dtype):
             sums[0] += model(x.to(device), y.to(device), reduction="sum")
     parallel.drop_gathered(model)
@@ -444,19 +450,24 @@ def validation_loss(
 def command_line(argv: list[str]) -> None:
     """main, with errors as one line and an exit code: 2 for bad input, 1 for a run that failed.
 
-    Errors that are to be expected are the same on every rank, and rank 0 tells of them.
+    Once the ranks can talk, an error that is to be expected is raised on all of them and rank 0
+    tells of it; one from before that, the first rank of each machine.
     """
-    code = 0
+    rank, code = os.environ.get("RANK", "0"), 0
     try:
         main(argv)
-    except (*EXPECTED, Diverged) as error:
-        code = 1 if isinstance(error, Diverged) else 2
-        if isinstance(error, OSError):
-            error = f"{error.filename or 'writing'}: {error.strerror}"
-        if int(os.environ.get("RANK", 0)) == 0:
+    except (*EXPECTED, Diverged) as found:
+        code, error = 1 if isinstance(found, Diverged) else 2, found
+        if isinstance(found, OSError):
+            error = f"{found.filename or 'writing'}: {found.strerror}"
+        everywhere = isinstance(found, (CheckpointError, Diverged))
+        everywhere = everywhere or hasattr(found, "on_all_ranks")
+        if rank == "0":
             tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own
+        elif not everywhere and os.environ["LOCAL_RANK"] == "0":
+            tqdm.write(f"train.py: rank {rank}: {error}", file=sys.stderr)
     except Exception as error:  # of this rank alone: the others wait for it, so be quick
-        rank, text = os.environ.get("RANK", "0"), str(error).strip()
+        text = str(error).strip()
         if isinstance(error, dist.DistError) or "gloo" in text:
             line = f"train.py: rank {rank} lost another: {text.splitlines()[0]}"
             tqdm.write(line, file=sys.stderr)

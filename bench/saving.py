@@ -149,6 +149,8 @@ def measure(config: Config, folder: Path, saves: int = 10, interval: int = 20) -
     plain, saving = zip(*pairs)
     ratios = sorted(b.step / a.step - 1 for a, b in pairs)
     beside = [seconds for block in saving for seconds in block.beside]
+    # What a save takes from the steps that it meets, whatever those of its block did otherwise.
+    costs = [b.stall + sum(seconds - a.step for seconds in b.beside) for a, b in pairs]
     return {
         "parameters": model.num_params(),
         "tokens_per_step": config.micro_batch_size * config.seq_len,
@@ -160,8 +162,8 @@ def measure(config: Config, folder: Path, saves: int = 10, interval: int = 20) -
         "step_with_ms": median_ms(block.step for block in saving),
         "added": statistics.median(ratios),
         "added_of_pairs": ratios,
-        "save_costs_ms": median_ms((b.step - a.step) * b.steps for a, b in pairs),
-        "step_while_saving_ms": median_ms(beside),
+        "save_costs_ms": median_ms(costs),
+        "step_while_saving_ms": median_ms(beside) if beside else None,
         "steps_while_saving": len(beside),
         "stall_ms": median_ms(block.stall for block in saving),
         "complete_ms": median_ms(block.complete for block in saving),
@@ -190,15 +192,17 @@ def table(found: dict) -> str:
     """The figures for a reader."""
     low, high = found["added_of_pairs"][0], found["added_of_pairs"][-1]
     peak = found["peak_extra_bytes"]
-    ms = {name: f"{value:,.1f} ms" for name, value in found.items() if name.endswith("_ms")}
+    names = [name for name, value in found.items() if name.endswith("_ms") and value is not None]
+    ms = {name: f"{found[name]:,.1f} ms" for name in names}
+    share = found["save_costs_ms"] / (found["interval"] * found["step_without_ms"])
     rows = {
         "a step": ms["step_without_ms"],
         f"a step, with a save every {found['interval']}": f"{ms['step_with_ms']}, "
         f"{found['added']:+.1%} ({low:+.1%} to {high:+.1%} in {found['saves']} pairs); "
         f"under {LIMIT:.0%}: {'yes' if found['added'] < LIMIT else 'no'}",
-        "a save costs": ms["save_costs_ms"],
+        "a save costs": f"{ms['save_costs_ms']}, {share:.1%} of the steps from one to the next",
         "of that the loop stands still": ms["stall_ms"],
-        "a step while a save goes on": f"{ms['step_while_saving_ms']} "
+        "a step while a save goes on": f"{ms.get('step_while_saving_ms', 'none')} "
         f"({found['steps_while_saving']} steps in {found['saves']} saves)",
         "a checkpoint is complete after": ms["complete_ms"],
         "a synchronous save takes": ms["synchronous_ms"],

@@ -38,7 +38,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert os.listdir(tmp_path / "c") == ["step0000003"]
     again, fresh = Lucie(CONFIG, 9), None
     fresh = torch.optim.AdamW(again.parameters(), lr=1e-3, fused=True)
-    assert checkpoint.load(tmp_path / "c" / "step0000003", again, fresh) == STATE
+    state = checkpoint.load(tmp_path / "c" / "step0000003", again, fresh)
+    assert state == STATE | {"milestone": False}
     for p, q in zip(model.parameters(), again.parameters()):
         assert torch.equal(p, q)
         for name in ("step", "exp_avg", "exp_avg_sq"):
@@ -77,7 +78,7 @@ def test_a_save_goes_on_while_the_weights_change(tmp_path):
     saver.wait()
     assert not saver.failed()
     first, second = (tmp_path / f"checkpoints/step000000{n}" for n in (3, 4))
-    assert checkpoint.read_state(first) == STATE
+    assert checkpoint.read_state(first) == STATE | {"milestone": False}
     assert checkpoint.read_state(second)["samples"] == 99
     for path in (first, second):
         checkpoint.verify(path)
@@ -107,10 +108,12 @@ def test_shards_are_safetensors_that_others_can_read(tmp_path):
 def test_only_the_newest_passing_ones_stay_and_all_milestones(tmp_path):
     model, optimizer = trained()
     (tmp_path / "step0000008.damaged").mkdir()
-    saver = checkpoint.Saver(tmp_path, keep_last=2, milestones=[2, 5, 100])
     for step in range(1, 9):
-        saver.save(f"long_step{step:07d}", model, optimizer, STATE | {"step": step})
-    saver.wait()
+        if step in (1, 6):  # a milestone of an earlier life is one for ever
+            saver = checkpoint.Saver(tmp_path, keep_last=2)
+        state = STATE | {"step": step}
+        saver.save(f"long_step{step:07d}", model, optimizer, state, step in (2, 5))
+        saver.wait()
     names = [f"long_step{step:07d}" for step in (2, 5, 7, 8)] + ["step0000008.damaged"]
     assert sorted(os.listdir(tmp_path)) == names
 
@@ -258,8 +261,50 @@ def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path, capsys):
     model, optimizer = trained()
     checkpoint.save(tmp_path / "checkpoints/step0000003", model, optimizer, STATE)
     os.truncate(tmp_path / "checkpoints/step0000003/state.json", 10)
-    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
-        checkpoint.newest_sound(tmp_path, 0, 1)
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+            checkpoint.newest_sound(tmp_path, 0, 1)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "checkpoints/step0000003", model, optimizer, STATE)
+    opening = open
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith(".safetensors"):
+            raise OSError(5, "Input/output error", str(path))
+        return opening(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", failing)
+        with pytest.raises(CheckpointError, match=r"safetensors: Input/output error"):
+            checkpoint.newest_sound(tmp_path, 0, 1)
+    assert os.listdir(tmp_path / "checkpoints") == ["step0000003"]
+    path = tmp_path / "checkpoints/step0000003"
+    (path / "state.json").rename(tmp_path / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json: missing") as caught:
+        checkpoint.verify(path, 1, 2)  # a rank that sees less than rank 0
+    assert not isinstance(caught.value, checkpoint.Damaged)
+    with pytest.raises(checkpoint.Damaged, match=r"state\.json: missing"):
+        checkpoint.verify(path, 0, 2)
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_undo_the_new(tmp_path, monkeypatch, capsys):
+    model, optimizer = trained()
+    saver, replace = checkpoint.Saver(tmp_path, keep_last=1), os.replace
+
+    def refusing(old, new):
+        if "step0000001" in str(old) and str(new).endswith(".tmp"):
+            raise PermissionError(1, "Operation not permitted")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    for step in (1, 2):
+        saver.save(f"step{step:07d}", model, optimizer, STATE | {"step": step})
+        saver.wait()
+    assert sorted(os.listdir(tmp_path)) == ["step0000001", "step0000002"]
+    assert "an old one is not removed" in capsys.readouterr().err
 
 
 def test_each_of_two_ranks_checks_its_share(tmp_path):

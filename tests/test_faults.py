@@ -202,6 +202,14 @@ def test_a_checkpoint_that_one_rank_cannot_write(tiny_data, ranks, limited):
     same_as_undisturbed(tiny_data)
 
 
+def test_a_save_that_fails_is_noticed_before_the_next(tiny_data):
+    change = dict(samples=8000, validation="", save_every=400, log_every=20)
+    assert end(start(tiny_data, hook=partial(limit, 100_000), **change)) == [2]
+    (line,) = said(tiny_data)
+    assert "step0000400: not saved" in line
+    assert 400 <= logged(tiny_data) < 700
+
+
 def test_a_log_that_cannot_grow(tiny_data):
     change = dict(samples=800, validation="")
     assert end(start(tiny_data, **change, **ONE_STEP)) == [0]
@@ -270,7 +278,9 @@ def test_a_second_signal_stops_at_once(tiny_data, first, second):
     folder = tiny_data / "out/run/checkpoints"
     until(lambda: logged(tiny_data) > 1, [life])
     os.kill(life.pid, first)
+    os.kill(life.pid, first)  # at once: the same, by another way
     until(lambda: steps_of(folder, "tmp"), [life])
+    time.sleep(1.1)
     os.kill(life.pid, second)
     assert end([life], seconds=5) == [128 + second]
     assert steps_of(folder) == [1] and not said(tiny_data)

@@ -2,6 +2,7 @@
 512 of them are imagined, by torch's fake process group."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,9 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import parallel
 import train
-from model import Lucie, LucieConfig, initial_weight
+from config import Config
+from model import Lucie, LucieConfig
 
 # Lucie's own optimizer: with a tiny eps AdamW turns the last bit of a tiny gradient into a step.
 PUBLISHED = dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5)
@@ -79,6 +82,22 @@ def test_every_way_is_the_run_of_one_process(tiny_data, count, ways):
             same_run(tiny_data, f"{way}-{batch}", f"one-{batch}", exactly=batch <= 2)
 
 
+@pytest.mark.slow
+def test_a_rank_without_a_row_takes_part(tiny_data):
+    """Four rows of a norm are two and two: the third rank has none, to train, to save, to load.
+
+    Not bit for bit: a third is no binary number."""
+    shape = dict(hidden_size=4, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    shape |= steps_of(2, save_every=10, keep_last=9, initializer_range=0.3)
+    train.main(options(tiny_data, name="one", **shape))
+    one_after_the_other(tiny_data, 3, [dict(shape, name="three")])
+    same_run(tiny_data, "three", "one", exactly=False)
+    checkpoint.verify(tiny_data / "out/three/checkpoints/step0000010")
+    shutil.rmtree(tiny_data / "out/three/checkpoints/step0000020")
+    one_after_the_other(tiny_data, 3, [dict(shape, name="three")])
+    same_run(tiny_data, "three", "one", exactly=False)
+
+
 def test_two_ranks_are_the_run_of_one_process(tiny_data):
     """The short form: uneven batches, gradients reduced each time or once, every checkpointing."""
     train.main(options(tiny_data, name="one-2", **steps_of(2)))
@@ -126,9 +145,8 @@ def test_nothing_is_left_uninitialised(alone, way):
     for tensor in (*model.parameters(), *model.buffers()):
         assert not tensor.is_meta
         parallel.local_rows(tensor)[0].fill_(torch.nan)
-    for name, p in model.named_parameters():
-        parallel.fill_rows(p, 0, initial_weight(model.config, name, p.shape, seed=42))
-    whole = Lucie(model.config, seed=42)
+    train.fill(model, None, None, False, Config(seed=3), 0)
+    whole = Lucie(model.config, seed=3)
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
         assert torch.equal(parallel.local_rows(ours)[0], theirs), name
     tables = [one.rope_tables(torch.device("cpu")) for one in (model, whole)]
@@ -171,15 +189,19 @@ def test_unknown_words_are_refused(tiny_config):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is called by name."""
+    """What is called, by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = Counter()
+        self.order = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count[operation.__name__.split(".")[0]] += 1
+        self.order.append(operation.__name__.split(".")[0])
         return operation(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> Counter:
+        return Counter(self.order)
 
 
 MESSAGES = {  # of three micro-batches, two layers: embedding, blocks and head are four units
@@ -188,6 +210,26 @@ MESSAGES = {  # of three micro-batches, two layers: embedding, blocks and head a
     ("hsdp", True): {"_reduce_scatter_base_": 12, "allreduce_": 4},
     ("hsdp", False): {"_reduce_scatter_base_": 4, "allreduce_": 4},
 }
+
+
+@pytest.mark.parametrize("imagined", [8], indirect=True)
+def test_the_next_unit_is_on_its_way_before_one_computes(imagined, tiny_config):
+    with torch.device("meta"):
+        model = Lucie(tiny_config)
+    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
+    for p in model.parameters():
+        parallel.local_rows(p)[0].fill_(0.1)
+    tokens = torch.randint(97, (1, 9))
+    with Operations() as seen:
+        forward(tokens, tokens)
+    order = [name for name in seen.order if name in ("_allgather_base_", "embedding", "mm")]
+    gathered = [
+        order[:i].count("_allgather_base_")
+        for i, name in enumerate(order)
+        if name != "_allgather_base_"
+    ]
+    # The embedding, four products in each of two blocks, those of the head: one unit ahead.
+    assert gathered[:9] == [2, *[3] * 4, *[4] * 4]
 
 
 @pytest.mark.parametrize("imagined", [8], indirect=True)
@@ -389,8 +431,10 @@ def test_the_error_of_one_rank_is_raised_on_all(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_a_step_waits_for_the_device_once(tiny_data):
-    """What train.py says of itself, by torch's own detector of synchronisations."""
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+def test_a_step_waits_for_the_device_once(tiny_data, way):
+    """What train.py says of itself, by torch's own detector of synchronisations; of two micro-
+    batches of 4,096 tokens, for which the embedding has another kernel than for few."""
     code = """
 import sys, warnings, torch, train
 waits = []
@@ -407,7 +451,9 @@ per_step = [b - a for a, b in zip(seen[2:], seen[3:])]  # the first steps alloca
 print(set(per_step))
 """
     (tiny_data / "count.py").write_text(code)
-    arguments = options(tiny_data, device="cuda", dtype="bfloat16", log_every=100, validation="")
+    change = dict(device="cuda", dtype="bfloat16", log_every=100, validation="", parallel=way)
+    change |= dict(seq_len=512, micro_batch_size=8, global_batch_size=16, samples=320)
+    arguments = options(tiny_data, **change)
     done = launch(tiny_data / "count.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "{1}" in done.stdout

@@ -35,7 +35,7 @@ def test_what_is_measured_is_a_real_checkpoint(tmp_path):
     low, *_, high = found["added_of_pairs"]
     assert len(found["added_of_pairs"]) == 3 and low <= found["added"] <= high
     assert 0 < found["stall_ms"] <= found["complete_ms"]
-    assert found["steps_while_saving"] >= 0 and found["step_without_ms"] > 0
+    assert found["step_without_ms"] > 0
 
 
 def test_damage_is_no_result(tmp_path, monkeypatch):

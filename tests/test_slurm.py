@@ -67,7 +67,7 @@ def start(cluster, *args):
 def end(job, cluster):
     """(exit code, what was requeued) at the end of the job."""
     try:
-        code = job.wait(timeout=90)
+        code = job.wait(timeout=150)
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGTERM)  # torchrun ends its processes
         raise AssertionError((cluster / "log").read_text()) from None
@@ -83,9 +83,10 @@ def test_a_job_that_is_told_to_stop_saves_and_queues_itself_until_the_run_is_fin
     # Slow steps, most of each validation, so that the signal comes before the last.
     job = start(cluster, *options(tiny_data, **SMALL, eval_every=1, eval_samples=400))
     log = tiny_data / "out" / "run" / "log.csv"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while time.monotonic() < until and not (log.exists() and len(log_of(tiny_data)) >= 2):
         time.sleep(0.05)
+    assert len(log_of(tiny_data)) >= 2, (cluster / "log").read_text()
     job.send_signal(signal.SIGUSR1)
     assert end(job, cluster) == (0, once), (cluster / "log").read_text()
     stopped = checkpoint.latest(tiny_data / "out" / "run")

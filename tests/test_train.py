@@ -479,9 +479,9 @@ def test_a_run_of_damaged_checkpoints_alone_is_one_line_and_not_begun_anew(tiny_
     (shard,) = (tiny_data / "out/run/checkpoints/step0000001").glob("*.safetensors")
     os.truncate(shard, 1000)
     before = (tiny_data / "out/run/log.csv").read_text()
-    for message in ("damaged (1,000 bytes", "no complete checkpoint"):
-        done = run(tiny_data, init_from="resume")
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+    for _ in range(2):
+        done = run(tiny_data)
+        assert done.returncode == 2 and "every checkpoint is damaged" in said(done)[-1]
         assert "Traceback" not in done.stderr
     assert (tiny_data / "out/run/log.csv").read_text() == before
 
