@@ -194,9 +194,8 @@ class _Writer(dcp.StorageWriter):
         files["state.json"] = _write_text(folder / "state.json", self._state)
         _write_text(folder / "manifest.json", _manifest(files))
         _sync_directory(folder)
-        before = self._path.with_name(
-            f".{self._path.name}.old"
-        )  # of the same step, if there is one
+        # Of the same step, if there is one already.
+        before = self._path.with_name(f".{self._path.name}.old")
         shutil.rmtree(before, ignore_errors=True)
         if self._path.exists():
             os.replace(self._path, before)
@@ -327,9 +326,8 @@ def newest_sound(run: Path, rank: int, world: int) -> Path | None:
             return path
         except Damaged as damage:
             if rank == 0:
-                print(
-                    f"checkpoint: {damage}; set aside, the one before it is used", file=sys.stderr
-                )
+                line = f"checkpoint: {damage}; set aside, the one before it is used"
+                print(line, file=sys.stderr)
             together(lambda path=path: set_aside(path) if rank == 0 else None, errors=(OSError,))
     if gather(any(folder.glob("*.damaged")))[0]:
         raise CheckpointError(f"{run}: every checkpoint is damaged; another --name begins anew")
