@@ -388,7 +388,7 @@ train.main = lambda args: train_main(args[:-1])
 def test_a_run_moves_between_worlds_and_trains_on_the_same_samples(tiny_data):
     """1 -> 2 -> 4 -> 1 ranks, twice in a row on some."""
     change = dict(global_batch_size=5, samples=100, warmup_samples=15, micro_batch_size=2)
-    change |= dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5)
+    change |= dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5, validation="")
     whole = train_here(tiny_data, name="whole", **change)
     change |= dict(name="moved", keep_last=1)
     for step, ranks in enumerate((0, 2, 2, 4, 0, 4)):
