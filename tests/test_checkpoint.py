@@ -168,7 +168,11 @@ for k in range(1, 1000):
 """
 
 
-@pytest.mark.parametrize("already", [False, True], ids=["a new one", "the same again"])
+@pytest.mark.parametrize(
+    "already",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["a new one", "the same again"],
+)
 def test_killed_at_any_file_boundary_leaves_a_sound_one(tmp_path, already):
     code = (
         KILLED
