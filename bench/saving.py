@@ -17,6 +17,7 @@ set above its peak before the first save; files that the system keeps in memory 
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def measure(config: Config, folder: Path, saves: int = 10, interval: int = 20) -
     Raises CheckpointError if one cannot be written, or is not what was written.
     """
     model, optimizer, train_one_step, device = build(config)
-    saver = checkpoint.Saver(folder, keep_last=1)
+    saver = checkpoint.Saver(folder, 1, device.type == "cuda")
     state = {"step": 0, "config": asdict(config)}
     bar = tqdm(total=2 * (saves + 1) * interval + 1, unit=" steps", disable=None)
 
@@ -142,10 +143,12 @@ def measure(config: Config, folder: Path, saves: int = 10, interval: int = 20) -
     checkpoint.verify(written[-1])
 
     synchronous = []
-    for _ in range(saves):
+    for number in range(saves):
         begin = time.perf_counter()
-        checkpoint.save(folder / "synchronous", model, optimizer, state)
+        checkpoint.save(folder / f"synchronous{number}", model, optimizer, state)
         synchronous.append(time.perf_counter() - begin)
+        shutil.rmtree(folder / f"synchronous{number}")
+    gc.unfreeze()
     plain, saving = zip(*pairs)
     ratios = sorted(b.step / a.step - 1 for a, b in pairs)
     beside = [seconds for block in saving for seconds in block.beside]

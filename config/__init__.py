@@ -31,8 +31,8 @@ class Config:
     dtype: str = "auto"  # compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
     kernels: str = "auto"  # triton | torch (the definitions) | auto (triton on GPUs that can)
     compile: bool = False  # each block by torch.compile; a minute or more at the start
-    # Save and stop after so long; 0: never. Surer than a signal for a large model: torchrun grants
-    # its processes 30 seconds after SIGTERM, and a step with a checkpoint of the 7B takes longer.
+    # Save and stop after so long; 0: never. Surer than a signal to torchrun, which kills its
+    # processes 30 seconds later (or --shutdown-timeout); a checkpoint of the 7B takes longer.
     max_minutes: float = 0.0
 
     # --- many GPUs -------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def read_share(
             x = torch.zeros(1, mixture.seq_len, dtype=torch.int64)
             y = torch.full_like(x, IGNORE)
         else:
-            x, y = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
+            # Contiguous, or a copy to a GPU would wait for another copy of it here.
+            x = torch.from_numpy(tokens[:, :-1]).contiguous()
+            y = torch.from_numpy(tokens[:, 1:]).contiguous()
         batches.append((x.pin_memory(), y.pin_memory()) if pin else (x, y))
     targets = 0 if error else sum(int((y != IGNORE).sum()) for _, y in batches)
     return Share(mine, batches, targets, error)

@@ -37,6 +37,7 @@ def test_ranks_read_everything_once_in_as_many_passes(world, size, micro, first)
         counted += share.targets
         for x, y in share.batches:
             assert x.shape == y.shape and 1 <= x.shape[0] <= micro and x.dtype == torch.int64
+            assert x.is_contiguous() and y.is_contiguous()
             ours += [int(t[0]) for t, target in zip(x, y) if (target != IGNORE).all()]
         assert ours == list(share.samples)
         read += ours

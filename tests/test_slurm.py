@@ -115,4 +115,17 @@ def test_an_error_is_passed_on_and_not_queued_again(tiny_data, cluster):
     assert end(start(cluster, *given), cluster) == (7, [])
     command = (cluster / "log").read_text()
     assert "store=1 " in command and " --max-restarts=3 " in command
+    assert " --shutdown-timeout=" in command
     assert command.split(" train.py ")[1].split("\n")[0].split() == given
+
+
+def test_a_job_that_fails_after_some_steps_is_queued_again(tiny_data, cluster):
+    """A machine that broke breaks the job, not the chain; the same error again at once ends it."""
+    steps = tiny_data / "out" / "run" / "checkpoints"
+    step = steps / "step0000004"
+    begun = f"#!/bin/bash\nmkdir -p {step}\ntouch {step}/manifest.json\nexit 9\n"
+    (cluster / "srun").write_text(begun)
+    job = options(tiny_data, **SMALL)
+    once = [f"requeue {os.getpid()}"]
+    assert end(start(cluster, *job), cluster) == (0, once)
+    assert end(start(cluster, *job), cluster) == (9, once)
