@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
     optimizer = build_optimizer(config, model)
     schedule = schedule_of(config)
     mixture, held_out = parallel.together(open_data, config, rank, world, errors=EXPECTED)
+    if len(set(parallel.gather(mixture.fingerprint()))) > 1:
+        raise ConfigError(f"{config.mixture}: its sources are not the same on every rank")
 
     # --- what to start from
     run = Path(config.out_dir, config.name)
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> None:
     flops, peak = model.flops_per_token(config.seq_len), hardware.peak_flops(device)
     log, board = parallel.together(open_logs, run, state, rank, errors=EXPECTED)
     last, milestones = schedule.num_steps(), set(schedule.checkpoint_steps())
-    saver = checkpoint.Saver(run / "checkpoints", config.keep_last)
+    saver = checkpoint.Saver(run / "checkpoints", config.keep_last, device.type == "cuda")
     bar = tqdm(
         desc=config.name,
         total=schedule.samples_after(last),
@@ -267,6 +270,8 @@ def find_start(
     existing = checkpoint.newest_sound(run, rank, world)
     if existing:
         state = parallel.together(checkpoint.read_state, existing, errors=EXPECTED)
+        if state.get("weights_only"):
+            raise ConfigError(checkpoint.WEIGHTS_ONLY.format(run) + ", under another --name")
         old, new = state["config"], asdict(config)
         if wanted not in ("resume", "auto", old.get("init_from")) or wanted == "scratch":
             raise ConfigError(f"{run} holds a run already: --init_from=resume, or another --name")
@@ -305,10 +310,11 @@ def fill(
     if resume:
         return state | checkpoint.load(source, model, optimizer)
     if isinstance(source, Path):
-        checkpoint.load(source, model, None)
+        state["trained_before"] = checkpoint.trained(checkpoint.load(source, model, None))
     elif source:
-        folder = parallel.together(hf_layout.folder_of, *source.split("@", 1), errors=EXPECTED)
-        parallel.together(hf_layout.load_folder, folder, model, errors=EXPECTED)
+        folder = parallel.together(hf_layout.folder_of, source, errors=EXPECTED)
+        told = parallel.together(hf_layout.load_folder, folder, model, errors=EXPECTED)
+        state["trained_before"] = told
     else:
         parameters = list(model.named_parameters())
         for name, p in tqdm(parameters, "initial weights", delay=3, leave=False, disable=rank > 0):
@@ -345,17 +351,24 @@ def catch_signals() -> list[float]:
     """A list that SIGINT, SIGTERM or SIGUSR1 adds its time to; a second signal stops at once.
 
     Within a second it counts as the same: torchrun passes on what a whole process group has got.
+    A thread of its own hears of them, for Python's handlers wait until the operation of the main
+    thread returns, and the other ranks that it waits for may be gone.
     """
     received: list[float] = []
 
-    def note(number: int, _frame: object) -> None:
-        if received and time.monotonic() - received[0] > 1:
-            os._exit(128 + number)
-        received.append(time.monotonic())
+    def listen() -> None:
+        while number := os.read(hears, 1):
+            received.append(time.monotonic())
+            if received[-1] - received[0] > 1:
+                os._exit(128 + number[0])
 
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
+            signal.signal(getattr(signal, name), lambda number, frame: None)
     return received
 
 
@@ -451,7 +464,7 @@ def command_line(argv: list[str]) -> None:
     """main, with errors as one line and an exit code: 2 for bad input, 1 for a run that failed.
 
     Once the ranks can talk, an error that is to be expected is raised on all of them and rank 0
-    tells of it; one from before that, the first rank of each machine.
+    tells of it; one from before that, the first rank of each machine; one of a system, each rank.
     """
     rank, code = os.environ.get("RANK", "0"), 0
     try:
@@ -464,7 +477,9 @@ def command_line(argv: list[str]) -> None:
         everywhere = everywhere or hasattr(found, "on_all_ranks")
         if rank == "0":
             tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own
-        elif not everywhere and os.environ["LOCAL_RANK"] == "0":
+        elif not everywhere and (
+            isinstance(found, OSError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        ):
             tqdm.write(f"train.py: rank {rank}: {error}", file=sys.stderr)
     except Exception as error:  # of this rank alone: the others wait for it, so be quick
         text = str(error).strip()

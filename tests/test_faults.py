@@ -2,17 +2,20 @@
 code is not 0, the checkpoint from before is whole, and the next start goes on from it."""
 
 import ctypes
+import errno
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_chaos import (
@@ -26,9 +29,11 @@ from test_chaos import (
     undisturbed,
     until,
 )
-from test_train import patched
+from test_train import options, patched
 
 import checkpoint
+import tensor_files
+from data.prepare import StreamWriter
 
 pytestmark = needs_fork
 
@@ -265,6 +270,44 @@ def test_data_that_vanishes_on_one_of_two_ranks(tiny_data):
     same_as_undisturbed(tiny_data)
 
 
+def with_another_document(folder: Path) -> None:
+    """A hook: the data of rank 1 is newer than that of rank 0."""
+    os.chdir(folder / os.environ["RANK"])
+
+
+def test_data_that_differs_between_ranks_is_not_trained_on(tiny_data):
+    for rank in "01":
+        shutil.copytree(tiny_data, tiny_data / rank, ignore=lambda *_: ("0", "1"))
+    with StreamWriter(tiny_data / "1/a", 97) as stream:
+        stream.add(np.arange(90))
+    change = dict(mixture="mixture.csv", validation="")
+    hook = partial(with_another_document, tiny_data)
+    assert end(start(tiny_data, 2, hook=hook, **change)) == [2, 2]
+    (line,) = said(tiny_data)
+    assert "not the same on every rank" in line
+    assert not (tiny_data / "out/run").exists()
+
+
+# --- what one rank alone meets
+
+
+def no_quota() -> None:
+    """A hook."""
+    if os.environ["RANK"] == "1":
+
+        def refuse() -> None:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/of/a/compiler")
+
+        after_update(3, refuse)
+
+
+def test_an_error_of_the_system_on_another_rank_is_told(tiny_data):
+    first, second = start(tiny_data, 2, hook=no_quota, validation="")
+    assert 0 not in end([first, second])
+    text = "train.py: rank 1: /cache/of/a/compiler: Disk quota exceeded"
+    assert sum(text in line for line in said(tiny_data)) == 1
+
+
 # --- signals
 
 
@@ -291,7 +334,48 @@ def test_a_second_signal_stops_at_once(tiny_data, first, second):
 
 def block_saves() -> None:
     """A hook."""
-    checkpoint._sync = lambda file: time.sleep(600)
+    tensor_files.sync = lambda file: time.sleep(600)
+
+
+def hang(mark: Path) -> None:
+    """A hook: the main thread never comes back from an operation that knows of no signals."""
+
+    def lock_twice() -> None:
+        mutex = ctypes.create_string_buffer(64)
+        libc = ctypes.CDLL(None)
+        mark.touch()
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+
+    after_update(2, lock_twice)
+
+
+def test_a_second_signal_stops_what_hangs(tiny_data):
+    mark = tiny_data / "hangs"
+    (life,) = start(tiny_data, hook=partial(hang, mark))
+    until(mark.exists, [life])
+    os.kill(life.pid, signal.SIGINT)
+    time.sleep(1.1)
+    assert life.is_alive()
+    os.kill(life.pid, signal.SIGINT)
+    assert end([life], seconds=5) == [128 + signal.SIGINT]
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
+    """The signal goes to the whole process group, and torchrun passes it on again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py"]
+    command += options(tiny_data, samples=8000, validation="")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as job:
+        try:
+            until(lambda: job.poll() is not None or logged(tiny_data) > 1, [])
+            os.killpg(job.pid, signal.SIGINT)
+            assert job.wait(timeout=60) != 0  # torchrun's way to say that it was interrupted
+        finally:
+            job.kill()
+    stands(tiny_data / "out/run", logged(tiny_data))
 
 
 @pytest.mark.parametrize("rank,number", [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
@@ -326,7 +410,7 @@ def test_passing_checkpoints_are_forgotten_over_restarts_and_milestones_stay(tin
 def die_in_a_save(rank: str) -> None:
     """A hook: this rank is killed while it writes its part of a checkpoint."""
     if os.environ["RANK"] == rank:
-        checkpoint._sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+        tensor_files.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

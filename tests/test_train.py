@@ -342,6 +342,7 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
     monkeypatch.setattr(train.parallel, "clip_gradients", counting)
+    gc.unfreeze()
     train_here(tiny_data, validation="", log_every=100, max_minutes=60)
     steps = [asked[a:b] for a, b in pairwise(seen)]
     reading = [name for step in steps for name in step if name != "tolist"]
@@ -386,13 +387,14 @@ train.main = lambda args: train_main(args[:-1])
 
 @pytest.mark.slow
 def test_a_run_moves_between_worlds_and_trains_on_the_same_samples(tiny_data):
-    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some."""
+    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some, spread in all ways."""
     change = dict(global_batch_size=5, samples=100, warmup_samples=15, micro_batch_size=2)
     change |= dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5, validation="")
     whole = train_here(tiny_data, name="whole", **change)
     change |= dict(name="moved", keep_last=1)
-    for step, ranks in enumerate((0, 2, 2, 4, 0, 4)):
-        change["max_minutes"] = 1e-6  # stops after one step
+    lives = ((0, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "hsdp"), (0, "fsdp"), (4, "hsdp"))
+    for step, (ranks, way) in enumerate(lives):
+        change |= dict(max_minutes=1e-6, parallel=way, replica_size=2)  # stops after one step
         path = tiny_data / f"read{step}"
         done = patched(tiny_data, SPYING, ranks, last=str(path), **change)
         assert done.returncode == 0, done.stderr
