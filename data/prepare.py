@@ -15,28 +15,25 @@ import csv
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from itertools import chain
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import demo_corpus, tokenizer
+from data import bpe_training, demo_corpus, tokenizer
 from data.dataset import DTYPES, HEADER, MAGIC, DataError
-from data.tokenizer import Tokenizer, TokenizerError
+from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-BATCH = 64  # documents handed to a process at a time
 
+AnyTokenizer = Tokenizer | LucieTokenizer
 DEMO_VOCAB_SIZE = 4096
 # Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
 # mathematics, science, encyclopedia and dialogue of the real one.
@@ -143,7 +140,7 @@ def _readable(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 def tokenize(
     documents: Iterable[str],
-    ranks: Tokenizer,
+    encoder: AnyTokenizer,
     out: str | Path,
     validation: float = 0.0,
     workers: int = 1,
@@ -158,11 +155,11 @@ def tokenize(
         raise DataError(f"validation is a share from 0 to under 1, not {validation}")
     counts = {"documents": 0, "tokens": 0, "empty": 0, "validation": 0}
     with ExitStack() as streams:
-        writers = {"train": streams.enter_context(StreamWriter(out, ranks.vocab_size))}
+        writers = {"train": streams.enter_context(StreamWriter(out, encoder.vocab_size))}
         if validation:
-            held_out = StreamWriter(f"{out}.valid", ranks.vocab_size)
+            held_out = StreamWriter(f"{out}.valid", encoder.vocab_size)
             writers["validation"] = streams.enter_context(held_out)
-        for part, tokens in _encode_all(documents, ranks, validation, workers):
+        for part, tokens in _encode_all(documents, encoder, validation, workers):
             if part == "empty":
                 counts["empty"] += 1
                 continue
@@ -177,60 +174,14 @@ def tokenize(
 
 
 def _encode_all(
-    documents: Iterable[str], ranks: Tokenizer, validation: float, workers: int
+    documents: Iterable[str], encoder: AnyTokenizer, validation: float, workers: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    if workers == 1:
-        for batch in _batches(documents):
-            yield from _encode(batch, ranks, validation)
-        return
-    # spawn: a forked child of a process that runs threads can deadlock
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (ranks, validation)) as pool:
-        batches = _ordered_map(pool, _encode_in_worker, _batches(documents), 4 * workers)
-        yield from chain.from_iterable(batches)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    yield batch
-
-
-def _ordered_map(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Results in the order of items, with no more than `ahead` of them read in advance.
-
-    The executor's own map would read a whole terabyte into its queue.
-    """
-    pending: deque = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _start_worker(ranks: Tokenizer, validation: float) -> None:
-    global _worker
-    _worker = (ranks, validation)
-
-
-def _encode_in_worker(batch: list[str]) -> list[tuple[str, np.ndarray]]:
-    return _encode(batch, *_worker)
-
-
-def _encode(batch: list[str], ranks: Tokenizer, validation: float) -> list[tuple[str, np.ndarray]]:
-    out = []
-    for text in batch:
+    read, texts = tee(documents)  # texts: those read ahead
+    for tokens, text in zip(encoder.encode_batch(read, workers), texts):
         digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         part = "empty" if not text.strip() else "validation" if share < validation else "train"
-        out.append((part, np.array(ranks.encode_document(text), np.int32)))
-    return out
+        yield part, tokens
 
 
 def write_mixture(path: Path, weights: dict[str, float], suffix: str = "") -> None:
@@ -253,7 +204,7 @@ def prepare_demo(out: Path) -> None:
                 break
             sample.append(text)
             left -= len(text) / size
-    tokenizer.save(tokenizer.train(sample, DEMO_VOCAB_SIZE), out / "ranks.tiktoken")
+    tokenizer.save(bpe_training.train(sample, DEMO_VOCAB_SIZE), out / "ranks.tiktoken")
     ranks = tokenizer.load(out / "ranks.tiktoken")
     for source in tqdm(demo_corpus.SOURCES, desc="tokenize", unit="source"):
         for split, suffix in (("train", ""), ("valid", ".valid")):
@@ -276,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     tokens = commands.add_parser("tokens", help="text files to a token stream")
     tokens.add_argument("files", nargs="+")
-    tokens.add_argument("--tokenizer", required=True, help="ranks file")
+    tokens.add_argument("--tokenizer", required=True, help="ranks file or tokenizer.json")
     tokens.add_argument("--out", required=True, help="stream to write, without suffix")
     tokens.add_argument("--validation", type=float, default=0.0, help="share of documents held out")
     tokens.add_argument("--workers", type=int, default=os.cpu_count())
@@ -291,15 +242,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "demo":
             prepare_demo(Path(args.out))
             return
-        ranks = tokenizer.load(args.tokenizer) if args.command == "tokens" else None
+        encoder = tokenizer.load(args.tokenizer) if args.command == "tokens" else None
         files = find_files(args.files)
         size = sum(path.stat().st_size for path in files)
         with tqdm(total=size, unit="B", unit_scale=True, desc=args.command) as progress:
             documents = read_documents(files, progress)
-            if ranks is None:
-                tokenizer.save(tokenizer.train(documents, args.vocab_size), args.out)
+            if encoder is None:
+                tokenizer.save(bpe_training.train(documents, args.vocab_size), args.out)
                 return
-            counts = tokenize(documents, ranks, args.out, args.validation, max(1, args.workers))
+            counts = tokenize(documents, encoder, args.out, args.validation, max(1, args.workers))
         print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
     except (DataError, TokenizerError) as error:
         sys.exit(_fail(error))

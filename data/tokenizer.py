@@ -1,146 +1,260 @@
-"""Byte-level BPE through tiktoken, and the training of a new vocabulary.
+"""The tokenizers: a byte-level BPE of our own, and the released one of Lucie; files of both.
 
-A vocabulary is a ranks file as tiktoken writes them: one token a line, its bytes in base64 and its
-id. Ids 0 to 3 are Lucie's special tokens and not in the file, 4 to 259 the single bytes, and the
-rest merges in the order in which they were learnt. A smaller id merges first.
+A vocabulary of our own is a ranks file as tiktoken writes them: one token a line, its bytes in
+base64 and its id. Ids 0 to 3 are Lucie's special tokens and not in the file, 4 to 259 the single
+bytes, and the rest merges in the order in which they were learnt. A smaller id merges first.
 
 Text is cut by PATTERN before merging, so no token spans two pieces. Every digit is a token of its
 own, which is what lets a model carry out arithmetic digit by digit.
 
-    python -m data.prepare tokenizer FILES... --vocab-size 65024 --out ranks.tiktoken
+`load` reads a ranks file, a tokenizer.json of either form, or a folder that holds one;
+`save_folder` writes the files that Hugging Face's libraries read.
 """
 
 import base64
+import binascii
+import codecs
 import json
-import sys
-import unicodedata
 from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
-SPECIAL_TOKENS = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3}
-BOS, EOS = SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"]
+from data.lucie_tokenizer import LucieTokenizer
+from data.tokenizer_base import (
+    BOS,
+    EOS,
+    SPECIAL_TOKENS,
+    BaseTokenizer,
+    TokenizerError,
+    added_tokens,
+    bos_template,
+    last_merge,
+)
+from data.unicode_tables import nfc
+
+__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "LucieTokenizer", "Tokenizer", "TokenizerError"]
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
 PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\n+|\t+| +(?= )| +|\s"
 
+# What Lucie's tokenizer_config.json says besides.
+LUCIE_CONFIG = {
+    "additional_special_tokens": [],
+    "legacy": True,
+    "sp_model_kwargs": {},
+    "spaces_between_special_tokens": False,
+    "use_default_system_prompt": False,
+    "chat_template": (
+        "{{- bos_token }}\n"
+        "{%- for message in messages %}\n"
+        "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        "+ message['content'] | trim + '<|eot_id|>' }}\n"
+        "{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n"
+        "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n"
+        "{%- endif %}"
+    ),
+}
 
-class TokenizerError(Exception):
-    """A vocabulary that cannot be used; the message is one line."""
 
+class Tokenizer(BaseTokenizer):
+    """Byte-level BPE of a vocabulary of our own: {bytes of a token: id}.
 
-class Tokenizer:
-    """Text to ids and back.
-
-    vocab_size counts the special tokens; `encoding` is the tiktoken.Encoding underneath.
+    `encoding` is the tiktoken.Encoding underneath.
     """
 
     def __init__(self, ranks: dict[bytes, int], name: str = "ranks") -> None:
+        self.ranks = ranks
         self.encoding = tiktoken.Encoding(
             name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS
         )
         self.vocab_size = self.encoding.n_vocab
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text, composed to NFC; "<s>" in it is three characters, no special token."""
-        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt: `<s>`, then the text."""
-        return [BOS, *self.encode_ordinary(text)]
-
-    def encode_document(self, text: str) -> list[int]:
-        """Ids of a training document: `<s> text </s>`."""
-        return [BOS, *self.encode_ordinary(text), EOS]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def ids(self, text: str) -> np.ndarray:
+        """Text is composed to NFC first."""
+        return self.encoding.encode_to_numpy(nfc(text), disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids. A character may span tokens: join bytes first, then decode."""
+        """The bytes of ids without special tokens. A character may span tokens."""
         return self.encoding.decode_bytes([i for i in ids if i >= len(SPECIAL_TOKENS)])
 
+    def decoder(self) -> "ByteDecoder":
+        return ByteDecoder(self.encoding)
 
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a ranks file. Raises TokenizerError if it is missing or not one."""
+
+class ByteDecoder:
+    """Ids to text, one by one; the bytes of a character that is not complete are held back."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self.pending = b""
+
+    def feed(self, token: int) -> str:
+        given = self.pending + self.encoding.decode_single_token_bytes(token)
+        text, used = codecs.utf_8_decode(given, "replace", False)
+        self.pending = given[used:]
+        return text
+
+    def finish(self) -> str:
+        return self.pending.decode("utf-8", "replace")
+
+
+def load(path: str | Path) -> Tokenizer | LucieTokenizer:
+    """The tokenizer of a ranks file, a tokenizer.json, or a folder with a tokenizer.json.
+
+    What a file is, its content tells. Raises TokenizerError if it is missing or neither.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        with open(path, "rb") as f:
-            ranks = {base64.b64decode(k): int(v) for k, v in (line.split() for line in f)}
+        content = file.read_bytes()
+        return _from_content(content, path.stem)
     except OSError as error:
-        raise TokenizerError(
-            f"{path}: {error.strerror} (python -m data.prepare tokenizer makes one)"
-        ) from None
-    except ValueError:
-        raise TokenizerError(f"{path}: not a ranks file (base64 of a token, its id)") from None
+        hint = "" if path.is_dir() else " (python -m data.prepare tokenizer makes one)"
+        raise TokenizerError(f"{file}: {error.strerror}{hint}") from None
+    except TokenizerError as error:
+        raise TokenizerError(f"{file}: {error}") from None
+
+
+def _from_content(content: bytes, name: str) -> Tokenizer | LucieTokenizer:
+    if not content.lstrip().startswith(b"{"):
+        return Tokenizer(_ranks_of_lines(content), name)
+    try:
+        written = json.loads(content)
+        byte_fallback = written["model"]["byte_fallback"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise TokenizerError("not the tokenizer.json of a BPE, or cut short") from None
+    return LucieTokenizer(content) if byte_fallback else Tokenizer(_ranks_of_json(written), name)
+
+
+def _ranks_of_lines(content: bytes) -> dict[bytes, int]:
+    try:
+        lines = (line.split() for line in content.splitlines())
+        ranks = {base64.b64decode(k, validate=True): int(v) for k, v in lines}
+    except (ValueError, binascii.Error):
+        raise TokenizerError("not a ranks file (base64 of a token, its id)") from None
+    _check(ranks)
+    return ranks
+
+
+def _ranks_of_json(written: dict) -> dict[bytes, int]:
+    """The ranks of a tokenizer.json of to_tokenizer_json, also if `tokenizers` wrote it again."""
+    other = "a byte-level tokenizer.json, but not one written here: other rules or merges"
+    byte_of = {char: byte for byte, char in byte_characters().items()}
+    try:
+        ranks = {
+            bytes(byte_of[c] for c in token): i
+            for token, i in written["model"]["vocab"].items()
+            if token not in SPECIAL_TOKENS
+        }
+        _check(ranks)
+        expected = to_tokenizer_json(Tokenizer(ranks))
+        # Lists of two since tokenizers 0.20, "a b" before; and what does not touch ids.
+        merges = [m.split(" ") if isinstance(m, str) else m for m in written["model"]["merges"]]
+        same = {"model": {"ignore_merges": False} | written["model"] | {"merges": merges}}
+        same |= {key: expected[key] for key in ("version", "truncation", "padding")}
+        if written | same != expected:
+            raise TokenizerError(other)
+    except (KeyError, TypeError, AttributeError):
+        raise TokenizerError(other) from None
+    return ranks
+
+
+def _check(ranks: dict[bytes, int]) -> None:
     first = len(SPECIAL_TOKENS)
     single_bytes = {bytes([b]) for b in range(256)}
     if sorted(ranks.values()) != list(range(first, first + len(ranks))) or not (
         single_bytes <= ranks.keys()
     ):
-        raise TokenizerError(f"{path}: ids must run from {first} without gaps and cover all bytes")
-    return Tokenizer(ranks, Path(path).stem)
+        raise TokenizerError(f"ids must run from {first} without gaps and cover all bytes")
 
 
 def save(ranks: dict[bytes, int], path: str | Path) -> None:
     """Write a ranks file, ids ascending."""
     items = sorted(ranks.items(), key=itemgetter(1))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    text = "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in items)
-    unfinished.write_text(text, encoding="ascii")
-    unfinished.replace(path)
+    _write(path, b"".join(b"%s %d\n" % (base64.b64encode(token), i) for token, i in items))
 
 
-def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    """Learn a vocabulary of vocab_size tokens, special ones included: {bytes of a token: id}.
+def save_folder(source: Tokenizer | LucieTokenizer, folder: str | Path) -> None:
+    """Write the tokenizer.json and tokenizer_config.json that Hugging Face's libraries read.
 
-    The `tokenizers` library counts and merges. Raises TokenizerError if it is not installed, or if
-    the text holds too few different pairs for so many tokens.
+    Lucie's tokenizer.json is written byte for byte as it was read.
     """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise TokenizerError(f"a vocabulary has at least {smallest} tokens, not {vocab_size}")
-    try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Trainable
-    except ImportError:
-        raise TokenizerError("training a vocabulary needs: pip install tokenizers") from None
-    bpe = Trainable(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    bpe.train_from_iterator(texts, trainer)
-    ranks = ranks_of(json.loads(bpe.to_str())["model"]["merges"])
-    if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
-        raise TokenizerError(
-            f"the text gives {len(ranks) + len(SPECIAL_TOKENS):,} tokens, not {vocab_size:,}: "
-            "more text or a smaller vocabulary is needed"
-        )
-    return ranks
+    released = source.source if isinstance(source, LucieTokenizer) else None
+    _write(Path(folder, "tokenizer.json"), released or _json(to_tokenizer_json(source)))
+    _write(Path(folder, "tokenizer_config.json"), _json(tokenizer_config(source)))
 
 
-def ranks_of(merges: list[list[str]]) -> dict[bytes, int]:
-    """{bytes of a token: id} from the ordered merges of a byte-level BPE.
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """A tokenizer.json with which the `tokenizers` library gives our ids.
 
-    tokenizers names a merge by its two parts, tiktoken by their concatenation; a token that a
-    second pair of parts gives as well keeps the rank of its first.
+    tiktoken joins neighbours that make a token, tokenizers those that are in a list of pairs. Two
+    neighbours only ever make a token as the last merge of its own text (data/lucie_tokenizer.py
+    says why), so those pairs, in the order of ids, are the list. Raises TokenizerError for ranks
+    that no merges give, which a trained vocabulary has not.
     """
-    byte_of = {char: byte for byte, char in byte_characters().items()}
-    tokens = [bytes([b]) for b in range(256)]
-    tokens += [bytes(byte_of[c] for c in a + b) for a, b in merges]
-    return {t: i for i, t in enumerate(dict.fromkeys(tokens), start=len(SPECIAL_TOKENS))}
+    characters, ranks = byte_characters(), tokenizer.ranks
+    spelt = {token: "".join(characters[b] for b in token) for token in ranks}
+    vocab = SPECIAL_TOKENS | {spelt[t]: i for t, i in sorted(ranks.items(), key=itemgetter(1))}
+    neighbours = ((token[:n], token[n:]) for token in ranks for n in range(1, len(token)))
+    pairs = {(a, b): ranks[a + b] for a, b in neighbours if a in ranks and b in ranks}
+    made = {last_merge(token, pairs): i for token, i in ranks.items() if len(token) > 1}
+    if None in made or len(vocab) != tokenizer.vocab_size:
+        raise TokenizerError("some tokens of this vocabulary cannot be made by merges")
+    merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(),
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, level | {"use_regex": False}],
+        },
+        "post_processor": bos_template(),
+        "decoder": level | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def tokenizer_config(tokenizer: Tokenizer | LucieTokenizer) -> dict:
+    """The tokenizer_config.json beside the tokenizer.json.
+
+    Lucie's is as released except for tokenizer_class, which was LlamaTokenizer: with that name
+    transformers 5 replaces the rules of tokenizer.json by Llama's own, and ids are others.
+    """
+    special = [{k: v for k, v in token.items() if k != "id"} for token in added_tokens()]
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): token for i, token in enumerate(special)},
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>",
+        "model_max_length": 10**30,
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    }
+    return config | LUCIE_CONFIG if isinstance(tokenizer, LucieTokenizer) else config
 
 
 def byte_characters() -> dict[int, str]:
@@ -152,3 +266,14 @@ def byte_characters() -> dict[int, str]:
     others = [b for b in range(256) if b not in printable]
     characters = {b: chr(b) for b in printable}
     return characters | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def _json(content: dict) -> bytes:
+    return json.dumps(content, ensure_ascii=False, indent=2).encode()
+
+
+def _write(path: str | Path, content: bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

@@ -73,28 +73,6 @@ def test_held_out_documents_are_a_share_and_nothing_is_lost(tmp_path):
     assert both == set(texts)
 
 
-def test_reading_ahead_is_bounded():
-    """A slow consumer holds the reader back: no more than `ahead` items are in flight."""
-
-    class Now:
-        def __init__(self, value):
-            self.value = value
-
-        def result(self):
-            return self.value
-
-    class Pool:
-        def submit(self, function, item):
-            return Now(function(item))
-
-    read = []
-    items = (read.append(n) or n for n in range(1000))
-    results = prepare._ordered_map(Pool(), lambda n: 2 * n, items, ahead=8)
-    assert next(results) == 0
-    assert len(read) == 8
-    assert list(results) == [2 * n for n in range(1, 1000)]
-
-
 def test_large_vocabularies_are_int32(tmp_path):
     for size, dtype in ((65_024, np.uint16), (65_536, np.int32), (128_256, np.int32)):
         with prepare.StreamWriter(tmp_path / "x", size) as stream:

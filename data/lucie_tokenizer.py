@@ -1,0 +1,274 @@
+"""The released Lucie tokenizer: its `tokenizer.json` read, and run through tiktoken.
+
+**What it is.** A text is composed (NFC), loses "\\r" and "\\0", gets a space in front and after
+each opener such as "(" or a line break that a word or a space follows; spaces become "▁". So
+"(word" is "▁(▁word", and a word has one token wherever it stands. Decoding takes these spaces
+out again.
+
+Then BPE: start from the characters, and of all neighbours that are in the list of merges join
+those that come first in it, the leftmost first, until no neighbours are in the list. A character
+that is not in the vocabulary is spelt by the bytes of its UTF-8, tokens <0x00> to <0xFF> (byte
+fallback), and these join with nothing.
+
+**As ranks for tiktoken.** tiktoken starts from bytes. It knows no list of pairs, only tokens, each
+with a rank: neighbours that make a token of the smallest rank are joined first. Three steps take
+one to the other, and none is an approximation.
+
+1. A token's rank is that of the merge that makes it. There is one only: up to the moment when a
+   token is made, all merges inside it are those that happen when it is encoded alone (a merge
+   across its edge would have used up a part of it), so its last merge is the one that comes last
+   there. A token that its own text does not give is made nowhere, by any merge, and is left out.
+   So whenever two neighbours make a token of known rank, they are its merge and no other.
+2. Before the merges come the characters: bytes are joined to a character of the vocabulary prefix
+   by prefix, all at smaller ranks than any merge. A prefix starts with a byte that only starts
+   characters, so nothing joins across characters. What remains of other characters, bytes and
+   prefixes, is spelt in byte tokens afterwards.
+3. tiktoken merges within pieces that a regex cuts. BPE would not cut at all; a cut changes nothing
+   if no token contains both characters around it. Characters that are neighbours in some token
+   form groups (Latin letters, signs, Greek ...), and a piece is a run of one group with the spaces
+   before it. That every token is within one piece is checked when the file is read.
+
+The gain is that pieces are short: a merge costs its piece, not its document.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+import tiktoken
+
+from data.tokenizer_base import (
+    SPECIAL_TOKENS,
+    BaseTokenizer,
+    TokenizerError,
+    added_tokens,
+    bos_template,
+    last_merge,
+)
+from data.unicode_tables import WORD, nfc
+
+SPACE = "\u2581"  # what a space is in the vocabulary
+BLANKS = (" ", "\xa0")  # become SPACE; vocabulary entries with one of them are never met
+
+
+class LucieTokenizer(BaseTokenizer):
+    """Lucie's tokenizer, from the content of its tokenizer.json, which `source` keeps.
+
+    Ids and texts are those of version 0.23 of the `tokenizers` library. Raises TokenizerError for
+    a tokenizer.json that is no BPE with byte fallback or has other rules than Lucie's; the
+    vocabulary and the openers may be any.
+    """
+
+    def __init__(self, source: bytes) -> None:
+        self.source = source
+        try:
+            released = json.loads(source)
+            vocab, merges = _model(released)
+            self.openers = _openers(released)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise TokenizerError("not a tokenizer.json, or not one of Lucie's form") from None
+        self.vocab_size = len(vocab)
+        self.tokens = sorted(vocab, key=vocab.__getitem__)
+        self.byte_of = {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
+
+        byte_ids = list(self.byte_of)
+        merged = _reachable(merges)
+        characters = {_spaced(c): i for c, i in vocab.items() if len(c) == 1 and c not in BLANKS}
+        known = {text.encode(): i for text, i in characters.items()}
+        known |= {_spaced(token).encode(): vocab[token] for token in merged}
+        prefixes = {c.encode()[:n] for c in characters for n in range(2, len(c.encode()) + 1)}
+        # Those that are no character come first, so that the ranks tell whether any is left.
+        keys = sorted(prefixes, key=lambda prefix: (prefix in known, len(prefix), prefix))
+        self.partial = len(prefixes - known.keys())
+        keys += [bytes([b]) for b in range(256)]
+        keys += [_spaced(token).encode() for token in merged]
+        self.encoding = tiktoken.Encoding(
+            "lucie",
+            pat_str=_pieces(merged),
+            mergeable_ranks={key: rank for rank, key in enumerate(keys)},
+            # One at least: without any, tiktoken halts at every character to look for one.
+            special_tokens={"<s>": len(keys)},
+        )
+        # The ids of each rank: one, or one for each byte of what is not in the vocabulary.
+        spelt = [[known[k]] if k in known else [byte_ids[b] for b in k] for k in keys]
+        self.lengths = np.array([len(ids) for ids in spelt])
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.spelt = np.concatenate(spelt).astype(self.dtype)
+        self.single = self.spelt[self.starts]
+
+        # One regex for each opener: a class of all would be tried at every character.
+        follows = f"(?=[ {WORD}])"
+        self.open = [(c, re.compile(re.escape(c) + follows)) for c in self.openers]
+
+    def normalize(self, text: str) -> str:
+        """The text as BPE sees it, with spaces where the vocabulary has U+2581."""
+        text = nfc(text).replace("\r", "").replace("\0", "")
+        for opener, pattern in self.open:
+            if opener in text:
+                text = pattern.sub(f"{opener} ", text)
+        text = text.replace("\xa0", " ").replace(SPACE, " ")
+        return f" {text}" if text else ""
+
+    def ids(self, text: str) -> np.ndarray:
+        if not (text := self.normalize(text)):
+            return np.empty(0, self.dtype)
+        ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+        if ranks.min() >= self.partial:
+            return self.single[ranks]
+        # The i-th rank's ids, lengths[i] of them from starts[i] on, one after the other.
+        lengths = self.lengths[ranks]
+        ends = np.cumsum(lengths)
+        place = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        return self.spelt[np.repeat(self.starts[ranks], lengths) + place]
+
+    def decoder(self) -> "LucieDecoder":
+        return LucieDecoder(self.tokens, self.byte_of, self.openers)
+
+
+class LucieDecoder:
+    """Ids to text, one by one.
+
+    A run of byte tokens is held back to its end, since one byte more can spoil it: a run that is
+    not UTF-8 becomes one U+FFFD for each byte. Other text is certain at once; but the first token,
+    or run, loses its spaces, and a space is dropped after an opener.
+    """
+
+    def __init__(self, tokens: list[str], byte_of: dict[int, bytes], openers: str) -> None:
+        self.tokens, self.byte_of, self.openers = tokens, byte_of, openers
+        self.open_space = re.compile(f"([{re.escape(openers)}]) ")
+        self.first = True
+        self.run = bytearray()
+        self.opened = False  # whether the character before is an opener
+
+    def feed(self, token: int) -> str:
+        if token in self.byte_of:
+            self.run += self.byte_of[token]
+            return ""
+        return self.finish() + self._text(self.tokens[token])
+
+    def finish(self) -> str:
+        if not self.run:
+            return ""
+        run, self.run = self.run, bytearray()
+        try:
+            return self._text(run.decode())
+        except UnicodeDecodeError:
+            return self._text("\ufffd" * len(run))
+
+    def _text(self, token: str) -> str:
+        text = token.replace(SPACE, "" if self.first else " ")
+        self.first = False
+        if not text:
+            return ""
+        opened, self.opened = self.opened, text[-1] in self.openers
+        if opened and text[0] == " ":
+            text = text[1:]
+        return self.open_space.sub(r"\1", text) if text.rfind(" ") > 0 else text
+
+
+def _spaced(token: str) -> str:
+    return token.replace(SPACE, " ")
+
+
+def _reachable(merges: dict[tuple[str, str], int]) -> list[str]:
+    """The tokens that BPE makes, in the order of the merges that make them: step 1 above."""
+    rank = {}
+    for token in dict.fromkeys(a + b for a, b in merges):
+        if not any(blank in token for blank in BLANKS):
+            pair = last_merge(token, merges)
+            if pair:
+                rank[token] = merges[pair]
+    return sorted(rank, key=rank.__getitem__)
+
+
+def _pieces(tokens: Iterable[str]) -> str:
+    """The regex that cuts text where no token crosses: step 3 above."""
+    group: dict[str, set[str]] = {}
+    for token in tokens:
+        word = token.lstrip(SPACE)
+        if SPACE in word:
+            raise TokenizerError(f"a token holds more than one word: {token!r}")
+        for c in word:
+            group.setdefault(c, {c})
+        for a, b in pairwise(word):
+            if group[a] is not group[b]:
+                group[a] |= group[b]
+                group |= dict.fromkeys(group[b], group[a])
+    groups = {min(g): "".join(rf"\x{{{ord(c):X}}}" for c in sorted(g)) for g in group.values()}
+    return "|".join([*(f" *[{groups[c]}]+" for c in sorted(groups)), " +", "(?s:.)"])
+
+
+def _model(released: dict) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Vocabulary and merges with their ranks. Raises ValueError where an option is another."""
+    options = dict(released["model"])
+    vocab, merges = options.pop("vocab"), options.pop("merges")
+    options.pop("ignore_merges", None)
+    expected = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+    }
+    # Lists of two since tokenizers 0.20, "a b" before.
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    parts = {part for pair in pairs for part in (*pair, "".join(pair))}
+    if (
+        options != expected
+        or released["model"].get("ignore_merges")
+        or sorted(vocab.values()) != list(range(len(vocab)))
+        or {token: vocab.get(token) for token in SPECIAL_TOKENS} != SPECIAL_TOKENS
+        or any(len(pair) != 2 for pair in pairs)
+        or not parts | {f"<0x{b:02X}>" for b in range(256)} <= vocab.keys()
+    ):
+        raise ValueError
+    return vocab, {pair: rank for rank, pair in enumerate(pairs)}
+
+
+def _openers(released: dict) -> str:
+    """The characters after which a space is put. Raises ValueError if other rules are there."""
+    steps = released["decoder"]["decoders"]
+    openers = "".join(step["content"] for step in steps if step["type"] == "Replace")
+    # Written by newer versions of tokenizers, with another name for the same.
+    metaspace = next(step for step in steps if step["type"] == "Metaspace")
+    scheme = metaspace.pop("split", True), metaspace.pop("add_prefix_space", True)
+    expected = rules(openers)
+    if scheme != (True, True) or any(released[key] != expected[key] for key in expected):
+        raise ValueError
+    return openers
+
+
+def rules(openers: str) -> dict:
+    """All of tokenizer.json that is neither vocabulary nor merges, as this file implements it."""
+
+    def replace(kind: str, pattern: str, content: str) -> dict:
+        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+    return {
+        "added_tokens": added_tokens(),
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "NFC"},
+                replace("Regex", r"[\r\x00]", ""),
+                *(replace("Regex", re.escape(c) + r"(?=[ \w])", f"{c} ") for c in openers),
+                {"type": "Prepend", "prepend": " "},
+                replace("Regex", r"[ \u00A0]", SPACE),
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": bos_template(),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "ByteFallback"},
+                {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always"},
+                {"type": "Fuse"},
+                *(replace("String", f"{c} ", c) for c in openers),
+            ],
+        },
+    }
