@@ -63,7 +63,10 @@ class LucieConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, room for `max_length` of them allocated at once.
 
-    k, v: `[layers, B, max_length, KV, D]`; `length`: tokens in it, advanced by the model.
+    k, v: `[layers, B, max_length, KV, D]`; `length`: tokens in it, advanced by the model. Rows may
+    differ: prompts of several lengths go in padded at their ends, then `decode_from` says where
+    each ends, and from there the model takes one token a row. What it wrote of the padding is
+    written over before it is seen. `positions`: int64 `[B]` then, of the next tokens.
     """
 
     def __init__(
@@ -76,15 +79,30 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, batch_size, max_length)
         shape += (config.num_key_value_heads, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        # Zeros, for a masked key weighs nothing, but nothing times NaN is NaN.
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.positions: Tensor | None = None
+        self._rows = torch.arange(batch_size, device=device)
+
+    def decode_from(self, lengths: list[int]) -> None:
+        """Rows hold so many tokens; from here on each row goes on at its own end."""
+        self.positions = torch.tensor(lengths, device=self.k.device)
+        self.length = max(lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new `[B, T, KV, D]` after `length`; return all keys and values so far."""
+        """Store the new `[B, T, KV, D]` behind the others; return all keys and values so far."""
         end = self.length + k.shape[1]
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
+        if self.positions is None:
+            self.k[layer, :, self.length : end] = k
+            self.v[layer, :, self.length : end] = v
+        else:
+            self.k[layer, self._rows, self.positions] = k[:, 0].to(self.k.dtype)
+            self.v[layer, self._rows, self.positions] = v[:, 0].to(self.v.dtype)
+            end = min(end, self.k.shape[2])
+            if k.is_cuda:  # a kernel reads what positions say; a graph must not depend on length
+                end = self.k.shape[2]
         return self.k[layer, :, :end].to(k.dtype), self.v[layer, :, :end].to(v.dtype)
 
 
@@ -111,11 +129,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens, cache) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 KV, D]
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = rope(q, k, cos, sin)
+        positions = None if cache is None else cache.positions
+        q, k = rope(q, k, cos, sin, None if positions is None else positions[:, None])
         v = v.contiguous()  # attention keeps it for its backward, a slice would keep all of qkv
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        return self.o_proj(attention(q, k, v, cu_seqlens).flatten(2))
+        return self.o_proj(attention(q, k, v, cu_seqlens, positions).flatten(2))
 
 
 class MLP(nn.Module):
@@ -188,21 +207,33 @@ class Lucie(nn.Module):
         continue the sequences in it and are appended.
         Raises ValueError past max_position_embeddings or past the room of the cache.
         """
+        return self.lm_head(self.hidden(tokens, cu_seqlens, cache), targets, reduction)
+
+    def hidden(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the head reads, `[B, T, hidden_size]`: for those who want logits of few tokens."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         room = self.config.max_position_embeddings if cache is None else cache.k.shape[2]
+        if cache is not None and cache.positions is not None:
+            end = min(end, room)  # a row that is full stays where it is, for others to go on
         if end > min(room, self.config.max_position_embeddings):
             raise ValueError(
                 f"{end} tokens, but max_position_embeddings is "
                 f"{self.config.max_position_embeddings} and there is room for {room}"
             )
         cos, sin = self.rope_tables(tokens.device)
+        if cache is None or cache.positions is None:
+            cos, sin = cos[start:end], sin[start:end]
         x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos[start:end], sin[start:end], cu_seqlens, cache)
+            x = block(x, cos, sin, cu_seqlens, cache)
         if cache is not None:
             cache.length = end
-        return self.lm_head(self.norm(x), targets, reduction)
+            if cache.positions is not None:
+                cache.positions.add_(1).clamp_(max=room - 1)
+        return self.norm(x)
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The fp32 tables for this config's theta and length, made once on the device in use."""

@@ -65,10 +65,12 @@ def run(
     kernels: what ours runs on (`kernels.use`). After `minutes`, or Ctrl-C, nothing more is begun.
     """
     deadline = time.monotonic() + 60 * minutes
+    sizes = dict.fromkeys([*suite.tokens, *(t for op in ops.values() for t in op.tokens)])
     plan = [
         (name, tokens, mode, provider)
-        for tokens in suite.tokens
+        for tokens in sizes
         for name, op in ops.items()
+        if tokens in (op.tokens or suite.tokens)
         for mode in op.floor(suite, tokens)
         for provider in op.providers  # in turns: a GPU that grows warm favours nobody
     ]
@@ -147,11 +149,11 @@ def peak_memory(function: Callable[[], object]) -> float:
 def compare(op: Op, suite: Suite, device: str, kernels: str) -> dict[str, dict]:
     """For each provider its relative error against the definition in fp32, and why it is refused.
 
-    The error is the largest over outputs and gradients, at the suite's smallest number of tokens.
+    The error is the largest over outputs and gradients, at the smallest number of tokens.
     """
 
     def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        made = op.inputs(suite, min(suite.tokens), device)
+        made = op.inputs(suite, min(op.tokens or suite.tokens), device)
         return tuple(
             x.detach().to(dtype).requires_grad_(x.requires_grad) if x.dtype == DTYPE else x
             for x in made

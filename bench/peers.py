@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels.int4_linear import GROUP, unpack
 from kernels.rope import rope_tables
 
 OURS = "nanolucie"
@@ -55,13 +56,14 @@ class Op:
     gets its gradient. floor(suite, tokens): bytes (or FLOPs, unit TFLOP/s) of each mode measured.
 
     Modes: forward (keeping what a backward pass needs), no-grad-forward, backward (alone), full
-    (forward and backward).
+    (forward and backward). tokens: at which numbers of them, if not those of the suite.
     """
 
     inputs: Callable[[Suite, int, str], tuple[Tensor, ...]]
     floor: Callable[[Suite, int], dict[str, int]]
     unit: str
     providers: dict[str, Provider]
+    tokens: tuple[int, ...] = ()
 
 
 def training(forward: int, backward: int) -> dict[str, int]:
@@ -291,6 +293,49 @@ def liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return apply(hidden, weight, targets)[0]  # z-loss and others follow
 
 
+# --- int4_linear: the four matrices of a block, for a few tokens that are being decoded
+
+
+def int4_shapes(s: Suite) -> list[tuple[int, int]]:
+    """Rows and columns of q|k|v, o, gate|up and down."""
+    q, kv = s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
+    shapes = [(q + kv, s.hidden), (s.hidden, q), (2 * s.intermediate, s.hidden)]
+    return [*shapes, (s.hidden, s.intermediate)]
+
+
+def int4_inputs(s: Suite, tokens: int, device: str) -> tuple[Tensor, ...]:
+    """x, packed and scales of each matrix, one after the other."""
+    draw, inputs = Draw(device), []
+    for rows, columns in int4_shapes(s):
+        x, scales = draw(tokens, columns, grad=False), draw(rows, columns // GROUP, grad=False)
+        size = (rows, columns // 2)
+        packed = torch.randint(256, size, generator=draw.generator, device=device)
+        inputs += [x, packed.to(torch.uint8), scales]
+    return tuple(inputs)
+
+
+def int4_floor(s: Suite, tokens: int) -> dict[str, int]:
+    """In 4 bits for everybody: who reads 16 is to look four times as slow."""
+    shapes = int4_shapes(s)
+    weights = sum(n * (k // 2 + 2 * k // GROUP) for n, k in shapes)
+    return {"no-grad-forward": weights + sum(2 * tokens * (n + k) for n, k in shapes)}
+
+
+def each_matrix(linear: Callable) -> Callable:
+    return lambda *tensors: tuple(map(linear, tensors[::3], tensors[1::3], tensors[2::3]))
+
+
+def unpack_and_multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return F.linear(x, unpack(packed, scales, x.dtype))
+
+
+def unpacked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """x and the weight of each matrix, and nothing in the place of its scales."""
+    triples = zip(tensors[::3], tensors[1::3], tensors[2::3])
+    parts = [(x, unpack(packed, scales, x.dtype), x[:0]) for x, packed, scales in triples]
+    return tuple(tensor for part in parts for tensor in part)
+
+
 # What matters most first: a run cut short still tells it.
 OPS = {
     "attention": Op(attention_inputs, attention_floor, "TFLOP/s", ATTENTIONS),
@@ -360,4 +405,15 @@ OPS = {
         },
     ),
     "attention_decode": Op(decode_inputs, decode_floor, "GB/s", ATTENTIONS),
+    "int4_linear": Op(
+        int4_inputs,
+        int4_floor,
+        "GB/s",
+        {
+            OURS: Provider(each_matrix(kernels.int4_linear)),
+            "eager": Provider(each_matrix(lambda x, weight, _: F.linear(x, weight)), unpacked),
+            "compile": Provider(each_matrix(compiled(unpack_and_multiply))),
+        },
+        tokens=(1, 4, 16),
+    ),
 }

@@ -61,6 +61,8 @@ REQUIREMENTS = {
     "_attention_backward_dkdv": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_decode": Needs("attention", tensor=8, wgmma=False, narrow=3),
     "_attention_combine": Needs("attention", narrow=12),  # a few small loads in all
+    # scales come two bytes at a time, and each of a few results by itself
+    "_int4_linear": Needs("int4_linear", tensor=8, wgmma=False, narrow=2),
 }
 
 TOKENS, HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 4096, 4096, 12_288, 32, 8, 65_024
@@ -117,6 +119,12 @@ def _linear_cross_entropy() -> None:
     kernels.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64)).backward()
 
 
+def _int4_linear(rows: int, columns: int, hidden: int) -> None:
+    packed = torch.empty(columns, hidden // 2, dtype=torch.uint8)
+    scales = torch.empty(columns, hidden // 128, dtype=torch.bfloat16)
+    kernels.int4_linear(torch.empty(rows, hidden, dtype=torch.bfloat16), packed, scales)
+
+
 _DOCUMENTS = torch.tensor([0, 1000, 1000, 3001, TOKENS], dtype=torch.int32)
 CASES: dict[str, dict[str, Callable[[], None]]] = {
     "rms_norm": {"": _rms_norm},
@@ -132,6 +140,12 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
         "D=64 decoding": lambda: _decode(64),
     },
     "linear_cross_entropy": {"": _linear_cross_entropy},
+    "int4_linear": {
+        "1 row": lambda: _int4_linear(1, HIDDEN, FEED_FORWARD),
+        "1 row, wide": lambda: _int4_linear(1, 2 * FEED_FORWARD, HIDDEN),
+        "16 rows": lambda: _int4_linear(16, HIDDEN, FEED_FORWARD),
+        "16 rows, wide": lambda: _int4_linear(16, 2 * FEED_FORWARD, HIDDEN),
+    },
 }
 
 

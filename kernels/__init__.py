@@ -7,6 +7,7 @@ them, and one public function. Between its matrix products model.py calls nothin
 """
 
 from kernels.attention import attention
+from kernels.int4_linear import int4_linear
 from kernels.launch import use
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -14,5 +15,6 @@ from kernels.rope import rope
 from kernels.swiglu import swiglu
 
 __all__ = [
-    "add_rms_norm", "attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "use",
+    "add_rms_norm", "attention", "int4_linear", "linear_cross_entropy", "rms_norm", "rope",
+    "swiglu", "use",
 ]  # fmt: skip

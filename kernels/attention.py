@@ -26,13 +26,21 @@ from kernels.launch import forced, gpu, not_offered, on_its_device, runs_triton,
 LOG2_E = math.log2(math.e)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Causal attention of T queries over S >= T keys, the last query seeing the last key.
 
     q: `[B, T, H, D]`; k, v: `[B, S, KV, D]` with H a multiple of KV; S > T when decoding against a
     cache. cu_seqlens: int32 or int64 `[documents + 1]`, the offsets at which documents start in the
     flattened `[B * T]` tokens, 0 first and B * T last (S = T then): a query sees its own document
-    only. Returns `[B, T, H, D]` in the dtype of q.
+    only. positions: int64 `[B]`, for T = 1 and rows of different lengths: the query of a row sees
+    the keys up to its position, and that one, whatever S is. Returns `[B, T, H, D]` in the dtype
+    of q.
 
     The Triton kernels take D of 64 and 128, one dtype for q, k and v: bf16 or fp16, and where they
     are forced fp32, which they do exactly and slowly. Raises ValueError for shapes that do not fit.
@@ -42,24 +50,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
         raise ValueError(f"attention: {queries} queries over {keys} keys")
     if cu_seqlens is not None and queries != keys:
         raise ValueError("attention: cu_seqlens needs as many keys as queries")
+    if positions is not None and (queries != 1 or cu_seqlens is not None):
+        raise ValueError("attention: positions are for one query a row")
     fits = k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"attention: shapes of q, k and v do not fit: {shapes}")
     if q.numel() == 0 or not (runs_triton(q) and _offered(q, k, v)):
-        return _definition(q, k, v, cu_seqlens)
-    if queries == 1 and cu_seqlens is None and not _needs_gradient(q, k, v):
-        return _decode_op(q, k, v)
+        return _definition(q, k, v, cu_seqlens, positions)
+    if queries == 1 and cu_seqlens is None:
+        if not _needs_gradient(q, k, v):
+            return _decode_op(q, k, v, positions)
+        if positions is not None:
+            raise ValueError("attention: decoding by positions has no gradient")
     starts = ends = None
     if cu_seqlens is not None:
         starts, ends = _bounds(cu_seqlens, q.shape[0], queries)
     return _forward_op(q, k, v, starts, ends)[0]
 
 
-def _definition(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     mask = None
-    if cu_seqlens is not None:
+    if positions is not None:
+        mask = (torch.arange(keys, device=q.device) <= positions[:, None])[:, None, None]
+    elif cu_seqlens is not None:
         mask = _document_mask(cu_seqlens, q.shape[0], queries)
     elif 1 < queries < keys:  # a chunk of prompt against the cache: the diagonal ends at the corner
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
@@ -277,8 +298,8 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("nanolucie::attention_decode", mutates_args=())
 @on_its_device
-def _decode_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """out `[B, 1, H, D]`."""
+def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
+    """out `[B, 1, H, D]`. Launches the same grid whatever the positions: a graph may replay it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, _, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -291,7 +312,7 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attention_decode[(kv_heads, splits, batch)](
-        q, k, v, partial, lse, q.stride(0), *_strides(k, v), keys, per_split,
+        q, k, v, positions, partial, lse, q.stride(0), *_strides(k, v), keys, per_split,
         LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,
         ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
@@ -304,5 +325,5 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @_decode_op.register_fake
-def _(q, k, v):
+def _(q, k, v, positions):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -13,15 +13,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["keys", "per_split"])
 def _attention_decode(
-    q, k_table, v_table, partial, lse_table,
+    q, k_table, v_table, positions, partial, lse_table,
     q_batch_stride, k_batch_stride, k_stride, v_batch_stride, v_stride, keys, per_split, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The softmax of keys [split * per_split, + per_split), for the queries of one group.
 
-    partial: fp32 `[B, H, splits, D]`; lse_table: fp32 `[B, H, splits]`, base 2. ROWS: the group
-    filled up to the 16 rows a tensor core takes at least.
+    positions: int64 `[B]`, of each row's last key, or None for keys - 1 in all. A split past it
+    weighs nothing. partial: fp32 `[B, H, splits, D]`; lse_table: fp32 `[B, H, splits]`, base 2.
+    ROWS: the group filled up to the 16 rows a tensor core takes at least.
     """
     kv_head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -35,6 +36,8 @@ def _attention_decode(
     first = split * per_split
     k_table += first.to(tl.int64) * k_stride
     v_table += first.to(tl.int64) * v_stride
+    if positions is not None:
+        keys = (tl.load(positions + batch) + 1).to(tl.int32)
     count = tl.minimum(per_split, keys - first)
 
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -59,7 +62,9 @@ def _attention_decode(
 
     at = (batch.to(tl.int64) * HEADS + head) * tl.num_programs(1) + split
     tl.store(lse_table + at, row_max + tl.log2(row_sum), mask=inside)
-    tl.store(partial + at[:, None] * D + d[None, :], acc / row_sum[:, None], mask=inside[:, None])
+    # Nothing seen: 0 with weight 2^-inf, where 0 / 0 would spoil the sum of the splits.
+    o = acc / tl.where(row_sum > 0, row_sum, 1)[:, None]
+    tl.store(partial + at[:, None] * D + d[None, :], o, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -66,6 +66,15 @@ def test_decoding_and_chunks_end_at_the_last_key():
         assert relative_error(part, whole[:, start:]) < 1e-6
 
 
+def test_rows_of_different_lengths_end_at_their_positions():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 64), torch.randn(3, 20, 2, 64), torch.randn(3, 20, 2, 64)
+    out = attention(q, k, v, positions=torch.tensor([0, 12, 19]))
+    for row, keys in enumerate((1, 13, 20)):
+        alone = exact(q[row : row + 1], k[row : row + 1, :keys], v[row : row + 1, :keys])
+        assert relative_error(out[row : row + 1], alone) < 1e-6
+
+
 def test_documents_see_themselves_only():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 12, 2, 64) for _ in range(3))
@@ -113,6 +122,8 @@ def test_impossible_shapes_are_named():
         attention(q, k, k)
     with pytest.raises(ValueError, match="cu_seqlens"):
         attention(q[:, :1], k, k, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="one query a row"):
+        attention(q[:, :2], k, k, positions=torch.tensor([1]))
 
 
 # The Triton kernels, forward and backward: on the chip where there is one, else interpreted. Their

@@ -55,6 +55,37 @@ def test_decoding_matches_fp64(chip, keys, heads, kv_heads, head_dim):
         check_decoding(chip, dtype, keys, heads, kv_heads, head_dim)
 
 
+def check_ragged_decoding(chip, dtype, positions, heads, kv_heads, head_dim):
+    """Rows of several lengths; what lies behind them in the cache is NaN."""
+    keys = max(positions) + 1
+    q, k, v, _ = draw(chip, dtype, len(positions), 1, keys, heads, kv_heads, head_dim)
+    cache = torch.full((2, len(q), keys + 70, kv_heads, head_dim), torch.nan, device=chip).to(dtype)
+    for row, position in enumerate(positions):
+        cache[0, row, : position + 1] = k[row, : position + 1]
+        cache[1, row, : position + 1] = v[row, : position + 1]
+    at = torch.tensor(positions, device=chip)
+    exact = eager()(q.double(), k.double(), v.double(), positions=at)
+    assert_as_good(attention(q, *cache, positions=at), eager()(q, k, v, positions=at), exact)
+
+
+@pytest.mark.usefixtures("poison")
+@both_chips
+@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
+def test_ragged_decoding_matches_fp64(chip, heads, kv_heads, head_dim):
+    for dtype in DTYPES:
+        check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], heads, kv_heads, head_dim)
+
+
+@both_chips
+def test_a_row_does_not_depend_on_the_others(chip):
+    """Nor on the room of the cache, as long as the keys are split alike."""
+    q, k, v, _ = draw(chip, torch.bfloat16, 3, 1, 700, 4, 2, 64)
+    out = attention(q, k, v, positions=torch.tensor([10, 300, 699], device=chip))
+    k[1:], v[1:] = torch.nan, torch.nan
+    again = attention(q, k, v, positions=torch.tensor([10, 5, 6], device=chip))
+    assert torch.equal(out[0], again[0])
+
+
 class Spy:
     """Stands in for a kernel: keeps its grids and arguments, and runs it if there is one."""
 
@@ -104,7 +135,8 @@ def test_operators_keep_their_promises(chip):
         torch.library.opcheck(ops.attention.default, (*inputs, *bounds))
         saved = ops.attention(q, k, v, *bounds)
         torch.library.opcheck(ops.attention_backward.default, (dy, q, k, v, *saved, *bounds))
-    torch.library.opcheck(ops.attention_decode.default, (q[:, :1], k, v))
+    for positions in (None, torch.tensor([1, 4], device=chip)):
+        torch.library.opcheck(ops.attention_decode.default, (q[:, :1], k, v, positions))
 
 
 def test_one_graph_for_all_lengths(chip):
@@ -327,6 +359,18 @@ MUTANTS = {
     "decoding without head mask": (
         FAULT, DECODE, "inside = member < GROUP", "inside = member >= 0"
     ),
+    "ragged decoding that sees them all": (
+        FAULT, DECODE, "tl.load(positions + batch) + 1", "tl.load(positions + batch) * 0 + 2000"
+    ),
+    "ragged decoding without the last key": (
+        WRONG, DECODE, "tl.load(positions + batch) + 1", "tl.load(positions + batch)"
+    ),
+    "ragged decoding by another row": (
+        WRONG, DECODE, "tl.load(positions + batch)", "tl.load(positions)"
+    ),
+    "ragged decoding with empty splits": (
+        WRONG, DECODE, "tl.where(row_sum > 0, row_sum, 1)[:, None]", "row_sum[:, None]"
+    ),
     "decoding without weights": (WRONG, DECODE, "rows * weight[:, None]", "rows"),
     "joining splits there are not": (
         FAULT, DECODE, "inside = split < splits", "inside = split >= 0"
@@ -349,6 +393,8 @@ def attempt(chip, fault):
             attention(q[:, -1:], k, v)
         else:
             gradients(attention, [q, k, v], dy)
+    elif "ragged" in fault:
+        check_ragged_decoding(chip, torch.bfloat16, [40, 299, 131], 4, 2, 64)
     elif "decoding" in fault or "splits" in fault:
         for keys in (70, 129, 300):
             check_decoding(chip, torch.bfloat16, keys, 4, 2, 64)

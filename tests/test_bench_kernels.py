@@ -16,8 +16,8 @@ from bench.peers import OPS, OURS, Op, Provider, Suite
 
 TOY = Suite(
     tokens=(32, 48),
-    hidden=64,
-    intermediate=96,
+    hidden=128,
+    intermediate=256,
     heads=4,
     kv_heads=2,
     head_dim=64,
@@ -34,6 +34,7 @@ LIGER = (
 MODES = {
     "linear_cross_entropy": ["no-grad-forward", "full"],
     "attention_decode": ["no-grad-forward"],
+    "int4_linear": ["no-grad-forward"],
 }
 
 
@@ -71,8 +72,9 @@ def test_every_row_is_measured(rehearsal):
     found = [(r["op"], r["tokens"], r["mode"], r["provider"]) for r in rows]
     assert found == [
         (op, tokens, mode, provider)
-        for tokens in TOY.tokens
+        for tokens in (*TOY.tokens, 1, 4, 16)
         for op in OPS
+        if tokens in (OPS[op].tokens or TOY.tokens)
         for mode in MODES.get(op, ["forward", "backward", "full"])
         for provider in (OURS, "eager")
     ]
@@ -171,7 +173,7 @@ def test_floors_in_bytes(name):
     outputs = bench.as_tuple(provider.call(*provider.enter(*inputs)))
     floor = OPS[name].floor(TOY, 32)
     forward = nbytes(*inputs, *outputs)
-    if name == "attention_decode":
+    if name in ("attention_decode", "int4_linear"):
         assert floor == {"no-grad-forward": forward}
         return
     needed = {  # of what the forward pass had, what no backward pass can do without
@@ -220,6 +222,10 @@ def test_floors_in_flops():
 def test_lucie_shapes():
     suite = bench.SUITES["lucie"]
     assert suite.tokens == (4096, 8192, 16384, 32000)
+    packed = OPS["int4_linear"].inputs(suite, 1, "cpu")[1::3]
+    assert [tuple(p.shape) for p in packed] == [
+        (6144, 2048), (4096, 2048), (24576, 2048), (4096, 6144),
+    ]  # fmt: skip
     shapes = [list(x.shape) for x in OPS["swiglu"].inputs(suite, 1, "cpu")]
     shapes += [list(x.shape) for x in OPS["attention"].inputs(suite, 2, "cpu")]
     shapes += [list(x.shape) for x in OPS["attention_decode"].inputs(suite, 2, "cpu")]
