@@ -1,9 +1,9 @@
 import torch
 from conftest import TINY
 
+from completion import Sampling, complete
 from data.tokenizer import Tokenizer
 from eval.capitals import right
-from generate import generate
 from model import Lucie, LucieConfig
 
 BYTES = {bytes([b]): b + 4 for b in range(256)}
@@ -18,11 +18,11 @@ def test_agrees_with_greedy_generation():
         model.lm_head.weight[127 + 4 :] = 0
     questions, expected = [], []
     for prompt in ("A?", "Was ist das?", "a much longer question, is it?"):
-        answer = tokenizer.decode(generate(model, tokenizer.encode(f"{prompt} "), 1, temperature=0))
         # what follows " " greedily; whether the space itself is likeliest decides
-        space = list(generate(model, tokenizer.encode(prompt), 1, temperature=0))
+        both = complete(model, tokenizer, [f"{prompt} ", prompt], 1, Sampling(temperature=0))
+        answer, space = (completion.text for completion in both)
         questions.append((prompt, answer))
-        expected.append(tokenizer.decode(space) == " ")
+        expected.append(space == " ")
     assert right(model, tokenizer, questions) == expected
 
     # teach the head to answer: a model that always continues with the same byte

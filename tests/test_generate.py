@@ -1,145 +1,134 @@
+import io
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import TINY
 
 import checkpoint
+import generate
+from completion import Completion, Sampling
 from data import tokenizer
-from data.tokenizer import EOS, Tokenizer
-from generate import generate, sample, stream
+from data.tokenizer import Tokenizer
 from model import Lucie, LucieConfig
 
 BYTES = {bytes([b]): b + 4 for b in range(256)}
 PROMPT = "Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?"
 
 
-@pytest.fixture
-def model():
-    config = LucieConfig(**(TINY | {"vocab_size": 260}), max_position_embeddings=200)
-    return Lucie(config)
-
-
-def test_greedy_equals_recomputing_the_whole_sequence(model):
-    prompt = Tokenizer(BYTES).encode(PROMPT)
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(30):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    expected = ids[len(prompt) :]
-    if EOS in expected:
-        expected = expected[: expected.index(EOS)]
-    assert list(generate(model, prompt, 30, temperature=0)) == expected
-    assert len(expected) > 5
-
-
-def test_greedy_equals_transformers(tmp_path, model):
-    transformers = pytest.importorskip("transformers")
-    checkpoint.to_hf(model, tmp_path, torch.float32)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    prompt = Tokenizer(BYTES).encode(PROMPT)
-    out = theirs.generate(
-        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=EOS, pad_token_id=3
-    )
-    expected = [i for i in out[0, len(prompt) :].tolist() if i != EOS]
-    assert list(generate(model, prompt, 40, temperature=0)) == expected
-
-
-class Always(Lucie):
-    """Predicts one id, whatever it has read."""
-
-    def forward(self, tokens, **kwargs):
-        logits = super().forward(tokens, **kwargs)
-        logits[..., self.answer] = 100.0
-        return logits
-
-
-def test_stops_at_eos_at_the_limit_and_at_the_end_of_the_context(model):
-    endless = Always(model.config)
-    endless.answer = 9
-    assert list(generate(endless, [0, 5], 7, temperature=0)) == [9] * 7
-    assert list(generate(endless, [0] * 190, 100, temperature=0)) == [9] * 10
-    endless.answer = EOS
-    assert list(generate(endless, [0, 5], 7, temperature=0)) == []
-
-
-@pytest.mark.parametrize("prompt", [[], [0] * 200, [0] * 5000])
-def test_empty_and_too_long_prompts(model, prompt):
-    with pytest.raises(ValueError, match="1 to 199 tokens"):
-        next(generate(model, prompt, 5))
-
-
-def test_sampling_follows_the_distribution():
-    """Chi-square of 20,000 draws against the exact truncated distribution."""
-    torch.manual_seed(0)
-    logits = torch.randn(12) * 2
-    generator = torch.Generator().manual_seed(1)
-    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (1.0, 6, 0.5)):
-        p = (logits.double() / temperature).softmax(-1)
-        order = p.argsort(descending=True)
-        keep = order[: top_k or 12]
-        q = p[keep] / p[keep].sum()
-        keep = keep[: int((q.cumsum(0) - q < top_p).sum())]
-        expected = torch.zeros(12, dtype=torch.float64)
-        expected[keep] = p[keep] / p[keep].sum()
-        draws = [sample(logits, temperature, top_k, top_p, generator) for _ in range(20_000)]
-        counts = torch.bincount(torch.tensor(draws), minlength=12).double()
-        assert not counts[expected == 0].any()
-        e = 20_000 * expected[keep]
-        chi2 = ((counts[keep] - e) ** 2 / e).sum().item()
-        freedom = max(1, len(keep) - 1)
-        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
-
-
-def test_edges_of_sampling():
-    logits = torch.tensor([1.0, 3.0, 2.0])
-    assert sample(logits, 0) == sample(logits, 1e-45) == 1
-    assert {sample(logits, 1.0, top_k=1) for _ in range(20)} == {1}
-    assert {sample(logits, 1.0, top_p=1e-9) for _ in range(20)} == {1}
-    assert sample(logits, 1.0, top_k=500) in (0, 1, 2)
-
-
-def test_text_streams_without_broken_characters():
-    ours = Tokenizer(BYTES)
-    ids = ours.encode_ordinary("été 🙂 ok")
-    pieces = list(stream(iter(ids), ours))
-    assert "".join(pieces) == "été 🙂 ok"
-    assert "\ufffd" not in "".join(pieces) and "" in pieces
-    assert "".join(stream(iter(ids[:1]), ours)) == "\ufffd"  # cut in the middle of a character
-
-
-@pytest.fixture
-def run(tmp_path, model):
-    tokenizer.save(BYTES, tmp_path / "r.tiktoken")
-    options = TINY | {"vocab_size": 260, "seq_len": 200, "tokenizer": str(tmp_path / "r.tiktoken")}
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one step of a tiny model, whose vocabulary are the bytes."""
+    folder = tmp_path_factory.mktemp("run")
+    model = Lucie(LucieConfig(**(TINY | {"vocab_size": 260}), max_position_embeddings=200))
+    tokenizer.save(BYTES, folder / "r.tiktoken")
+    options = TINY | {"vocab_size": 260, "seq_len": 200, "tokenizer": str(folder / "r.tiktoken")}
+    options["rope_theta"] = model.config.rope_theta
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
     optimizer.step()
-    state = {"step": 1, "config": options}
-    checkpoint.save(tmp_path / "checkpoints" / "step0000001", model, optimizer, state)
-    return tmp_path
+    state = {"step": 1, "samples": 4, "tokens": 800, "config": options}
+    checkpoint.save(folder / "checkpoints" / "step0000001", model, optimizer, state)
+    return folder
 
 
-def command(*args):
-    return subprocess.run(
-        [sys.executable, "generate.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """generate.py with these arguments, in this process: (exit code, stdout, stderr)."""
+
+    def call(*args, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        code = generate.command_line(list(map(str, args)))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+FEW = "--max-new-tokens=5"
+
+
+def test_the_prompt_is_echoed_or_not(run, command):
+    code, out, err = command(run, "--prompt", PROMPT.replace("\n", "\\n"), FEW, "--temperature=0")
+    assert code == 0 and out.startswith(PROMPT) and out.endswith("\n")
+    read = len(PROMPT.encode()) + 1
+    assert f"{read} tokens read, 5 generated" in err and "peak memory" in err
+    alone = command(run, "--prompt", PROMPT, FEW, "--temperature=0", "--no-echo")[1]
+    assert PROMPT + alone == out
+
+
+def test_seeds_and_sequences(run, command):
+    args = (run, "--prompt", PROMPT, FEW, "--num-return-sequences=3")
+    first = command(*args, "--seed=1")[1]
+    texts = first.split(PROMPT)[1:]
+    assert len(texts) == 3 and len(set(texts)) > 1
+    assert command(*args, "--seed=1")[1] == first
+    assert command(*args, "--seed=2")[1] != first
+
+
+def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
+    (tmp_path / "whole.txt").write_text("Zwei\nZeilen é", encoding="utf-8")
+    lines = [json.dumps({"prompt": "première"}), "", json.dumps({"prompt": "b\nc", "other": 1})]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    files = [f"--prompt-file={tmp_path / 'whole.txt'}", f"--prompt-file={tmp_path / 'many.jsonl'}"]
+    args = (run, "--prompt=ab", *files, "--prompt-file=-", "--json", "--temperature=0", FEW)
+    code, out, _ = command(*args, "--batch-size=2", stdin="del corazón".encode())
+    found = [Completion(**json.loads(line)) for line in out.splitlines()]
+    assert code == 0
+    assert [x.prompt for x in found] == ["ab", "Zwei\nZeilen é", "première", "b\nc", "del corazón"]
+    for x in found:
+        assert x.prompt_ids == Tokenizer(BYTES).encode(x.prompt)
+        assert len(x.ids) == len(x.logprobs) == 5 or x.finish_reason == "stop"
+        alone = command(run, FEW, "--temperature=0", stdin=x.prompt.encode())[1]
+        assert alone == x.prompt + x.text + "\n"
+
+
+def test_a_lone_completion_streams_what_a_batch_gives(run, command):
+    model, _ = checkpoint.from_run(run)
+    ours = Tokenizer(BYTES)
+    lone = Completion("été", ours.encode("été"))
+    generator = torch.Generator().manual_seed(3)
+    pieces = list(generate.stream(model, ours, lone, 60, Sampling(), generator))
+    _, out, _ = command(run, "--prompt=été", "--json", "--seed=3", "--max-new-tokens=60")
+    batched = Completion(**json.loads(out))
+    assert (lone.text, lone.ids) == (batched.text, batched.ids) and "".join(pieces) == lone.text
+    assert len(pieces) > 5
+
+
+def test_interactive(run, command):
+    """Prompts until the input ends; one that is too long is told, and the next goes on."""
+    typed = f"ab\n\n{'x' * 300}\ncd\n".encode()
+    code, out, err = command(run, "--interactive", FEW, "--temperature=0", stdin=typed)
+    assert code == 0 and out.count("> ") == 5
+    assert err.splitlines() == ["the prompt is empty", "a prompt has 1 to 199 tokens here, not 301"]
+    alone = [
+        command(run, "--prompt", p, FEW, "--no-echo", "--temperature=0")[1] for p in ("ab", "cd")
+    ]
+    assert all(text in out for text in alone)
+
+
+def test_four_bits_are_saved_and_loaded(run, command, tmp_path):
+    common = ("--prompt=ab", "--temperature=0", "--json", "--max-new-tokens=20")
+    code, direct, err = command(
+        run, *common, "--quantize=int4", f"--save-quantized={tmp_path / 'int4'}"
     )
+    assert code == 0, err
+    assert command(tmp_path / "int4", *common)[1] == direct  # with its tokenizer beside it
+    assert command(f"hf:{tmp_path / 'int4'}", *common)[1] == direct
 
 
-@pytest.mark.slow
-def test_command_line(run):
-    args = (run, "--prompt", PROMPT.replace("\n", "\\n"), "--max-new-tokens=5")
-    done = command(*args, "--num-return-sequences=3", "--seed=1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(PROMPT) == 3
-    texts = done.stdout.split(PROMPT)[1:]
-    assert len(set(texts)) > 1  # sequences differ
-    assert command(*args, "--num-return-sequences=3", "--seed=1").stdout == done.stdout
-    assert command(*args, "--num-return-sequences=3", "--seed=2").stdout != done.stdout
+def test_a_hugging_face_folder_brings_its_tokenizer(run, command, tmp_path):
+    model, options = checkpoint.from_run(run)
+    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
+    tokenizer.save_folder(tokenizer.load(options["tokenizer"]), tmp_path / "hf")
+    common = ("--prompt=ab", "--temperature=0", FEW)
+    expected = command(run, *common)[1]
+    assert command(f"hf:{tmp_path / 'hf'}", *common)[1] == expected
+    assert command(tmp_path / "hf", *common)[1] == expected
 
 
 @pytest.mark.parametrize(
@@ -148,19 +137,47 @@ def test_command_line(run):
         (["--prompt=x", "--temperature=-1"], "temperature"),
         (["--prompt=x", "--temperature=nan"], "temperature"),
         (["--prompt=x", "--top-p=0"], "top_p"),
+        (["--prompt=x", "--top-k=300"], "top_k is 0 to the vocabulary's 260, not 300"),
         (["--prompt=x", "--device=abacus"], "device abacus is not to be had"),
         (["--prompt=x", "--max-new-tokens=0"], "max_new_tokens"),
-        (["--prompt=" + "x" * 300], "1 to 199 tokens, not 301"),
+        (["--prompt=" + "x" * 300], "1 to 199 tokens here, not 301"),
+        (["--prompt=a", "--prompt=" + "x" * 300], "1 to 199 tokens here, not 301"),
+        (["--prompt="], "the prompt is empty"),
+        ([], "the prompt is empty"),
         (["--prompt=x", "--tokenizer=none.tiktoken"], "none.tiktoken: No such file"),
+        (["--prompt-file=none.txt"], "none.txt: No such file"),
+        (["--prompt-file=LATIN"], "latin.txt: not UTF-8 at byte 2"),
+        (["--prompt-file=LINES"], "lines.jsonl, line 2: a line is"),
+        (["--prompt=x", "--save-quantized=d"], "--save-quantized needs --quantize"),
+        (["--prompt=x", "--interactive"], "--interactive takes its prompts from you"),
     ],
 )
-def test_bad_arguments_are_one_line(run, args, message):
-    done = command(run, *args)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line(run, command, tmp_path, args, message):
+    (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    places = {"LATIN": tmp_path / "latin.txt", "LINES": tmp_path / "lines.jsonl"}
+    for name, place in places.items():
+        args = [arg.replace(name, str(place)) for arg in args]
+    code, out, err = command(run, *args)
+    assert code == 2 and not out
+    assert message in err and len(err.splitlines()) == 1
 
 
-def test_a_missing_run_is_one_line(tmp_path):
-    done = command(tmp_path / "none", "--prompt=x")
-    assert done.returncode == 2
-    assert "no complete checkpoint" in done.stderr and "Traceback" not in done.stderr
+def test_a_vocabulary_of_another_size_and_a_missing_model(run, command, tmp_path):
+    tokenizer.save(BYTES | {b"ab": 260}, tmp_path / "other.tiktoken")
+    code, _, err = command(run, "--prompt=x", f"--tokenizer={tmp_path / 'other.tiktoken'}")
+    assert code == 2 and "has 261 tokens, the model 260" in err
+    code, _, err = command(tmp_path / "none", "--prompt=x")
+    assert code == 2 and "no complete checkpoint" in err and len(err.splitlines()) == 1
+
+
+def test_as_a_command_of_its_own(run):
+    """Through a shell: text arrives as it is made, Ctrl-C ends it."""
+    args = [sys.executable, "generate.py", str(run), "--prompt=été", "--temperature=0"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        begun = os.read(process.stdout.fileno(), 4)
+        assert begun.decode(errors="replace").startswith("ét")
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) in (0, 130)  # it may have been done
+        assert b"Traceback" not in process.stderr.read()

@@ -1,0 +1,67 @@
+"""A model for use: from a run of ours, a Hugging Face folder, or 4-bit weights, on one device.
+
+Weights arrive tensor by tensor in the dtype they are used in, so that memory is never above the
+model and one tensor more; matrices that are to be 4-bit are packed as they arrive.
+"""
+
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import hf_layout
+import quantize
+from model import Lucie
+from tensor_files import CheckpointError
+
+
+def open_model(
+    source: str, device: str, dtype: torch.dtype, int4: bool = False
+) -> tuple[Lucie, str]:
+    """(model, where its tokenizer lies: for data.tokenizer.load, "" if that is not known).
+
+    source: a run or checkpoint directory, `hf:FOLDER_OR_NAME[@revision]`, or a folder in the
+    Hugging Face layout, ours in 4 bits among them. Raises CheckpointError, before the first weight
+    is read if there is not enough memory.
+    """
+    if source.startswith("hf:"):
+        name, _, revision = source.removeprefix("hf:").partition("@")
+        folder = hf_layout.folder_of(name, revision or None)
+    else:
+        folder = Path(source)
+    config = _config(folder)
+    if "quantization_config" in config:
+        return quantize.load(folder, device), str(folder)
+    if "architectures" in config:
+        architecture, tokenizer = hf_layout.config_of(folder), str(folder)
+        weights = hf_layout.read(folder, architecture)
+    else:
+        newest = checkpoint.latest(folder)
+        if newest is None:
+            raise CheckpointError(f"{source}: no complete checkpoint there")
+        options = checkpoint.read_state(newest)["config"]
+        architecture, tokenizer = checkpoint.architecture(options), options["tokenizer"]
+        weights = checkpoint.read(newest, architecture)
+    if int4:
+        model = quantize.build(architecture, weights, dtype, device, source)
+    else:
+        model = hf_layout.build(architecture, weights, dtype, device, source)
+    return model, tokenizer
+
+
+def _config(folder: Path) -> dict:
+    """The config.json of a folder, or nothing; who needs it will say what is wrong with it."""
+    try:
+        return hf_layout.read_json(folder / "config.json")
+    except CheckpointError:
+        return {}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors took on a GPU, or this process in main memory; 0 if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
