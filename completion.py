@@ -7,7 +7,7 @@ learns of a token while the next step is under way.
 
 Floor of a step: the bytes of the weights and of the keys and values seen, over the bandwidth.
 
-Used by generate.py, eval/ and bench/decode.py.
+Used by generate.py and bench/decode.py.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.tokenizer import EOS, LucieTokenizer, Tokenizer
 from model import KVCache, Lucie
+from tensor_files import available_memory
 
 PREFILL = 2048  # tokens of all prompts in one forward pass: bounds the memory of activations
 
@@ -80,6 +81,10 @@ def complete(
     for completion in found:
         check_prompt(model, completion.prompt, completion.prompt_ids)
     by_length = sorted(found, key=lambda completion: len(completion.prompt_ids))
+    if found:  # the last batch is the largest
+        longest = len(by_length[-1].prompt_ids) + max_new_tokens
+        room = model.config.max_position_embeddings
+        check_room(model, min(batch_size, len(found)), min(longest, room))
     bar = tqdm(total=len(found), unit=" prompts", disable=not progress)
     with bar:
         for start in range(0, len(found), batch_size):
@@ -113,6 +118,18 @@ def check_prompt(model: Lucie, prompt: str, ids: list[int]) -> None:
         raise ValueError(f"a prompt has 1 to {room - 1:,} tokens here, not {len(ids):,}")
 
 
+def check_room(model: Lucie, batch: int, length: int) -> None:
+    """Raises ValueError if the keys and values of so many rows of so many tokens do not fit."""
+    c, embedding = model.config, model.embed_tokens.weight
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * embedding.itemsize
+    need, have = batch * length * row, available_memory(embedding.device)
+    if have and need > have:
+        raise ValueError(
+            f"{batch} x {length:,} tokens: their keys and values take {need / 1e9:.1f} GB and "
+            f"{have / 1e9:.1f} are free; fewer at a time, or shorter ones"
+        )
+
+
 @torch.no_grad()
 def decode(
     model: Lucie,
@@ -125,7 +142,8 @@ def decode(
     go on: up to `</s>`, which is yielded, max_new_tokens, or the end of the context.
 
     The cache has the dtype of the embedding. Raises ValueError for a prompt that is empty or too
-    long, a number below 1, or a sampling that is none.
+    long, a number below 1, a sampling that is none, or keys and values that memory has no room for.
+    A GPU must be the current one, for it is where a graph is captured.
     """
     room = model.config.max_position_embeddings
     sampling.check(model.config.vocab_size)
@@ -137,6 +155,7 @@ def decode(
     left = [min(max_new_tokens, room - len(prompt)) for prompt in prompts]  # of each row
     length = max(len(prompt) + more for prompt, more in zip(prompts, left))
     embedding = model.embed_tokens.weight
+    check_room(model, len(prompts), length)
     cache = KVCache(model.config, len(prompts), length, embedding.device, embedding.dtype)
     logits = prefill(model, prompts, cache)
     step = _captured(model, cache) if embedding.is_cuda else _plain(model, cache)
@@ -182,6 +201,9 @@ def sample(
     `[B, vocab_size]`. Nothing here waits for the device."""
     if sampling.temperature < 1e-5:  # dividing by less overflows; the likeliest has it all anyway
         ids = logits.argmax(-1, keepdim=True)
+    elif not sampling.top_k and sampling.top_p == 1:
+        likely = (logits / sampling.temperature).softmax(-1)
+        ids = torch.multinomial(likely, 1, generator=generator)
     else:
         likely, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
         if sampling.top_k:
@@ -216,7 +238,7 @@ def _captured(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
     torch.cuda.current_stream().wait_stream(aside)
     cache.positions.copy_(before)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside):  # one stream, one workspace of the library
         logits = run(ids)
     cache.length = length
 

@@ -66,7 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     where = parser.add_argument_group("the model in memory")
     where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     where.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: bfloat16 on a GPU, else float32; a folder of 4-bit weights has its own",
     )
     where.add_argument("--quantize", choices=("int4",), help="matrices in 4 bits")
     where.add_argument("--save-quantized", metavar="DIR", help="write those to a folder")
@@ -79,8 +81,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError("--save-quantized needs --quantize int4")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
         raise ValueError("--interactive takes its prompts from you: no --prompt, no --json")
+    if args.save_quantized:
+        folder = Path(args.save_quantized)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"{folder}: there is something of this name already")
     try:
         torch.empty(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {args.device} is not to be had here") from None
     return args
@@ -97,7 +105,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if not file.endswith(".jsonl"):
             prompts.append(text)
             continue
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             try:
                 prompt = json.loads(line)["prompt"] if line.strip() else None
             except (ValueError, KeyError, TypeError):
@@ -183,9 +191,13 @@ def main(argv: list[str]) -> None:
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty")
+        if not prompt.isascii():
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"not valid Unicode: the prompt {prompt[:60]!a}") from None
 
-    default = "bfloat16" if args.device.startswith("cuda") else "float32"
-    dtype = getattr(torch, args.dtype or default)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     model, source = open_model(args.model, args.device, dtype, args.quantize == "int4")
     source = args.tokenizer or source
     if not source:
@@ -242,6 +254,9 @@ def command_line(argv: list[str]) -> int:
     """main, with errors as one line; the exit code."""
     try:
         main(argv)
+    except torch.OutOfMemoryError as error:
+        print(f"generate.py: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 2
     except (CheckpointError, TokenizerError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from tensor_files import (
     DTYPES,
     CheckpointError,
     Entry,
+    available_memory,
     read_header,
     read_tensor,
     reason,
@@ -337,14 +338,3 @@ def build(
     model.to_empty(device=device)
     fill(model, weights)
     return model
-
-
-def available_memory(device: torch.device) -> int:
-    """Free bytes of a GPU or of main memory; 0 where that cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        facts = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1]
-        return 1024 * int(facts.split()[0])
-    except (OSError, IndexError):
-        return 0

@@ -16,12 +16,13 @@ from tensor_files import CheckpointError
 
 
 def open_model(
-    source: str, device: str, dtype: torch.dtype, int4: bool = False
+    source: str, device: str, dtype: torch.dtype | None = None, int4: bool = False
 ) -> tuple[Lucie, str]:
     """(model, where its tokenizer lies: for data.tokenizer.load, "" if that is not known).
 
     source: a run or checkpoint directory, `hf:FOLDER_OR_NAME[@revision]`, or a folder in the
-    Hugging Face layout, ours in 4 bits among them. Raises CheckpointError, before the first weight
+    Hugging Face layout, ours in 4 bits among them. dtype: None is bfloat16 on a GPU, else float32,
+    and what a 4-bit folder was written in. Raises CheckpointError, before the first weight
     is read if there is not enough memory.
     """
     if source.startswith("hf:"):
@@ -31,7 +32,12 @@ def open_model(
         folder = Path(source)
     config = _config(folder)
     if "quantization_config" in config:
-        return quantize.load(folder, device), str(folder)
+        model = quantize.load(folder, device)
+        if dtype not in (None, model.embed_tokens.weight.dtype):
+            kept = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{source}: its 4-bit weights are for {kept}, no other dtype")
+        return model, str(folder)
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     if "architectures" in config:
         architecture, tokenizer = hf_layout.config_of(folder), str(folder)
         weights = hf_layout.read(folder, architecture)

@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import tokenizer as tokenizers
 from hf_export import config_json
-from hf_layout import available_memory, config_of, files_of, read_json, reason
+from hf_layout import config_of, files_of, read_json, reason
 from kernels.int4_linear import GROUP, int4_linear, pack
 from model import Lucie, LucieConfig
-from tensor_files import CheckpointError, new_folder, shards, size_of
+from tensor_files import CheckpointError, available_memory, new_folder, shards, size_of, write
 
 METHOD = "nanolucie_int4"
 
@@ -179,7 +178,7 @@ def save(model: Lucie, folder: str | Path, tokenizer: tokenizers.Tokenizer | Non
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             if len(files) == 1:
                 file = "model.safetensors"
-            save_file({n: state[n].contiguous() for n in part}, unfinished / file)
+            write(unfinished / file, part, (state[name] for name in part), {"format": "pt"})
             weight_map |= dict.fromkeys(part, file)
         if len(files) > 1:
             index = {"metadata": {"total_size": size_of(entries)}, "weight_map": weight_map}

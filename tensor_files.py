@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# uint8 holds packed weights: written here, no weight of a model that is read
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 CHUNK = 1 << 20  # bytes converted, hashed and written at a time, while they are in the cache
 SHARD_BYTES = 5 * 10**9 - CHUNK  # of the tensors of a file; the header has the rest
 
@@ -226,3 +227,22 @@ def sync_directory(path: Path) -> None:
 def reason(error: BaseException) -> str:
     """The first line of what went wrong."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes of a GPU or of main memory, for this process; 0 where that cannot be known."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        facts = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1]
+        free = 1024 * int(facts.split()[0])
+    except (OSError, IndexError):
+        return 0
+    try:  # of a job or container that has a limit of its own
+        group = Path("/sys/fs/cgroup", *Path("/proc/self/cgroup").read_text().split("::/")[1:2])
+        group = Path(str(group).strip())
+        limit, used = ((group / f"memory.{n}").read_text() for n in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no limit reads "max"
+        return free

@@ -1,6 +1,6 @@
 """Speed and memory of decoding against transformers and bitsandbytes, in one run on this machine.
 
-    python -m bench.decode [--batch 1 16] [--prompt 512] [--new 128] [--out FILE]
+    python -m bench.decode [--batch 1 16] [--prompt 1920] [--new 128] [--out FILE]
     python -m bench.decode --layers 4 --hidden 512 --vocab 4096    # a size for a CPU
 
 A Lucie of random weights (by default the 7B), greedy, in bf16 on a GPU and fp32 on a CPU:
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
         prog="bench.decode", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--prompt", type=int, default=512, help="tokens before the first new one")
+    parser.add_argument("--prompt", type=int, default=1920, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=128, help="tokens timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32)
@@ -259,6 +259,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
+    if args.device not in ("cpu", "cuda"):
+        raise ValueError(f"device is cpu or cuda, not {args.device}")
     heads = args.hidden // 128
     if args.hidden % 128 or min(args.batch + [args.prompt, args.new, args.rounds, args.layers]) < 1:
         raise ValueError("hidden is a multiple of 128, and every other number 1 or more")

@@ -54,9 +54,9 @@ def assert_as_good(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
     """Our error against fp64 is at most twice that of plain torch in the same dtype."""
     assert ours.dtype == eager.dtype and ours.shape == exact.shape
     # Of few elements plain torch may happen to hit all; the more there are, the less it can. How
-    # well it does in fp32 differs between processors too: under its epsilon all are equally good.
+    # well it does in fp32 differs between processors too: a few of its epsilons are rounding.
     floor = torch.finfo(eager.dtype).eps / max(exact.numel(), 1) ** 0.5
-    floor += torch.finfo(torch.float32).eps
+    floor += 8 * torch.finfo(torch.float32).eps
     assert relative_error(ours, exact) <= 2 * relative_error(eager, exact) + floor
 
 

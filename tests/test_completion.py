@@ -8,6 +8,7 @@ from conftest import TINY
 
 import checkpoint
 import completion
+import quantize
 from completion import Sampling, complete, decode, sample
 from data.tokenizer import EOS, Tokenizer
 from model import KVCache, Lucie, LucieConfig
@@ -63,8 +64,10 @@ def test_a_batch_of_unequal_prompts_equals_recomputing_each_alone(model, monkeyp
     assert len(ids[4]) == 5 and len(ids[0]) > 5
 
 
-def test_greedy_equals_transformers_over_200_tokens(tmp_path):
+def test_greedy_equals_transformers_over_200_tokens(tmp_path, monkeypatch):
+    """Cached, prompts in chunks of 64 columns, of different lengths in one batch."""
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(completion, "PREFILL", 256)
     torch.manual_seed(0)
     sizes = TINY | {"vocab_size": 260, "rope_theta": 2e7, "max_position_embeddings": 500}
     model = Lucie(LucieConfig(**sizes))
@@ -118,6 +121,20 @@ def test_completions_come_in_the_order_of_their_prompts(model):
         assert x.ids == [i for i in expected if i != EOS] and len(x.logprobs) == len(x.ids)
         assert x.prompt + x.text == BYTES.decode(x.prompt_ids + x.ids)
     assert complete(model, BYTES, []) == []
+
+
+def test_too_little_memory_is_known_before_anything_is_computed(model, monkeypatch):
+    monkeypatch.setattr(completion, "available_memory", lambda device: 100_000)
+    monkeypatch.setattr(completion, "prefill", None)
+    with pytest.raises(ValueError, match=r"2 x 210 tokens: their keys and values take 0.0 GB"):
+        complete(model, BYTES, ["a", "b" * 9], 200)
+    with pytest.raises(ValueError, match="1 x 202 tokens"):
+        next(decode(model, [[0, 5]], 200))
+    size = 2 * 202 * model.config.num_hidden_layers * 2 * 16 * 4  # rows of k and v, fp32
+    monkeypatch.setattr(completion, "available_memory", lambda device: size)
+    completion.check_room(model, 1, 202)
+    with pytest.raises(ValueError):
+        completion.check_room(model, 1, 203)
 
 
 def test_the_same_seed_gives_the_same_text(model):
@@ -214,17 +231,43 @@ def test_a_cache_grows_by_rows(model):
     assert cache.positions.tolist() == [8, 35]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_captured_step_is_the_plain_one(monkeypatch):
-    """64 steps of a CUDA graph against the same steps launched one by one."""
+def model_on_a_gpu(int4):
     sizes = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, vocab_size=260)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05)
     model = Lucie(LucieConfig(**sizes, max_position_embeddings=400)).to("cuda", torch.bfloat16)
-    prompts = [BYTES.encode("a" * n) for n in (1, 70, 200)]
-    captured = rows(model, prompts, 64, GREEDY)
+    return quantize.quantize_(model) if int4 else model
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 20])  # 20 rows of 4-bit products unpack
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 50, 0.9)])
+def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
+    """64 steps of a CUDA graph against the same steps launched one by one."""
+    model = model_on_a_gpu(int4)
+    prompts = [BYTES.encode("a" * n) for n in (70, 1, 200, *range(2, 19))[:batch]]
+
+    def run():
+        return rows(model, prompts, 64, sampling, torch.Generator("cuda").manual_seed(1))
+
+    captured = run()
     monkeypatch.setattr(completion, "_captured", completion._plain)
-    assert captured == rows(model, prompts, 64, GREEDY)
+    assert captured == run()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("int4", [False, True])
+def test_batch_after_batch_takes_no_more_memory(int4):
+    model, held = model_on_a_gpu(int4), []
+    for _ in range(40):
+        complete(model, BYTES, ["a", "b" * 40], 8, GREEDY)
+        held.append(torch.cuda.memory_allocated())
+    assert held[2] == held[-1]
 
 
 def test_the_host_side_of_a_captured_step(model, monkeypatch):
@@ -252,7 +295,7 @@ def test_the_host_side_of_a_captured_step(model, monkeypatch):
             logits.copy_(run(ids))
 
     @contextmanager
-    def capture(graph):
+    def capture(graph, stream):
         capturing.append(True)
         yield
         capturing.clear()

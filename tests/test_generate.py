@@ -72,14 +72,21 @@ def test_seeds_and_sequences(run, command):
 
 def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
     (tmp_path / "whole.txt").write_text("Zwei\nZeilen é", encoding="utf-8")
-    lines = [json.dumps({"prompt": "première"}), "", json.dumps({"prompt": "b\nc", "other": 1})]
+    raw = json.dumps({"prompt": "b\nc\u2028d", "other": 1}, ensure_ascii=False)
+    lines = [json.dumps({"prompt": "première"}), "", raw]
     (tmp_path / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
     files = [f"--prompt-file={tmp_path / 'whole.txt'}", f"--prompt-file={tmp_path / 'many.jsonl'}"]
     args = (run, "--prompt=ab", *files, "--prompt-file=-", "--json", "--temperature=0", FEW)
     code, out, _ = command(*args, "--batch-size=2", stdin="del corazón".encode())
     found = [Completion(**json.loads(line)) for line in out.splitlines()]
     assert code == 0
-    assert [x.prompt for x in found] == ["ab", "Zwei\nZeilen é", "première", "b\nc", "del corazón"]
+    assert [x.prompt for x in found] == [
+        "ab",
+        "Zwei\nZeilen é",
+        "première",
+        "b\nc\u2028d",
+        "del corazón",
+    ]
     for x in found:
         assert x.prompt_ids == Tokenizer(BYTES).encode(x.prompt)
         assert len(x.ids) == len(x.logprobs) == 5 or x.finish_reason == "stop"
@@ -119,6 +126,8 @@ def test_four_bits_are_saved_and_loaded(run, command, tmp_path):
     assert code == 0, err
     assert command(tmp_path / "int4", *common)[1] == direct  # with its tokenizer beside it
     assert command(f"hf:{tmp_path / 'int4'}", *common)[1] == direct
+    code, _, err = command(tmp_path / "int4", *common, "--dtype=bfloat16")
+    assert code == 2 and "4-bit weights are for float32" in err
 
 
 def test_a_hugging_face_folder_brings_its_tokenizer(run, command, tmp_path):
@@ -149,13 +158,17 @@ def test_a_hugging_face_folder_brings_its_tokenizer(run, command, tmp_path):
         (["--prompt-file=LATIN"], "latin.txt: not UTF-8 at byte 2"),
         (["--prompt-file=LINES"], "lines.jsonl, line 2: a line is"),
         (["--prompt=x", "--save-quantized=d"], "--save-quantized needs --quantize"),
+        (["--quantize=int4", "--save-quantized=tests"], "tests: there is something of this name"),
+        (["--prompt=a", "--prompt-file=HALF"], "not valid Unicode: the prompt 'x\\ud83d'"),
         (["--prompt=x", "--interactive"], "--interactive takes its prompts from you"),
     ],
 )
 def test_bad_input_is_one_line(run, command, tmp_path, args, message):
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "lines.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
-    places = {"LATIN": tmp_path / "latin.txt", "LINES": tmp_path / "lines.jsonl"}
+    (tmp_path / "half.jsonl").write_text('{"prompt": "x\\ud83d"}')
+    places = {name.upper(): tmp_path / f"{name}.jsonl" for name in ("lines", "half")}
+    places["LATIN"] = tmp_path / "latin.txt"
     for name, place in places.items():
         args = [arg.replace(name, str(place)) for arg in args]
     code, out, err = command(run, *args)
