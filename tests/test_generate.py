@@ -78,7 +78,7 @@ def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
     files = [f"--prompt-file={tmp_path / 'whole.txt'}", f"--prompt-file={tmp_path / 'many.jsonl'}"]
     args = (run, "--prompt=ab", *files, "--prompt-file=-", "--json", "--temperature=0", FEW)
     code, out, _ = command(*args, "--batch-size=2", stdin="del corazón".encode())
-    found = [Completion(**json.loads(line)) for line in out.splitlines()]
+    found = [Completion(**json.loads(line)) for line in out.rstrip("\n").split("\n")]
     assert code == 0
     assert [x.prompt for x in found] == [
         "ab",
