@@ -25,7 +25,8 @@ ALLOWED = {
     },
     "quantize": {"model", "kernels", "data", "hf_layout", "hf_export", "tensor_files"},
     "loading": {"model", "hf_layout", "quantize", "checkpoint", "tensor_files"},
-    "completion": {"model", "data"},
+    "start": {"checkpoint", "config", "data", "hf_layout", "model", "parallel"},
+    "completion": {"model", "data", "tensor_files"},
 }  # fmt: skip
 LEAVES = {"train", "generate", "eval", "bench"}
 

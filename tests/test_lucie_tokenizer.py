@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from text_cases import code_points, hard_strings, lucie_json
 
 from data.lucie_tokenizer import LucieTokenizer
@@ -94,6 +96,12 @@ def test_ids_and_texts_of_5000_hard_strings(pair):
     pair.check_ids(strings)
     for text in strings:
         pair.check_text(pair.ours.encode(text))
+
+
+@given(st.text())
+@settings(max_examples=1000)
+def test_any_text(best, text):
+    check_all(best, [text])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import parallel
+import start
 import train
 from config import Config
 from model import Lucie, LucieConfig
@@ -145,7 +146,7 @@ def test_nothing_is_left_uninitialised(alone, way):
     for tensor in (*model.parameters(), *model.buffers()):
         assert not tensor.is_meta
         parallel.local_rows(tensor)[0].fill_(torch.nan)
-    train.fill(model, None, None, False, Config(seed=3), 0)
+    start.fill(model, None, None, False, Config(seed=3), 0)
     whole = Lucie(model.config, seed=3)
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
         assert torch.equal(parallel.local_rows(ours)[0], theirs), name
