@@ -204,7 +204,10 @@ def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | N
         held_out = read_share(Mixture(config.validation, *common), samples, size, rank, world)
         if held_out.error:
             raise held_out.error
-    return Mixture(config.mixture, *common), held_out
+    mixture = Mixture(config.mixture, *common, partial=config.partial)
+    if mixture.missing and rank == 0:
+        print(f"{config.mixture}: trained without {', '.join(mixture.missing)}", file=sys.stderr)
+    return mixture, held_out
 
 
 def build_model(

@@ -61,6 +61,7 @@ class Config:
     # --- data ------------------------------------------------------------------------------------
     tokenizer: str = ""  # ranks file (data/tokenizer.py), checked against vocab_size; "": none
     mixture: str = "data/mixtures/pretraining.csv"  # CSV: name, path, weight or epochs
+    partial: bool = False  # train on those sources of the mixture whose files are there
     validation: str = ""  # CSV of held-out streams; "": no validation loss
     seq_len: int = 4096  # tokens in a sample, and positions of the model
 

@@ -13,6 +13,12 @@ sample 762,000,000 is found as fast as sample 0. Three steps lead from i to its 
 
 Streams are in Megatron's indexed format: `NAME.bin` holds the tokens of all documents back to back,
 `NAME.idx` their type and the documents' lengths. Files made for Megatron, GPT-NeoX or NeMo load.
+
+To look at the data (see data/inspection.py; data/mixture.py shows a mixture's shares and epochs):
+
+    python -m data.dataset show MIXTURE --sample 12345 --tokenizer ranks.tiktoken
+    python -m data.dataset verify MIXTURE --tokenizer ranks.tiktoken
+    python -m data.dataset count MIXTURE
 """
 
 import csv
@@ -43,7 +49,8 @@ class TokenStream:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        idx, self.bin = Path(f"{path}.idx"), Path(f"{path}.bin")
+        self.idx, self.bin = stream_files(path)
+        idx = self.idx
         for file in (idx, self.bin):
             if not file.is_file():
                 raise DataError(f"{file}: no such file (python -m data.prepare makes it)")
@@ -64,10 +71,14 @@ class TokenStream:
                 length = int.from_bytes(f.read(4), "little")
                 f.seek(HEADER.size + 4 * count + 8 * (count - 1))
                 end = int.from_bytes(f.read(8), "little") + length * self.dtype.itemsize
+        if not boundaries:
+            raise DataError(f"{idx}: lists no documents")
         size = self.bin.stat().st_size
         if size < end:
             raise DataError(f"{self.bin}: truncated, {size:,} bytes where its index says {end:,}")
         self.tokens = end // self.dtype.itemsize
+        # Megatron may cut a document into sequences; data.prepare makes one of each.
+        self.sequences, self.documents = count, boundaries - 1
 
     def read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
         """Tokens start .. start + count as int64 `[count]`, all checked to be under vocab_size."""
@@ -87,6 +98,11 @@ class TokenStream:
         return tokens.astype(np.int64)
 
 
+def stream_files(path: str | Path) -> tuple[Path, Path]:
+    """The index and the tokens of the stream `path`."""
+    return Path(f"{path}.idx"), Path(f"{path}.bin")
+
+
 class Sample(NamedTuple):
     source: int  # index into Mixture.names
     epoch: int  # how often the whole source was seen before
@@ -100,16 +116,26 @@ class Mixture:
     instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
     `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
 
+    A source whose column order says `file` is read from the first sample to the last, epoch after
+    epoch: a stream sorted by year is then seen with ascending years, as Lucie saw RedPajama and
+    FineWebEdu. `shuffled`, or nothing, is the permutation.
+
+    A source without files raises DataError; if partial, it is left out, `missing` names it, and the
+    weights of the others are scaled up.
+
     Of the first n samples, whatever n is, the number taken from a source differs from its exact
     share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources, so never by
     more than one from the nearest whole number.
     """
 
-    def __init__(self, path: str | Path, seq_len: int, seed: int, vocab_size: int) -> None:
+    def __init__(
+        self, path: str | Path, seq_len: int, seed: int, vocab_size: int, partial: bool = False
+    ) -> None:
         self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
-        self.names, self.streams, self.weights = [], [], []
-        for row in _read_csv(Path(path)):
-            stream = TokenStream(Path(path).parent / row["path"])
+        self.names, self.streams, self.weights, self.in_file_order = [], [], [], []
+        rows, self.missing = present_rows(path, partial)
+        for row in rows:
+            stream = TokenStream(row["path"])
             if stream.tokens <= seq_len:
                 raise DataError(
                     f"{stream.bin}: {stream.tokens:,} tokens are too few for one sample of "
@@ -117,6 +143,7 @@ class Mixture:
                 )
             self.names.append(row["name"])
             self.streams.append(stream)
+            self.in_file_order.append(row["order"] == "file")
             weight = row["weight"]
             self.weights.append(row["epochs"] * stream.tokens if weight is None else weight)
         total = sum(self.weights)
@@ -133,12 +160,19 @@ class Mixture:
         """Where sample i comes from."""
         source, rank = descend(self._tree, i)
         epoch, position = divmod(rank, self.lengths[source])
+        if self.in_file_order[source]:
+            return Sample(source, epoch, position)
         key = f"{self.seed} {self.names[source]} {epoch}"
         return Sample(source, epoch, permute(position, self.lengths[source], key))
 
     def fingerprint(self) -> str:
-        """A digest of what decides the samples: names, weights and sizes of the sources."""
-        parts = [(n, w, s.tokens) for n, w, s in zip(self.names, self.weights, self.streams)]
+        """A digest of what decides the samples: names, weights, sizes and orders of the sources."""
+        parts = [
+            (name, weight, stream.tokens) + (("file",) if in_file_order else ())
+            for name, weight, stream, in_file_order in zip(
+                self.names, self.weights, self.streams, self.in_file_order
+            )
+        ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def deviation(self) -> float:
@@ -146,8 +180,37 @@ class Mixture:
         return max(_deviations(self._tree, 0.0).values())
 
 
-def _read_csv(path: Path) -> list[dict]:
-    """Rows with name and path, and weight or else epochs as a number (the other one None)."""
+def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], list[str]]:
+    """(the rows of a mixture whose streams have their files, the names of the others).
+
+    Raises DataError if there are others and not partial, or if nothing is there.
+    """
+    rows = read_rows(path)
+    absent = [file for row in rows for file in stream_files(row["path"]) if not file.is_file()]
+    present = [row for row in rows if not {*stream_files(row["path"])} & {*absent}]
+    missing = [row["name"] for row in rows if row not in present]
+    if not missing or (partial and present):
+        return present, missing
+    hint = "python -m data.prepare makes them"
+    if len(missing) > 5:
+        hint += f", python -m data.mixture show {path} names all"
+    if present:
+        hint += "; --partial, in training --partial=true, does without"
+    if len(absent) == 1:
+        raise DataError(f"{absent[0]}: no such file ({hint})")
+    names = ", ".join(missing[:5])
+    if len(missing) > 5:
+        names += f" and {len(missing) - 5} more"
+    raise DataError(f"{path}: {len(missing)} of {len(rows)} sources lack files: {names} ({hint})")
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The sources of a mixture with a weight or epochs over 0.
+
+    A row has name; path, found from the CSV's folder; weight or else epochs as a number, the other
+    one None; order, `shuffled` or `file`; and what else the CSV has, as text.
+    """
+    path = Path(path)
     try:
         with open(path, encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
@@ -167,7 +230,11 @@ def _read_csv(path: Path) -> list[dict]:
             value = -1.0
         if not 0 <= value < float("inf") or not row["path"]:
             raise DataError(f"{path}, line {line}: needs a path and a {kind} of 0 or more")
+        order = row.get("order") or "shuffled"
+        if order not in ("shuffled", "file"):
+            raise DataError(f"{path}, line {line}: order is shuffled or file, not {order}")
         if value:
+            row |= {"path": path.parent / row["path"], "order": order}
             out.append({"weight": None, "epochs": None} | row | {kind: value})
     if len({row["name"] for row in out}) < len(out) or not out:
         raise DataError(f"{path}: needs at least one source, each with a name of its own")
@@ -221,6 +288,14 @@ def descend(tree: Node | Leaf, i: int) -> tuple[int, int]:
     return tree.source, i
 
 
+def drawn(tree: Node | Leaf, n: int) -> dict[int, int]:
+    """How many of the first n samples each source gets: one rounding a node, whatever n is."""
+    if type(tree) is Leaf:
+        return {tree.source: n}
+    left = int(tree.p * n + 0.5)
+    return drawn(tree.left, left) | drawn(tree.right, n - left)
+
+
 def _deviations(tree: Node | Leaf, at_node: float) -> dict[int, float]:
     """Bound per source. A child with share p: p * (deviation of its parent) + 1/2 for rounding."""
     if type(tree) is Leaf:
@@ -255,3 +330,9 @@ def _mix(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
+
+
+if __name__ == "__main__":
+    from data import inspection
+
+    inspection.main()

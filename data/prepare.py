@@ -1,39 +1,48 @@
 """From raw text to token streams.
 
-    python -m data.prepare tokens FILES... --tokenizer ranks.tiktoken --out data/mine/fr
-    python -m data.prepare tokenizer FILES... --vocab-size 65024 --out ranks.tiktoken
+    python -m data.prepare tokens INPUTS... --tokenizer ranks.tiktoken --out data/mine/fr
+    python -m data.prepare tokenizer INPUTS... --vocab-size 65024 --out ranks.tiktoken
     python -m data.prepare demo --out out/demo_data
 
-FILES are folders, .txt (one document), .jsonl or .jsonl.gz (one JSON object with a "text" a line).
-`tokens` writes OUT.bin and OUT.idx (see data/dataset.py), each document as `<s> text </s>`; with
---validation 0.01, one document in a hundred goes to OUT.valid.bin and .idx instead. `demo` makes
-the corpus, vocabulary and mixtures of `make demo` without any network.
+INPUTS are files, globs and folders of .txt, .md, .jsonl and .json, each also as .gz or .zst, and of
+.parquet and .arrow (see data/reading.py). `tokens` writes OUT.bin and OUT.idx (see
+data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`, and a report,
+OUT.json. Documents held out by --validation go to OUT.valid instead; --split-by language makes
+streams OUT.fr, OUT.en ...; --split-length 4096 makes OUT.short and OUT.long, together OUT.fr.short
+and OUT.fr.long.valid. A run that is cut short goes on where it was by the same command. `demo`
+makes the corpus, vocabulary and mixtures of `make demo` without any network.
 """
 
 import argparse
 import csv
-import gzip
 import hashlib
-import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from itertools import tee
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data import bpe_training, demo_corpus, tokenizer
-from data.dataset import DTYPES, HEADER, MAGIC, DataError
-from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
+from data.cleaning import RULES
+from data.dataset import DataError
+from data.reading import find_files, place, read_documents
+from data.stream_writer import Parts, StreamWriter, write_json
+from data.tokenizer import LucieTokenizer, TokenizerError
+from data.workers import AnyTokenizer, Document, LeftOut, Options, process, read_batches
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+PART = 1 << 26  # bytes of input after which a part is finished and kept
+ERRORS = 100  # listed in the report; all are counted
+STREAMS = 1000  # that one run may write
+REASONS = ("error", "empty", "short", "duplicate")  # for leaving a document out
+DEFAULTS = Options()
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
-AnyTokenizer = Tokenizer | LucieTokenizer
 DEMO_VOCAB_SIZE = 4096
 # Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
 # mathematics, science, encyclopedia and dialogue of the real one.
@@ -48,140 +57,204 @@ DEMO_MIXTURES = {
 }
 
 
-class StreamWriter:
-    """Writes PATH.bin and PATH.idx in Megatron's indexed format, complete or not at all."""
-
-    def __init__(self, path: str | Path, vocab_size: int) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # uint16 holds ids to 65,535; past that Megatron's own choice is int32.
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 65_535 else np.int32)
-        self.lengths: list[int] = []
-        self._bin = open(f"{path}.bin.tmp", "wb")
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document."""
-        self._bin.write(tokens.astype(self.dtype).tobytes())
-        self.lengths.append(len(tokens))
-
-    def __enter__(self) -> "StreamWriter":
-        return self
-
-    def __exit__(self, failed: type | None, *_: object) -> None:
-        try:
-            with self._bin as f:
-                f.flush()
-                os.fsync(f.fileno())
-            if not failed:
-                self._finish()
-        finally:
-            for suffix in (".bin.tmp", ".idx.tmp"):
-                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        count = len(self.lengths)
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        with open(f"{self.path}.idx.tmp", "wb") as f:
-            f.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
-            f.write(np.array(self.lengths, np.int32).tobytes())
-            f.write(np.concatenate(([0], ends[:-1])).astype(np.int64).tobytes())
-            f.write(np.arange(count + 1, dtype=np.int64).tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-        # Never an old index beside new tokens: without its index a stream is not there.
-        Path(f"{self.path}.idx").unlink(missing_ok=True)
-        os.replace(f"{self.path}.bin.tmp", f"{self.path}.bin")
-        os.replace(f"{self.path}.idx.tmp", f"{self.path}.idx")
-
-
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The text files named or found in folders, in a fixed order."""
-    files = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
-        elif path.is_file() and path.name.endswith(SUFFIXES):
-            files.append(path)
-        else:
-            raise DataError(f"{path}: not a folder nor a {', '.join(SUFFIXES)} file")
-    return files
-
-
-def read_documents(files: Iterable[Path], progress: tqdm | None = None) -> Iterator[str]:
-    """The texts of the files, one by one. Raises DataError with file and line for a bad one."""
-    for path in files:
-        with open(path, "rb") as raw:
-            opened = gzip.open(raw) if path.suffix == ".gz" else raw
-            lines = [opened.read()] if path.suffix == ".txt" else opened
-            done = 0
-            for number, line in enumerate(_readable(lines, path), start=1):
-                try:
-                    text = line.decode("utf-8")
-                    if path.suffix != ".txt":
-                        text = json.loads(text)["text"] if text.strip() else ""
-                except (ValueError, KeyError, TypeError) as error:
-                    reason = "no text field" if isinstance(error, (KeyError, TypeError)) else error
-                    raise DataError(f"{path}, line {number}: {reason}") from None
-                if not isinstance(text, str):
-                    raise DataError(f"{path}, line {number}: its text is not a string")
-                yield text
-                if progress is not None:
-                    progress.update(raw.tell() - done)
-                    done = raw.tell()
-
-
-def _readable(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from lines
-    except (OSError, EOFError) as error:  # a broken or truncated gzip file
-        raise DataError(f"{path}: {error}") from None
-
-
 def tokenize(
-    documents: Iterable[str],
+    files: list[Path],
     encoder: AnyTokenizer,
     out: str | Path,
-    validation: float = 0.0,
+    options: Options = DEFAULTS,
     workers: int = 1,
-) -> dict[str, int]:
-    """Write the documents to the stream `out`, and a share of them to `out.valid`.
+    on_error: str = "stop",
+    part_size: int = PART,
+) -> dict:
+    """Write the documents of the files to the streams `out`..., and return what OUT.json says.
 
-    Returns counts: documents, tokens, empty (skipped), validation (documents held out). Which
-    document is held out depends on its text alone. The order of documents, and so every byte
-    written, is the same for any number of workers.
+    Work is cut into parts of part_size bytes of input, kept in OUT.parts until all are joined, so
+    a run that was cut short goes on from its last part. Every byte written is the same for any
+    number of workers and of interruptions. Raises DataError for a document that cannot be read,
+    unless on_error is "skip".
+    Memory: a part, a few batches for each worker, one document; 4 bytes a document when joining.
     """
-    if not 0 <= validation < 1:
-        raise DataError(f"validation is a share from 0 to under 1, not {validation}")
-    counts = {"documents": 0, "tokens": 0, "empty": 0, "validation": 0}
-    with ExitStack() as streams:
-        writers = {"train": streams.enter_context(StreamWriter(out, encoder.vocab_size))}
-        if validation:
-            held_out = StreamWriter(f"{out}.valid", encoder.vocab_size)
-            writers["validation"] = streams.enter_context(held_out)
-        for part, tokens in _encode_all(documents, encoder, validation, workers):
-            if part == "empty":
-                counts["empty"] += 1
-                continue
-            writers[part].add(tokens)
-            counts["documents"] += 1
-            counts["tokens"] += len(tokens)
-            counts["validation"] += part == "validation"
-        for part, writer in writers.items():
-            if not writer.lengths:
-                raise DataError(f"{out}: no document for {part}: the corpus is empty or too small")
-    return counts
+    if not 0 <= options.validation < 1:
+        raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
+    out = Path(out)
+    report = Path(f"{out}.json")
+    files = [file for file in files if file.absolute() != report.absolute()]
+    parts = Parts(Path(f"{out}.parts"), _describe(files, encoder, options, part_size))
+    if parts.begun_anew:
+        print(f"{parts.folder}: inputs or options are others now; begun anew", file=sys.stderr)
+    elif parts.records:
+        print(f"{parts.folder}: {len(parts.records)} parts are done; going on", file=sys.stderr)
+    try:
+        for record in parts.records:
+            _stop_at(record["errors"], on_error)
+        _make_parts(parts, files, encoder, options, workers, on_error, part_size)
+        report.unlink(missing_ok=True)
+        summary = _join(parts, encoder, out, options)
+    except DataError:
+        if not parts.records:
+            parts.remove()
+        raise
+    write_json(report, summary)
+    parts.remove()
+    return summary
 
 
-def _encode_all(
-    documents: Iterable[str], encoder: AnyTokenizer, validation: float, workers: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    read, texts = tee(documents)  # texts: those read ahead
-    for tokens, text in zip(encoder.encode_batch(read, workers), texts):
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        part = "empty" if not text.strip() else "validation" if share < validation else "train"
-        yield part, tokens
+def _describe(files: list[Path], encoder: AnyTokenizer, options: Options, part_size: int) -> dict:
+    """All that the parts depend on."""
+    ranks = encoder.source if isinstance(encoder, LucieTokenizer) else repr(encoder.ranks).encode()
+    stats = [(str(file), file.stat()) for file in files]
+    return {
+        "format": 1,
+        "options": asdict(options),
+        "part_size": part_size,
+        "tokenizer": hashlib.sha256(ranks).hexdigest(),
+        "files": [[ascii(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
+
+
+def _make_parts(
+    parts: Parts,
+    files: list[Path],
+    encoder: AnyTokenizer,
+    options: Options,
+    workers: int,
+    on_error: str,
+    part_size: int,
+) -> None:
+    start, seen, streams = (0, 0, 0), set(), set()
+    for number, record in enumerate(parts.records):
+        start = record["end"]
+        streams |= record["streams"].keys()
+        if options.deduplicate:
+            seen.update(map(bytes, parts.arrays(number, "digests")[0]))
+    begins = np.cumsum([0] + [file.stat().st_size for file in files]).tolist()
+    part, tokens = Part(), 0
+    with tqdm(
+        total=begins[-1], initial=begins[start[0]] + start[2], unit="B", unit_scale=True,
+        desc="tokens", smoothing=0.05,
+    ) as bar:  # fmt: skip
+        batches = read_batches(files, options, start, part_size)
+        for batch, results in process(batches, encoder, options, workers):
+            for (file, number), result in zip(batch.places, results):
+                part.count(result, seen if options.deduplicate else None)
+                if isinstance(result, LeftOut) and result.error:
+                    part.errors.append(f"{place(files[file], number)}: {result.error}")
+                    del part.errors[ERRORS:]
+                    _stop_at(part.errors, on_error)
+                elif isinstance(result, Document):
+                    tokens += len(result.tokens)
+            if len(streams | part.streams.keys()) > STREAMS:
+                raise DataError(
+                    f"over {STREAMS:,} streams: {options.split_by!r} has too many values"
+                )
+            file, number = batch.places[-1]
+            bar.set_postfix_str(_per_second(tokens, bar), refresh=False)
+            bar.update(begins[file] + batch.position - bar.n)
+            if batch.ends_part:
+                parts.add(*part.packed((file, number, batch.position), encoder.dtype))
+                streams |= part.streams.keys()
+                part = Part()
+
+
+def _per_second(tokens: int, bar: tqdm) -> str:
+    elapsed = bar.format_dict["elapsed"]
+    return f"{tqdm.format_sizeof(tokens / elapsed)} tokens/s" if elapsed else ""
+
+
+def _stop_at(errors: list[str], on_error: str) -> None:
+    if errors and on_error == "stop":
+        raise DataError(f"{errors[0]} (--on-error skip leaves it out and goes on)")
+
+
+class Part:
+    """The documents since the last finished part."""
+
+    def __init__(self) -> None:
+        self.counts, self.changed = Counter(), Counter()
+        self.errors: list[str] = []
+        self.streams: dict[str, list[Document]] = {}
+        self.digests: list[bytes] = []
+
+    def count(self, result: Document | LeftOut, seen: set[bytes] | None) -> None:
+        self.counts["in"] += 1
+        if isinstance(result, LeftOut):
+            self.counts[result.reason] += 1
+            return
+        if seen is not None:
+            if result.digest in seen:
+                self.counts["duplicate"] += 1
+                return
+            seen.add(result.digest)
+            self.digests.append(result.digest)
+        self.counts["out"] += 1
+        self.changed.update(result.changed)
+        self.streams.setdefault(result.stream, []).append(result)
+
+    def packed(self, end: tuple[int, int, int], dtype: np.dtype) -> tuple[dict, dict]:
+        """Its record, `end` being the last record's (file, number, position), and its arrays."""
+        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, 16)
+        streams, arrays = {}, {"digests": digests}
+        for number, (name, documents) in enumerate(self.streams.items()):
+            sizes = sum(d.characters for d in documents), sum(d.size for d in documents)
+            streams[name] = [number, *sizes]
+            arrays[f"tokens{number}"] = np.concatenate([d.tokens for d in documents], dtype=dtype)
+            arrays[f"lengths{number}"] = np.array([len(d.tokens) for d in documents], np.int32)
+        record = {"end": end, "counts": self.counts, "changed": self.changed}
+        return record | {"errors": self.errors, "streams": streams}, arrays
+
+
+def _join(parts: Parts, encoder: AnyTokenizer, out: Path, options: Options) -> dict:
+    """Write the streams, one after another, and return the report."""
+    counts, changed = Counter(), Counter()
+    for record in parts.records:
+        counts.update(record["counts"])
+        changed.update(record["changed"])
+    reasons = {reason: counts[reason] for reason in REASONS}
+    assert counts["in"] == counts["out"] + sum(reasons.values()), counts
+    names = list(dict.fromkeys(name for record in parts.records for name in record["streams"]))
+    held_out = [name for name in names if name.endswith(".valid")]
+    for part, found in (("training", len(names) > len(held_out)), ("validation", held_out)):
+        if not found and (part == "training" or options.validation):
+            raise DataError(
+                f"{out}: no document for {part}: of {counts['in']:,} read {counts['out']:,} were "
+                f"kept ({', '.join(f'{reason} {count:,}' for reason, count in reasons.items())})"
+            )
+    errors = [error for record in parts.records for error in record["errors"]][:ERRORS]
+    return {
+        "options": asdict(options),
+        "documents_in": counts["in"],
+        "documents": counts["out"],
+        "left_out": reasons,
+        "changed": {rule: changed[rule] for rule in RULES},
+        "errors": errors,
+        "streams": {f"{out.name}{name}": _join_stream(parts, encoder, out, name) for name in names},
+    }
+
+
+def _join_stream(parts: Parts, encoder: AnyTokenizer, out: Path, name: str) -> dict:
+    characters = size = 0
+    with StreamWriter(f"{out}{name}", encoder.vocab_size) as stream:
+        for part, record in enumerate(parts.records):
+            if name in record["streams"]:
+                number, more_characters, more_size = record["streams"][name]
+                stream.add_many(*parts.arrays(part, f"tokens{number}", f"lengths{number}"))
+                characters, size = characters + more_characters, size + more_size
+    lengths = np.frombuffer(stream.lengths, np.int32)
+    quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist()
+    files = {suffix: Path(f"{out}{name}.{suffix}") for suffix in ("bin", "idx")}
+    return {
+        "documents": len(lengths),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "characters": characters,
+        "bytes": size,
+        "tokens_per_document": {f"{q:.0%}": n for q, n in zip(QUANTILES, quantiles)},
+        "sha256": {suffix: _sha256(file) for suffix, file in files.items()},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_mixture(path: Path, weights: dict[str, float], suffix: str = "") -> None:
@@ -213,7 +286,7 @@ def prepare_demo(out: Path) -> None:
             else:
                 texts = demo_corpus.documents(source, split)
             with StreamWriter(out / f"{source}{suffix}", ranks.vocab_size) as stream:
-                for _, tokens in _encode_all(texts, ranks, 0.0, 1):
+                for tokens in ranks.encode_batch(texts):
                     stream.add(tokens)
     for name, weights in DEMO_MIXTURES.items():
         write_mixture(out / f"{name}.csv", weights)
@@ -225,14 +298,21 @@ def main(argv: list[str] | None = None) -> None:
         prog="data.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    tokens = commands.add_parser("tokens", help="text files to a token stream")
-    tokens.add_argument("files", nargs="+")
+    tokens = commands.add_parser("tokens", help="text files to token streams")
+    tokens.add_argument("inputs", nargs="+")
     tokens.add_argument("--tokenizer", required=True, help="ranks file or tokenizer.json")
     tokens.add_argument("--out", required=True, help="stream to write, without suffix")
+    tokens.add_argument("--text-field", default="text")
+    tokens.add_argument("--split-by", metavar="FIELD", help="a stream for each of its values")
     tokens.add_argument("--validation", type=float, default=0.0, help="share of documents held out")
+    tokens.add_argument("--min-characters", type=int, default=0, help="of a document to be kept")
+    tokens.add_argument("--deduplicate", action="store_true", help="keep the first of equal texts")
+    tokens.add_argument("--split-length", type=int, help="tokens; longer documents go to OUT.long")
+    tokens.add_argument("--on-error", choices=("stop", "skip"), default="stop")
     tokens.add_argument("--workers", type=int, default=os.cpu_count())
     vocabulary = commands.add_parser("tokenizer", help="learn a vocabulary from text files")
-    vocabulary.add_argument("files", nargs="+")
+    vocabulary.add_argument("inputs", nargs="+")
+    vocabulary.add_argument("--text-field", default="text")
     vocabulary.add_argument("--vocab-size", type=int, default=65_024)
     vocabulary.add_argument("--out", required=True, help="ranks file to write")
     demo = commands.add_parser("demo", help="the corpus of make demo")
@@ -241,25 +321,56 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.command == "demo":
             prepare_demo(Path(args.out))
-            return
-        encoder = tokenizer.load(args.tokenizer) if args.command == "tokens" else None
-        files = find_files(args.files)
-        size = sum(path.stat().st_size for path in files)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=args.command) as progress:
-            documents = read_documents(files, progress)
-            if encoder is None:
-                tokenizer.save(bpe_training.train(documents, args.vocab_size), args.out)
-                return
-            counts = tokenize(documents, encoder, args.out, args.validation, max(1, args.workers))
-        print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+        elif args.command == "tokens":
+            _tokens(args)
+        else:
+            _vocabulary(args)
     except (DataError, TokenizerError) as error:
         sys.exit(_fail(error))
     except OSError as error:
-        sys.exit(_fail(f"{error.filename or args.out}: {error.strerror}; nothing was kept"))
+        sys.exit(_fail(f"{error.filename or args.out}: {error.strerror or error}"))
     except BrokenProcessPool:
         sys.exit(_fail("a worker process died, perhaps for want of memory; try --workers=1"))
     except KeyboardInterrupt:
+        print("data.prepare: interrupted; tokens goes on by the same command", file=sys.stderr)
         sys.exit(130)
+
+
+def _tokens(args: argparse.Namespace) -> None:
+    names = ("text_field", "split_by", "validation", "min_characters", "deduplicate")
+    options = Options(*(getattr(args, name) for name in names), args.split_length)
+    encoder, files = tokenizer.load(args.tokenizer), find_files(args.inputs)
+    began = time.monotonic()
+    report = tokenize(files, encoder, args.out, options, max(1, args.workers), args.on_error)
+    seconds = time.monotonic() - began
+    for name, stream in report["streams"].items():
+        print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in report["left_out"].items())
+    print(f"documents {report['documents']:,} of {report['documents_in']:,}; left out: {left_out}")
+    for error in report["errors"]:
+        print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
+    size = sum(stream["bytes"] for stream in report["streams"].values())
+    print(f"{size / 1e6:,.1f} MB of text in {seconds:,.1f} s{_peak_memory()}; see {args.out}.json")
+
+
+def _peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return ""
+    # Linux counts in kibibytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    here, worker = (resource.getrusage(who).ru_maxrss * unit / 1e6 for who in peaks)
+    return f", peak memory {here:,.0f} MB" + (f" and {worker:,.0f} MB a worker" if worker else "")
+
+
+def _vocabulary(args: argparse.Namespace) -> None:
+    files = find_files(args.inputs)
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizer") as progress:
+        documents = read_documents(files, progress, args.text_field)
+        tokenizer.save(bpe_training.train(documents, args.vocab_size), args.out)
 
 
 def _fail(message: object) -> int:

@@ -233,6 +233,10 @@ def bad(tmp_path, change, message):
         (lambda d: os.truncate(d / "a.bin", 100), r"a\.bin: truncated, 100 bytes"),
         (lambda d: os.truncate(d / "a.idx", 100), r"a\.idx: truncated"),
         (lambda d: os.truncate(d / "a.idx", 34 + 12 * 30 + 8), r"a\.idx: truncated"),
+        (
+            lambda d: (d / "a.idx").write_bytes(dataset.HEADER.pack(dataset.MAGIC, 1, 8, 0, 0)),
+            r"a\.idx: lists no documents",
+        ),
         (lambda d: (d / "mixture.csv").write_bytes(b"name,path,weight\n\xff,a,1"), "UTF-8"),
         (lambda d: (d / "a.idx").write_bytes(b"PK" * 40), r"a\.idx: not an index"),
         (lambda d: os.remove(d / "mixture.csv"), r"mixture\.csv: No such file"),
@@ -335,3 +339,71 @@ def test_published_mixtures():
         kind = "parallel" if row["category"] == "aligned" else row["language"]
         of_language[kind] += 100 * float(row["weight"])
     assert of_language == pytest.approx(languages)
+
+
+# --- sources read in the order of their files; sources that are not there
+
+
+def test_a_source_in_the_order_of_its_file(tiny_data):
+    (tiny_data / "m.csv").write_text("name,path,weight,order\na,a,0.7,file\nb,b,0.3,shuffled\n")
+    ordered = Mixture(tiny_data / "m.csv", 7, 42, 97)
+    shuffled = Mixture(tiny_data / "mixture.csv", 7, 42, 97)
+    found = [ordered.locate(i) for i in range(1_000)]
+    of_a = [sample for sample in found if sample.source == 0]
+    length = ordered.lengths[0]
+    assert len(of_a) > 3 * length
+    for rank, sample in enumerate(of_a):  # first to last, epoch after epoch
+        assert (sample.epoch, sample.position) == (rank // length, rank % length)
+    # everything else is as it was
+    for ours, theirs in zip(found, map(shuffled.locate, range(1_000))):
+        assert (ours.source, ours.epoch) == (theirs.source, theirs.epoch)
+        assert ours.source == 0 or ours == theirs
+    assert ordered.fingerprint() != shuffled.fingerprint()
+    for order in ("shuffled", ""):
+        (tiny_data / "m.csv").write_text(f"name,path,weight,order\na,a,0.7,{order}\nb,b,0.3,\n")
+        assert Mixture(tiny_data / "m.csv", 7, 42, 97).fingerprint() == shuffled.fingerprint()
+
+
+def test_an_order_that_is_unknown(tiny_data):
+    text = "name,path,weight,order\na,a,0.7,years\nb,b,0.3,\n"
+    bad(tiny_data, lambda d: (d / "mixture.csv").write_text(text), "line 2: order is shuffled or")
+
+
+def test_a_partial_mixture_is_that_of_the_sources_that_are_there(tiny_data):
+    text = "name,path,weight\na,a,2\nb,b,1\nc,none/c,5\nd,d,2\n"
+    (tiny_data / "m.csv").write_text(text)
+    (tiny_data / "d.idx").write_bytes((tiny_data / "a.idx").read_bytes())  # and no tokens
+    with pytest.raises(DataError, match=r"m\.csv: 2 of 4 sources lack files: c, d \("):
+        Mixture(tiny_data / "m.csv", 7, 42, 97)
+    partial = Mixture(tiny_data / "m.csv", 7, 42, 97, partial=True)
+    assert partial.names == ["a", "b"] and partial.missing == ["c", "d"]
+    (tiny_data / "rest.csv").write_text("name,path,weight\na,a,2\nb,b,1\n")
+    rest = Mixture(tiny_data / "rest.csv", 7, 42, 97)
+    assert partial.weights == rest.weights == pytest.approx([2 / 3, 1 / 3])
+    assert all(partial.locate(i) == rest.locate(i) for i in range(500))
+    # Once they are there it is another mixture, and with partial no other than without.
+    for name in ("c", "d"):
+        with StreamWriter(tiny_data / ("none/c" if name == "c" else name), 97) as stream:
+            stream.add(np.zeros(50, np.int64))
+    full = Mixture(tiny_data / "m.csv", 7, 42, 97)
+    assert full.fingerprint() != partial.fingerprint()
+    again = Mixture(tiny_data / "m.csv", 7, 42, 97, partial=True)
+    assert again.fingerprint() == full.fingerprint() and again.missing == []
+
+
+def test_partial_needs_one_source_and_forgives_no_broken_one(tiny_data):
+    os.truncate(tiny_data / "b.bin", 10)
+    with pytest.raises(DataError, match=r"b\.bin: truncated"):
+        Mixture(tiny_data / "mixture.csv", 7, 42, 97, partial=True)
+    for name in ("a.bin", "b.idx"):
+        os.remove(tiny_data / name)
+    with pytest.raises(DataError, match=r"2 of 2 sources lack files: a, b"):
+        Mixture(tiny_data / "mixture.csv", 7, 42, 97, partial=True)
+
+
+def test_counts_drawn_are_those_of_the_tree():
+    rng = random.Random(1)
+    tree = huffman(shares([10 ** rng.uniform(-8, -1) for _ in range(140)]))
+    for n in (0, 1, 12_345, 762_144_586, 2**40):
+        expected = {k: int(c) for k, c in counts_at(tree, np.array(n)).items()}
+        assert dataset.drawn(tree, n) == expected and sum(expected.values()) == n

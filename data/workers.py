@@ -1,0 +1,174 @@
+"""Records to documents: parsed, cleaned and tokenised by processes, in the order they were read."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+
+from data.cleaning import clean, left_out
+from data.reading import parse, records
+from data.tokenizer import LucieTokenizer, Tokenizer
+
+BATCH = 1 << 18  # bytes handed to a process at a time
+IN_FLIGHT = 4  # batches read in advance, for each process
+OVERHEAD = 512  # bytes of memory that a document takes besides its text
+
+AnyTokenizer = Tokenizer | LucieTokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is made of the documents."""
+
+    text_field: str = "text"
+    split_by: str | None = None  # a field of strings, each value a stream of its own
+    validation: float = 0.0  # share of documents held out; a document's text alone decides
+    min_characters: int = 0  # shorter documents are left out
+    deduplicate: bool = False  # all but the first of equal texts are; 100 bytes of memory for each
+    split_length: int | None = None  # documents of more tokens, <s> and </s> included, are apart
+
+
+class Document(NamedTuple):
+    stream: str  # suffix of its stream
+    characters: int
+    size: int  # bytes
+    digest: bytes
+    changed: tuple[str, ...]  # the rules that did
+    tokens: np.ndarray
+
+
+class LeftOut(NamedTuple):
+    reason: str
+    error: str = ""
+
+
+class Batch(NamedTuple):
+    contents: list  # of records, or their error as a LeftOut
+    places: list[tuple[int, int]]  # file, record
+    position: int  # bytes of the last file
+    size: int
+    ends_part: bool
+
+
+def read_batches(
+    files: list[Path], options: Options, start: tuple[int, int, int], part_size: int
+) -> Iterator[Batch]:
+    """The records after `start`, in batches that depend on the files and part_size alone."""
+    first, done, position = start
+    contents, places, size, part = [], [], 0, 0
+    for file in range(first, len(files)):
+        given = (done, position) if file == first else (0, 0)
+        for record in records(files[file], options.text_field, options.split_by, *given):
+            weight = record.size + OVERHEAD
+            if contents and (size + weight > BATCH or part >= part_size):
+                yield Batch(contents, places, position, size, part >= part_size)
+                part = 0 if part >= part_size else part
+                contents, places, size = [], [], 0
+            content = LeftOut("error", record.error) if record.error else record.content
+            contents.append(content)
+            places.append((file, record.number))
+            position, size, part = record.position, size + weight, part + weight
+    if contents:
+        yield Batch(contents, places, position, size, True)
+
+
+def process(
+    batches: Iterator[Batch], encoder: AnyTokenizer, options: Options, workers: int
+) -> Iterator[tuple[Batch, list[Document | LeftOut]]]:
+    """The batches and what their records became, in order.
+
+    Read in advance are IN_FLIGHT batches for each worker, or one batch, whatever its size.
+    """
+    if workers == 1:
+        work = Worker(encoder, options)
+        for batch in batches:
+            yield batch, work(batch.contents)
+        return
+    pending: deque[tuple[Batch, Future]] = deque()
+    # spawn: a forked child of a process that runs threads can deadlock
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (encoder, options)) as pool:
+        held = 0
+        try:
+            for batch in batches:
+                while pending and held + batch.size > IN_FLIGHT * workers * BATCH:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+                    held -= done.size
+                future = pool.submit(_work, batch.contents)
+                # The contents are the worker's now.
+                pending.append((batch._replace(contents=[]), future))
+                held += batch.size
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+class Worker:
+    """Records to documents: parsed, cleaned and tokenised."""
+
+    def __init__(self, encoder: AnyTokenizer, options: Options) -> None:
+        self.encoder, self.options = encoder, options
+
+    def __call__(self, contents: list) -> list[Document | LeftOut]:
+        return [c if isinstance(c, LeftOut) else self._document(c) for c in contents]
+
+    def _document(self, content: object) -> Document | LeftOut:
+        options = self.options
+        try:
+            text, group = parse(content, options.text_field, options.split_by)
+            stream = _suffix(group, options)
+        except ValueError as error:
+            return LeftOut("error", str(error))
+        text, changed = clean(text)
+        if reason := left_out(text, options.min_characters):
+            return LeftOut(reason)
+        data = text.encode()
+        digest = hashlib.sha256(data).digest()
+        tokens = next(self.encoder.encode_batch([text]))
+        if options.split_length is not None:
+            stream += ".long" if len(tokens) > options.split_length else ".short"
+        if int.from_bytes(digest[:8], "big") / 2**64 < options.validation:
+            stream += ".valid"
+        return Document(stream, len(text), len(data), digest[:16], changed, tokens)
+
+
+def _suffix(group: str, options: Options) -> str:
+    if options.split_by is None:
+        return ""
+    # No two values make one name, and none a folder or what follows the name.
+    name = quote(group, safe="", errors="replace").replace(".", "%2E")
+    if not name or not group.isprintable() or len(name) > 100:
+        raise ValueError(f"its field {options.split_by!r} cannot be part of a file's name")
+    return f".{name}"
+
+
+def _start_worker(encoder: AnyTokenizer, options: Options) -> None:
+    global _work_here
+    _work_here = Worker(encoder, options)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(contents: list) -> list[Document | LeftOut]:
+    return _work_here(contents)
