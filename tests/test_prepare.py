@@ -543,7 +543,7 @@ def test_broken_input_is_counted(tmp_path, cases):
 
 
 @pytest.mark.slow
-@settings(QUIET, max_examples=5000)
+@settings(QUIET, max_examples=1500)
 @given(st.lists(FILE, min_size=1, max_size=3))
 def test_broken_input_is_counted_at_length(tmp_path, cases):
     fuzz(tmp_path, cases)
