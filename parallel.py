@@ -200,12 +200,12 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `largest` (0: leave them alone).
 
     Returns the norm before that, fp32 `[1]` on the device. Squares are added in fp64, which rounds
-    to the same fp32 number however the gradients are cut: any number of ranks clips alike. On a CPU
-    that is a copy in fp64 of one gradient at a time, when activations are gone.
+    to the same fp32 number however the gradients are cut: any number of ranks clips alike. It costs
+    a copy in fp64 of one gradient at a time, when activations are gone.
     """
     parameters = list(model.parameters())
     gradients = [local_rows(p.grad)[0] for p in parameters]
-    squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+    squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in gradients)
     if isinstance(parameters[0], DTensor):
         mesh, shared = parameters[0].device_mesh, _sharded_dim(parameters[0])
         dist.all_reduce(squares, group=mesh.get_group(shared))
