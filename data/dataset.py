@@ -9,10 +9,7 @@ sample 762,000,000 is found as fast as sample 0. Three steps lead from i to its 
    them, so i either goes there or to the other side, and its rank among the arrivals is known.
 2. Which place in the source: rank = epoch * length + position, and the position goes through a
    permutation keyed by (seed, source, epoch), computed for this one position (a Feistel cipher).
-3. The tokens there: seq_len + 1 of them, read from the file.
-
-Streams are in Megatron's indexed format: `NAME.bin` holds the tokens of all documents back to back,
-`NAME.idx` their type and the documents' lengths. Files made for Megatron, GPT-NeoX or NeMo load.
+3. The tokens there: seq_len + 1 of them, read from the file (data/token_stream.py).
 
 To look at the data (see data/inspection.py; data/mixture.py shows a mixture's shares and epochs):
 
@@ -25,82 +22,14 @@ import csv
 import hashlib
 import heapq
 import struct
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-
-
-class DataError(Exception):
-    """Data that cannot be used; the message names the file and what is wrong, in one line."""
-
-
-class TokenStream:
-    """The tokens of one source, `path` being the common part of its .bin and .idx.
-
-    Tokens are read, not mapped: a mapped page counts as the process's own memory once touched, and
-    140 sources of a trillion tokens would seem to fill any machine.
-    Raises DataError for a missing, truncated or foreign file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.idx, self.bin = stream_files(path)
-        idx = self.idx
-        for file in (idx, self.bin):
-            if not file.is_file():
-                raise DataError(f"{file}: no such file (python -m data.prepare makes it)")
-        with open(idx, "rb") as f:
-            head = f.read(HEADER.size)
-            if len(head) < HEADER.size or head[:9] != MAGIC:
-                raise DataError(f"{idx}: not an index of Megatron's format")
-            _, version, code, count, boundaries = HEADER.unpack(head)
-            if version != 1 or code not in DTYPES:
-                raise DataError(f"{idx}: version {version} or token type {code} is not known")
-            self.dtype = np.dtype(DTYPES[code])
-            # lengths (int32) and offsets (int64) of the sequences, then the documents' boundaries
-            if idx.stat().st_size < HEADER.size + 12 * count + 8 * boundaries:
-                raise DataError(f"{idx}: truncated")
-            end = 0
-            if count:  # where the last sequence ends, from its own length and offset
-                f.seek(HEADER.size + 4 * (count - 1))
-                length = int.from_bytes(f.read(4), "little")
-                f.seek(HEADER.size + 4 * count + 8 * (count - 1))
-                end = int.from_bytes(f.read(8), "little") + length * self.dtype.itemsize
-        if not boundaries:
-            raise DataError(f"{idx}: lists no documents")
-        size = self.bin.stat().st_size
-        if size < end:
-            raise DataError(f"{self.bin}: truncated, {size:,} bytes where its index says {end:,}")
-        self.tokens = end // self.dtype.itemsize
-        # Megatron may cut a document into sequences; data.prepare makes one of each.
-        self.sequences, self.documents = count, boundaries - 1
-
-    def read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
-        """Tokens start .. start + count as int64 `[count]`, all checked to be under vocab_size."""
-        try:
-            offset = start * self.dtype.itemsize
-            tokens = np.fromfile(self.bin, self.dtype, count, offset=offset)
-        except OSError as error:
-            raise DataError(f"{self.bin}: {error.strerror}") from None
-        if len(tokens) < count:
-            raise DataError(f"{self.bin}: truncated after {start + len(tokens):,} tokens")
-        if tokens.max() >= vocab_size or tokens.min() < 0:
-            at = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
-            raise DataError(
-                f"{self.bin}: token {start + at:,} has id {tokens[at]}, "
-                f"past the vocabulary of {vocab_size}"
-            )
-        return tokens.astype(np.int64)
-
-
-def stream_files(path: str | Path) -> tuple[Path, Path]:
-    """The index and the tokens of the stream `path`."""
-    return Path(f"{path}.idx"), Path(f"{path}.bin")
+from data.token_stream import DataError, TokenStream, size_of, stream_files
 
 
 class Sample(NamedTuple):
@@ -116,20 +45,31 @@ class Mixture:
     instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
     `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
 
-    A source whose column order says `file` is read from the first sample to the last, epoch after
-    epoch: a stream sorted by year is then seen with ascending years, as Lucie saw RedPajama and
-    FineWebEdu. `shuffled`, or nothing, is the permutation.
+    Two columns are optional. A source whose `order` says `file` is read from its first sample to
+    its last, epoch after epoch; `shuffled`, or nothing, is the permutation. Rows that have the same
+    `series`, such as the years of a web corpus, take turns in the order of the CSV: all samples of
+    the first come before any of the second. A series as a whole is drawn like one source, evenly
+    over the run; each row has its turn once, as long as its weight says. To join the files instead,
+    as one does for Megatron, would cost a second copy of them, and whoever reads the joined stream
+    1.5 times has had the first years twice and the last ones once. The length of a turn follows
+    from `samples`, those of the run; for a mixture without series it makes no difference.
 
     A source without files raises DataError; if partial, it is left out, `missing` names it, and the
     weights of the others are scaled up.
 
-    Of the first n samples, whatever n is, the number taken from a source differs from its exact
-    share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources, so never by
-    more than one from the nearest whole number.
+    Of the first n samples, whatever n is, the number taken from a source, or a series, differs from
+    its exact share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources, so
+    never by more than one from the nearest whole number.
     """
 
     def __init__(
-        self, path: str | Path, seq_len: int, seed: int, vocab_size: int, partial: bool = False
+        self,
+        path: str | Path,
+        seq_len: int,
+        seed: int,
+        vocab_size: int,
+        partial: bool = False,
+        samples: int = 0,
     ) -> None:
         self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
         self.names, self.streams, self.weights, self.in_file_order = [], [], [], []
@@ -149,7 +89,13 @@ class Mixture:
         total = sum(self.weights)
         self.weights = [weight / total for weight in self.weights]
         self.lengths = [(stream.tokens - 1) // seq_len for stream in self.streams]
-        self._tree = huffman(self.weights)
+        self._leaves = series_of([row["series"] for row in rows])
+        if len(self._leaves) < len(rows) and samples < 1:
+            raise DataError(
+                f"{path}: the turns of its series depend on --samples, those of the run"
+            )
+        self._tree = huffman([sum(self.weights[k] for k in leaf) for leaf in self._leaves])
+        self._starts = turns(self._leaves, self.weights, drawn(self._tree, samples))
 
     def __getitem__(self, i: int) -> np.ndarray:
         sample = self.locate(i)
@@ -158,25 +104,30 @@ class Mixture:
 
     def locate(self, i: int) -> Sample:
         """Where sample i comes from."""
-        source, rank = descend(self._tree, i)
-        epoch, position = divmod(rank, self.lengths[source])
+        leaf, rank = descend(self._tree, i)
+        starts = self._starts[leaf]
+        turn = bisect_right(starts, rank) - 1
+        source = self._leaves[leaf][turn]
+        epoch, position = divmod(rank - starts[turn], self.lengths[source])
         if self.in_file_order[source]:
             return Sample(source, epoch, position)
         key = f"{self.seed} {self.names[source]} {epoch}"
         return Sample(source, epoch, permute(position, self.lengths[source], key))
 
     def fingerprint(self) -> str:
-        """A digest of what decides the samples: names, weights, sizes and orders of the sources."""
+        """A digest of what decides the samples: names, weights, sizes and orders of the sources,
+        and the turns of a series."""
         parts = [
             (name, weight, stream.tokens) + (("file",) if in_file_order else ())
             for name, weight, stream, in_file_order in zip(
                 self.names, self.weights, self.streams, self.in_file_order
             )
         ]
+        parts += [turn for turn in zip(self._leaves, self._starts) if len(turn[0]) > 1]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def deviation(self) -> float:
-        """Bound on |samples taken from a source - weight * n|, over all sources and all n."""
+        """Bound on |samples taken from a source or series - weight * n|, over all of them and n."""
         return max(_deviations(self._tree, 0.0).values())
 
 
@@ -186,7 +137,8 @@ def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], l
     Raises DataError if there are others and not partial, or if nothing is there.
     """
     rows = read_rows(path)
-    absent = [file for row in rows for file in stream_files(row["path"]) if not file.is_file()]
+    files = [file for row in rows for file in stream_files(row["path"])]
+    absent = [file for file in files if size_of(file) is None]
     present = [row for row in rows if not {*stream_files(row["path"])} & {*absent}]
     missing = [row["name"] for row in rows if row not in present]
     if not missing or (partial and present):
@@ -207,8 +159,9 @@ def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], l
 def read_rows(path: str | Path) -> list[dict]:
     """The sources of a mixture with a weight or epochs over 0.
 
-    A row has name; path, found from the CSV's folder; weight or else epochs as a number, the other
-    one None; order, `shuffled` or `file`; and what else the CSV has, as text.
+    A row has name; path, found from the CSV's folder, or the address in an object store; weight or
+    else epochs as a number, the other one None; order, `shuffled` or `file`; series, "" for none;
+    and what else the CSV has, as text.
     """
     path = Path(path)
     try:
@@ -234,7 +187,8 @@ def read_rows(path: str | Path) -> list[dict]:
         if order not in ("shuffled", "file"):
             raise DataError(f"{path}, line {line}: order is shuffled or file, not {order}")
         if value:
-            row |= {"path": path.parent / row["path"], "order": order}
+            place = row["path"] if "://" in row["path"] else path.parent / row["path"]
+            row |= {"path": place, "order": order, "series": row.get("series") or ""}
             out.append({"weight": None, "epochs": None} | row | {kind: value})
     if len({row["name"] for row in out}) < len(out) or not out:
         raise DataError(f"{path}: needs at least one source, each with a name of its own")
@@ -294,6 +248,26 @@ def drawn(tree: Node | Leaf, n: int) -> dict[int, int]:
         return {tree.source: n}
     left = int(tree.p * n + 0.5)
     return drawn(tree.left, left) | drawn(tree.right, n - left)
+
+
+def series_of(names: list[str]) -> list[list[int]]:
+    """The rows of each series, given the series of every row; a row of none ("") is alone."""
+    leaves: dict[str | int, list[int]] = {}
+    for row, name in enumerate(names):
+        leaves.setdefault(name or row, []).append(row)
+    return list(leaves.values())
+
+
+def turns(leaves: list[list[int]], weights: list[float], counts: dict[int, int]) -> list[list[int]]:
+    """Where the turn of each row of a series begins, counted in samples of the series.
+
+    counts: samples of each series in the whole run. Past them the last row goes on.
+    """
+    starts = []
+    for leaf, rows in enumerate(leaves):
+        shares = list(accumulate((weights[row] for row in rows), initial=0.0))
+        starts.append([int(counts[leaf] * share / shares[-1] + 0.5) for share in shares[:-1]])
+    return starts
 
 
 def _deviations(tree: Node | Leaf, at_node: float) -> dict[int, float]:

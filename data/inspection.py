@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import tokenizer
-from data.dataset import HEADER, DataError, Mixture, TokenStream, present_rows, read_rows
+from data.dataset import Mixture, present_rows, read_rows
+from data.token_stream import HEADER, DataError, TokenStream, size_of, stream_files
 from data.tokenizer import TokenizerError
 
 CHUNK = 1 << 22  # bytes of tokens, or entries of an index, looked at together
@@ -30,6 +31,8 @@ class Index:
     """What an .idx file says of the documents of a stream. Mapped: as much is read as is used."""
 
     def __init__(self, stream: TokenStream) -> None:
+        if not isinstance(stream.idx, Path):
+            raise DataError(f"{stream.path}: show and verify read files on this machine only")
         self.stream, count = stream, stream.sequences
         # A map cannot be empty; an empty stream has no lengths to look at.
         self.lengths = _mapped(stream.idx, np.int32, HEADER.size, count)
@@ -197,8 +200,7 @@ def verify_all(path: str, vocab_size: int, partial: bool) -> int:
     if missing:
         print(f"without files: {', '.join(missing)}")
     found = 0
-    files = [Path(f"{row['path']}.bin") for row in rows]
-    size = sum(file.stat().st_size for file in files)
+    size = sum(size_of(stream_files(row["path"])[1]) or 0 for row in rows)
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         for row in rows:
             try:
@@ -225,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     show.add_argument("--sample", type=int, required=True, help="its number, from 0")
     show.add_argument("--seq-len", type=int, default=4096, help="tokens in a sample")
     show.add_argument("--seed", type=int, default=42, help="of the data order")
+    show.add_argument("--samples", type=int, default=0, help="of the run, for a mixture of series")
     check = commands.add_parser("verify", help="index, ids and checksums of every stream")
     count = commands.add_parser("count", help="documents and tokens of every stream")
     for command in (show, check, count):
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if args.sample < 0 or args.seq_len < 1:
             parser.error("--sample must be 0 or more and --seq-len at least 1")
-        common = (args.seq_len, args.seed, loaded.vocab_size, args.partial)
+        common = (args.seq_len, args.seed, loaded.vocab_size, args.partial, args.samples)
         print_sample(Mixture(args.mixture, *common), args.sample, loaded.decode)
     except (DataError, TokenizerError) as error:
         sys.exit(_fail(error))

@@ -7,6 +7,11 @@ A share before upsampling is that of the tokens there are, a share after it that
 trained on, where Lucie's better sources come 1.5 to 3 times. Sizes are those of the streams on
 disk, else those in the CSV's column `tokens`; so the run of 762 million samples is computed before
 a single token is there. `--partial` shows what is left with the sources on disk alone.
+
+data/mixtures/pretraining.csv is Lucie's main phase as it was launched: 140 streams drawn side by
+side, each at its share all along and shuffled within, the years of the web among them. In
+data/mixtures/pretraining_by_year.csv they ascend: the years of RedPajama in a language, and those
+of FineWebEdu, are a series (see data.dataset.Mixture). All shares are the same.
 """
 
 import argparse
@@ -22,7 +27,10 @@ from data.dataset import (
     huffman,
     present_rows,
     read_rows,
+    series_of,
+    size_of,
     stream_files,
+    turns,
 )
 
 SEEN_TOO_OFTEN = 4  # epochs after which repeated data teaches less (arXiv 2305.16264)
@@ -40,7 +48,8 @@ class Source(NamedTuple):
     category: str
     weight: float  # of the samples; those of a mixture sum to 1
     tokens: int | None  # of the stream, else as published; None where neither is known
-    on_disk: bool
+    on_disk: bool  # or in the object store that its path is an address in
+    series: str = ""  # sources of the same one take turns
 
 
 class Drawn(NamedTuple):
@@ -58,7 +67,7 @@ def read(path: str | Path, partial: bool = False) -> list[Source]:
     """
     sources = []
     for row in present_rows(path, partial=True)[0] if partial else read_rows(path):
-        on_disk = all(file.is_file() for file in stream_files(row["path"]))
+        on_disk = all(size_of(file) is not None for file in stream_files(row["path"]))
         tokens = TokenStream(row["path"]).tokens if on_disk else _published_tokens(path, row)
         weight = row["weight"]
         if weight is None:
@@ -70,7 +79,8 @@ def read(path: str | Path, partial: bool = False) -> list[Source]:
             weight = row["epochs"] * tokens
         category = row.get("category") or ""
         language = "parallel" if category == "aligned" else row.get("language") or ""
-        sources.append(Source(row["name"], language, category, weight, tokens, on_disk))
+        about = (row["name"], language, category, weight, tokens, on_disk, row["series"])
+        sources.append(Source(*about))
     total = sum(source.weight for source in sources)
     if not total:
         raise MixtureError(f"{path}: its sources have no tokens")
@@ -103,12 +113,17 @@ def shares(sources: list[Source], column: str) -> dict[str, tuple[float | None, 
 
 
 def run_of(sources: list[Source], samples: int, seq_len: int) -> list[Drawn]:
-    """What the first `samples` samples take from each source, by arithmetic.
+    """What a run of so many samples takes from each source, by arithmetic.
 
     The counts are those of data.dataset.Mixture, which gives whole samples to a source: its share
-    within `deviation()`, under 1.3 samples for Lucie's 140.
+    within `deviation()`, under 1.3 samples for Lucie's 140, and one more within a series.
     """
-    counts = drawn(huffman([source.weight for source in sources]), samples)
+    weights, leaves = [source.weight for source in sources], series_of([s.series for s in sources])
+    of_leaf = drawn(huffman([sum(weights[k] for k in leaf) for leaf in leaves]), samples)
+    counts = {}
+    for leaf, starts in enumerate(turns(leaves, weights, of_leaf)):
+        for k, start, end in zip(leaves[leaf], starts, [*starts[1:], of_leaf[leaf]]):
+            counts[k] = end - start
     return [
         Drawn(counts[k], counts[k] * seq_len / source.tokens if source.tokens else None)
         for k, source in enumerate(sources)
@@ -152,6 +167,9 @@ def print_tables(sources: list[Source], samples: int | None, seq_len: int) -> No
     for source, taken in zip(sources, run or []):
         if taken.epochs is not None and taken.epochs > SEEN_TOO_OFTEN:
             print(f"warning: {source.name} is seen {taken.epochs:,.1f} times")
+    for leaf in series_of([source.series for source in sources]):
+        if len(leaf) > 1:
+            print(f"one after the other: {', '.join(sources[k].name for k in leaf)}")
     unknown = [source.name for source in sources if source.tokens is None]
     if unknown:
         print(f"of unknown size (no files, no column tokens): {', '.join(unknown)}")

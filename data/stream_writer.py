@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import DTYPES, HEADER, MAGIC, DataError
+from data.token_stream import DTYPES, HEADER, MAGIC, DataError
 
 CHUNK = 1 << 20  # entries of an index written at a time
 

@@ -4,6 +4,7 @@ import random
 import struct
 import time
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import dataset
-from data.dataset import DataError, Mixture, TokenStream, descend, huffman, permute
+from data.dataset import DataError, Mixture, descend, huffman, permute
+from data.mixture import read, run_of
 from data.prepare import StreamWriter, write_mixture
+from data.token_stream import HEADER, MAGIC
 
 
 def shares(weights):
@@ -192,7 +195,7 @@ def test_memory_is_flat_over_random_reads_of_a_large_file(tmp_path):
     with open(tmp_path / "big.bin", "wb") as f:
         f.truncate(2 * count)
     with open(tmp_path / "big.idx", "wb") as f:
-        f.write(dataset.HEADER.pack(dataset.MAGIC, 1, 8, 1, 2))
+        f.write(HEADER.pack(MAGIC, 1, 8, 1, 2))
         f.write(struct.pack("<iqqq", count, 0, 0, 1))
     (tmp_path / "m.csv").write_text("name,path,weight\nbig,big,1\n")
     mixture = Mixture(tmp_path / "m.csv", 4096, 42, 97)
@@ -234,7 +237,7 @@ def bad(tmp_path, change, message):
         (lambda d: os.truncate(d / "a.idx", 100), r"a\.idx: truncated"),
         (lambda d: os.truncate(d / "a.idx", 34 + 12 * 30 + 8), r"a\.idx: truncated"),
         (
-            lambda d: (d / "a.idx").write_bytes(dataset.HEADER.pack(dataset.MAGIC, 1, 8, 0, 0)),
+            lambda d: (d / "a.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)),
             r"a\.idx: lists no documents",
         ),
         (lambda d: (d / "mixture.csv").write_bytes(b"name,path,weight\n\xff,a,1"), "UTF-8"),
@@ -296,19 +299,6 @@ def test_fingerprint_is_of_what_decides_the_samples(tiny_data):
     with StreamWriter(tiny_data / "a", 97) as stream:
         stream.add(np.zeros(500, np.int64))
     assert fingerprint() != first
-
-
-def test_int32_streams_of_megatron(tmp_path):
-    """Written here byte by byte, as Megatron documents it."""
-    documents = [[1, 70_000, 3], [4, 5]]
-    flat = np.array([*documents[0], *documents[1]], np.int32)
-    flat.tofile(tmp_path / "m.bin")
-    with open(tmp_path / "m.idx", "wb") as f:
-        f.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 2, 3))
-        f.write(struct.pack("<ii", 3, 2) + struct.pack("<qq", 0, 12) + struct.pack("<qqq", 0, 1, 2))
-    stream = TokenStream(tmp_path / "m")
-    assert stream.tokens == 5
-    assert stream.read(0, 5, 100_000).tolist() == [1, 70_000, 3, 4, 5]
 
 
 # --- the published mixtures
@@ -407,3 +397,108 @@ def test_counts_drawn_are_those_of_the_tree():
     for n in (0, 1, 12_345, 762_144_586, 2**40):
         expected = {k: int(c) for k, c in counts_at(tree, np.array(n)).items()}
         assert dataset.drawn(tree, n) == expected and sum(expected.values()) == n
+
+
+# --- series
+
+
+@pytest.fixture(scope="module")
+def seven_streams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streams")
+    rng = np.random.default_rng(0)
+    for k in range(7):
+        with StreamWriter(folder / f"s{k}", 97) as stream:
+            stream.add(rng.integers(0, 97, 20 * (k + 1) ** 2))
+    return folder
+
+
+def write_series(folder, rows):
+    """rows: (stream, weight, series, order)"""
+    lines = [f"s{k},s{k},{weight!r},{series},{order}" for k, weight, series, order in rows]
+    (folder / "m.csv").write_text("\n".join(["name,path,weight,series,order", *lines]) + "\n")
+    return folder / "m.csv"
+
+
+@settings(max_examples=40)
+@given(
+    st.permutations(range(7)),
+    st.lists(st.floats(1e-3, 1), min_size=7, max_size=7),
+    st.lists(st.sampled_from(["", "x", "y"]), min_size=7, max_size=7),
+    st.lists(st.sampled_from(["", "file"]), min_size=7, max_size=7),
+    st.integers(1, 1500),
+)
+def test_a_series_takes_turns_and_every_row_gets_its_share(
+    seven_streams, order, weights, series, orders, samples
+):
+    rows = list(zip(order, weights, series, orders))
+    path = write_series(seven_streams, rows)
+    mixture = Mixture(path, 7, 42, 97, samples=samples)
+    found = [mixture.locate(i) for i in range(samples)]
+    numbers = random.Random(0).sample(range(samples), min(samples, 40))
+    again = Mixture(path, 7, 42, 97, samples=samples)
+    assert [again.locate(i) for i in numbers] == [found[i] for i in numbers]  # in any order
+    counts = Counter(sample.source for sample in found)
+    for k in range(7):
+        assert abs(counts[k] - mixture.weights[k] * samples) <= mixture.deviation() + 1
+    assert [drawn.samples for drawn in run_of(read(path), samples, 7)] == [
+        counts[k] for k in range(7)
+    ]
+    for name in set(series) - {""}:
+        members = [k for k in range(7) if series[k] == name]
+        met = [k for k, _ in groupby(s.source for s in found if s.source in members)]
+        assert met == sorted(met) and len(met) == len(set(met))  # one after the other, once each
+        # and as evenly over the run as a single source
+        share, seen = sum(mixture.weights[k] for k in members), 0
+        for n, sample in enumerate(found, start=1):
+            seen += sample.source in members
+            assert abs(seen - share * n) <= mixture.deviation()
+    # Within its turn a row is what it would be alone: epoch after epoch, in its own order.
+    for k in range(7):
+        path = write_series(seven_streams, [(rows[k][0], 1.0, "", rows[k][3])])
+        alone = Mixture(path, 7, 42, 97)
+        mine = [sample for sample in found if sample.source == k]
+        assert mine == [alone.locate(i)._replace(source=k) for i in range(len(mine))]
+
+
+def test_after_the_run_the_last_of_a_series_goes_on(seven_streams):
+    path = write_series(seven_streams, [(3, 0.5, "x", "file"), (5, 0.5, "x", "file")])
+    mixture = Mixture(path, 7, 42, 97, samples=10)
+    assert [mixture.locate(i).source for i in range(12)] == [0] * 5 + [1] * 7
+    assert [mixture.locate(i).position for i in range(12)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_row_too_light_for_a_sample_has_no_turn(seven_streams):
+    path = write_series(seven_streams, [(1, 1e-3, "x", ""), (2, 1.0, "x", ""), (3, 1e-3, "x", "")])
+    mixture = Mixture(path, 7, 42, 97, samples=10)
+    assert {mixture.locate(i).source for i in range(10)} == {1}
+    mixture = Mixture(path, 7, 42, 97, samples=1002)
+    assert [mixture.locate(i).source for i in (0, 1, 1000, 1001)] == [0, 1, 1, 2]
+
+
+def test_the_turns_of_a_series_need_the_length_of_the_run(seven_streams):
+    rows = [(1, 0.4, "x", ""), (2, 0.3, "x", ""), (3, 0.3, "", "")]
+    path = write_series(seven_streams, rows)
+    with pytest.raises(DataError, match=r"m\.csv: the turns of its series depend on --samples"):
+        Mixture(path, 7, 42, 97)
+    prints = {Mixture(path, 7, 42, 97, samples=n).fingerprint() for n in (50, 100, 100)}
+    assert len(prints) == 2
+    path = write_series(seven_streams, [row[:2] + ("", "") for row in rows])
+    prints |= {Mixture(path, 7, 42, 97, samples=n).fingerprint() for n in (0, 50, 100)}
+    assert len(prints) == 3  # without a series the length of the run is no matter
+    alone = Mixture(write_series(seven_streams, rows[:1] + rows[2:]), 7, 42, 97)  # a series of one
+    assert {alone.locate(i).source for i in range(9)} == {0, 1}
+
+
+def test_the_years_of_the_web_ascend_in_the_mixture_by_year():
+    by_year, main = published("pretraining_by_year"), published("pretraining")
+    series = [row.pop("series") for row in by_year]
+    assert sorted(map(str, by_year)) == sorted(map(str, main))  # the same but for order and series
+    web = [
+        name.startswith(("RedPajama--", "FineWebEdu--")) for name in (r["name"] for r in by_year)
+    ]
+    assert sum(web) == 25 and [bool(name) for name in series] == web
+    for name in set(series) - {""}:
+        names = [row["name"] for row, of in zip(by_year, series) if of == name]
+        years = [int(text.removeprefix(name).lstrip("-")) for text in names]
+        assert years == sorted(years) and len(years) >= 3
+    assert len(set(series) - {""}) == 5
