@@ -12,20 +12,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-LOG_COLUMNS = (  # Lucie's, then ours; times in hours
+# Lucie's, with times in hours, then ours. data_seconds: how long the steps since the row before
+# stood still for their samples, of each step the rank that waited longest.
+LOG_COLUMNS = (
     "training_steps", "training_tokens", "training_loss", "walltime", "gputime", "learning_rate",
-    "grad_norm", "tokens_per_second", "mfu", "validation_loss",
+    "grad_norm", "tokens_per_second", "mfu", "validation_loss", "data_seconds",
 )  # fmt: skip
 
 
 def open_log(run: Path, step: int) -> IO[str]:
-    """log.csv, open to append, without the rows past `step` that a crash may have left behind."""
+    """log.csv, open to append, without the rows past `step` that a crash may have left behind.
+
+    A log that was begun with other columns gets those of today; what it does not know stays empty.
+    """
     path, lines = run / "log.csv", [",".join(LOG_COLUMNS)]
     if step and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
-            number, *rest = line.split(",")
-            if number.isdecimal() and int(number) <= step and len(rest) == len(LOG_COLUMNS) - 1:
-                lines.append(line)
+        rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        header, *rows = [line.split(",") for line in rows] or [[]]
+        for values in rows:
+            row = dict(zip(header, values))
+            number = row.get("training_steps", "")
+            if len(values) == len(header) and number.isdecimal() and int(number) <= step:
+                lines.append(",".join(row.get(column, "") for column in LOG_COLUMNS))
     write_whole(path, "\n".join(lines) + "\n")
     return open(path, "a", newline="", encoding="utf-8", buffering=1)
 

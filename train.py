@@ -97,12 +97,14 @@ def main(argv: list[str]) -> None:
     arrived = watch_samples(model)
     gc.collect()
     gc.freeze()  # what lives now lives to the end: no later collection goes through it
-    since, since_tokens = time.monotonic(), 0
+    since, since_tokens, waited = time.monotonic(), 0, 0.0
     before, saved = started, state["step"]
     stopping = unsaved = unread = False
     while state["step"] < last and not stopping:
         (step, reading), upcoming = upcoming, read_ahead()
+        waits, asked = [0.0] * world, time.monotonic()
         mine = reading.result()
+        waits[rank] = time.monotonic() - asked
 
         arrived.clear()
         loss = gradients(forward, mine, config, device, dtype, world)
@@ -111,9 +113,9 @@ def main(argv: list[str]) -> None:
         # One rank's trouble or signal is everybody's, at the same step. To learn of it is the only
         # time in a step that the host waits for the device.
         late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
-        flags = to_device([bool(stop) or late, saver.failed(), mine.error is not None], device)
-        told = parallel.sum_over_ranks(torch.cat([loss[None], flags]))
-        loss, stopping, unsaved, unread, grad_norm = torch.cat([told, grad_norm]).tolist()
+        flags = [bool(stop) or late, saver.failed(), mine.error is not None]
+        told = parallel.sum_over_ranks(torch.cat([loss[None], to_device(flags + waits, device)]))
+        loss, stopping, unsaved, unread, *waits, grad_norm = torch.cat([told, grad_norm]).tolist()
         if unread or unsaved:
             break  # without the update
         if not math.isfinite(loss + grad_norm):
@@ -141,6 +143,7 @@ def main(argv: list[str]) -> None:
         state["gpu_seconds"] += (now - before) * world
         before = now
         since_tokens += step.batch_size * config.seq_len
+        waited += max(waits)  # the others wait for the last one
         bar.update(step.batch_size)
 
         validate = step.step % config.eval_every == 0 or step.step == last
@@ -158,13 +161,18 @@ def main(argv: list[str]) -> None:
                 "tokens_per_second": speed,
                 "mfu": speed * flops / (world * peak) if peak else None,
                 "validation_loss": None,
+                "data_seconds": waited,
             }
             if validate:
                 row["validation_loss"] = validation_loss(model, held_out, device, dtype)
             if rank == 0:
                 runlog.write(log, board, row)
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s")
-            since, since_tokens = time.monotonic(), 0  # the validation is not part of the speed
+            shown = f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s"
+            if waited > 0.1 * (now - since):
+                shown += f", {waited / (now - since):.0%} of the time waiting for data"
+            bar.set_postfix_str(shown)
+            # the validation is not part of the speed
+            since, since_tokens, waited = time.monotonic(), 0, 0.0
 
         milestone = step.step in milestones
         passing = config.save_every and step.step % config.save_every == 0
@@ -201,10 +209,11 @@ def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | N
     common, held_out = (config.seq_len, config.seed, config.vocab_size), None
     if config.validation:
         samples, size = range(config.eval_samples), config.micro_batch_size
-        held_out = read_share(Mixture(config.validation, *common), samples, size, rank, world)
+        mixture = Mixture(config.validation, *common, samples=config.eval_samples)
+        held_out = read_share(mixture, samples, size, rank, world)
         if held_out.error:
             raise held_out.error
-    mixture = Mixture(config.mixture, *common, partial=config.partial)
+    mixture = Mixture(config.mixture, *common, partial=config.partial, samples=config.samples)
     if mixture.missing and rank == 0:
         print(f"{config.mixture}: trained without {', '.join(mixture.missing)}", file=sys.stderr)
     return mixture, held_out

@@ -270,6 +270,68 @@ def test_the_next_step_is_read_while_one_computes(tiny_data, monkeypatch):
     assert threading.main_thread() not in threads
 
 
+SLOW_DISK = """
+class Clock:
+    now = 0.0
+    def monotonic(self):
+        return self.now
+class Reader:
+    # In the time of the clock: a disk that reads one share after the other, SECONDS each.
+    free = 0.0
+    def __init__(self, threads):
+        assert threads == 1
+    def submit(self, read, *args):
+        self.free = max(self.free, train.time.now) + SECONDS
+        return Reading(self.free, read(*args))
+class Reading:
+    def __init__(self, there, share):
+        self.there, self.share = there, share
+    def result(self):
+        train.time.now = max(train.time.now, self.there)
+        return self.share
+clip = train.parallel.clip_gradients
+def computing(*args):
+    train.time.now += 19
+    return clip(*args)
+train.time, train.ThreadPoolExecutor, train.parallel.clip_gradients = Clock(), Reader, computing
+"""
+
+
+@pytest.mark.parametrize("seconds, wait", [(1, 0), (19, 0), (20, 1), (57, 38)])
+def test_a_slow_disk_is_hidden_behind_the_step_and_shows_where_it_is_slower(
+    tiny_data, monkeypatch, capsys, seconds, wait
+):
+    for name in ("time", "ThreadPoolExecutor"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # to be put back
+    monkeypatch.setattr(train.parallel, "clip_gradients", train.parallel.clip_gradients)
+    exec(SLOW_DISK.replace("SECONDS", str(seconds)), {"train": train})
+    rows = train_here(tiny_data, validation="")
+    # Nothing is there to hide the first one behind.
+    assert [float(row["data_seconds"]) for row in rows] == [seconds] + [wait] * 19
+    bar = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    told = [line for line in bar if "waiting for data" in line]
+    assert any("67% of the time waiting for data" in line for line in told) == (seconds == 57)
+    assert (seconds > 1) == bool(told)  # a tenth of the time is not worth a word
+
+
+def test_waits_add_up_between_two_rows(tiny_data, monkeypatch):
+    for name in ("time", "ThreadPoolExecutor"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    monkeypatch.setattr(train.parallel, "clip_gradients", train.parallel.clip_gradients)
+    exec(SLOW_DISK.replace("SECONDS", "22"), {"train": train})
+    rows = train_here(tiny_data, log_every=4, eval_every=10)
+    waits = {int(row["training_steps"]): float(row["data_seconds"]) for row in rows}
+    assert waits == {4: 31, 8: 12, 10: 6, 12: 6, 16: 12, 20: 12}
+
+
+@pytest.mark.slow
+def test_the_rank_that_waits_longest_is_in_the_log(tiny_data):
+    code = SLOW_DISK.replace("SECONDS", "(19 + 5 * rank)")
+    done = patched(tiny_data, code, 2, validation="")
+    assert done.returncode == 0, done.stderr
+    assert [float(row["data_seconds"]) for row in log_of(tiny_data)] == [24] + [5] * 19
+
+
 POISONED = """
 import model
 forward, clip, steps = model.MLP.forward, train.parallel.clip_gradients, [0]
