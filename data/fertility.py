@@ -1,30 +1,30 @@
 """How finely tokenizers cut texts: tokens per word and bytes per token, language by language.
 
-    python -m data.fertility --texts fr=fr.jsonl.gz en=en.jsonl.gz 'code=src/**/*.py' \\
+    python -m data.tokenizer compare --texts fr=fr.jsonl.gz en=en.jsonl.gz 'code=src/**/*.py' \\
         --tokenizers lucie=tokenizer.json mine=ranks.tiktoken gpt-4=tiktoken:cl100k_base \\
         --csv fertility.csv --png fertility.png
 
 Fewer tokens a word (the fertility) and more bytes a token are shorter sequences, so faster training
 and longer context for the same text. Words are what stands between white space; bytes are those of
-UTF-8; special tokens do not count. A text is any number of files as data/reading.py takes them;
-other files, such as program code, are a document each. A tokenizer is a ranks file, any
-tokenizer.json (of one that is not ours, through the package tokenizers), or tiktoken:NAME, one of
-tiktoken's own, which it downloads if it has not before.
+UTF-8; special tokens do not count. A text is a file, folder or glob as data/reading.py takes them;
+other files that are named or matched, such as program code, are a document each. Documents are
+cleaned first, as those to be trained on are. A tokenizer is a ranks file, any tokenizer.json (of
+one that is not ours, through the package tokenizers), or tiktoken:NAME, one of tiktoken's own,
+which it downloads if it has not before.
 """
 
 import argparse
 import csv
-import glob
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data import tokenizer
+from data.bpe_training import find_texts, read_texts
 from data.dataset import DataError
-from data.reading import SUFFIXES, find_files, read_documents
 from data.tokenizer import TokenizerError
 
 Counter = Callable[[str], int]  # the number of tokens of a text
@@ -86,15 +86,15 @@ def _tiktoken(name: str):
         raise TokenizerError(f"tiktoken:{name}: not cached, and its download failed") from None
 
 
-def read_text(pattern: str, limit: int) -> list[str]:
+def read_text(pattern: str, limit: int, text_field: str = "text") -> list[str]:
     """Documents of a file, folder or glob, from the first on, until `limit` bytes are reached.
 
     Raises DataError for what cannot be read and where there are no words.
     """
     documents, size = [], 0
-    for document in _documents(pattern):
+    for document in read_texts(find_texts(pattern), text_field):
         documents.append(document)
-        size += len(document.encode("utf-8", "replace"))
+        size += len(document.encode())
         if size >= limit:
             break
     if not any(document.split() for document in documents):
@@ -102,21 +102,10 @@ def read_text(pattern: str, limit: int) -> list[str]:
     return documents
 
 
-def _documents(pattern: str) -> Iterator[str]:
-    paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-    if not paths:
-        raise DataError(f"{pattern}: no such file, folder or glob")
-    for path in map(Path, paths):
-        if path.is_file() and not path.name.endswith(SUFFIXES):
-            yield path.read_bytes().decode("utf-8", "replace")
-        else:
-            yield from read_documents(find_files([path]))
-
-
 def compare(counters: dict[str, Counter], texts: dict[str, list[str]]) -> list[Fertility]:
     """Every tokenizer on every text, with a progress bar over bytes."""
     sizes = {
-        text: sum(len(document.encode("utf-8", "replace")) for document in documents)
+        text: sum(len(document.encode()) for document in documents)
         for text, documents in texts.items()
     }
     total = sum(sizes.values()) * len(counters)
@@ -155,25 +144,38 @@ def write_csv(found: list[Fertility], path: Path) -> None:
 
 
 def draw(found: list[Fertility], path: Path) -> None:
-    """The two tables as bars, one group for each text. Raises DataError without matplotlib."""
+    """The two tables as bars: a group for each text, in it a colour for each tokenizer.
+
+    Raises DataError without matplotlib.
+    """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise DataError("the chart needs matplotlib: pip install matplotlib") from None
     texts = list(dict.fromkeys(row.text for row in found))
     names = list(dict.fromkeys(row.tokenizer for row in found))
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    colors = colormaps["tab20"].colors  # ten, and a lighter one of each
+    colors = colors[::2] + colors[1::2]
+    bars = len(texts) * (len(names) + 1)
+    figure = Figure(figsize=(max(6, 3 + 0.32 * bars), 7.5), layout="constrained")
     titles = ("tokens per word (lower is better)", "bytes per token (higher is better)")
-    for axes, title in zip(figure.subplots(1, 2), titles):
+    for axes, title in zip(figure.subplots(2, 1), titles):
+        axes.set_prop_cycle(color=colors)
         for k, name in enumerate(names):
             rows = [row for row in found if row.tokenizer == name]
             heights = [getattr(row, "_".join(title.split()[:3])) for row in rows]
-            places = [at + (k - (len(names) - 1) / 2) * 0.8 / len(names) for at in range(len(rows))]
-            axes.bar(places, heights, 0.8 / len(names), label=name)
+            width = 1 / (len(names) + 1)  # the room of one bar between groups
+            places = [at + (k - (len(names) - 1) / 2) * width for at in range(len(rows))]
+            drawn = axes.bar(places, heights, width, label=name, edgecolor="white", linewidth=0.5)
+            axes.bar_label(drawn, fmt="%.2f", rotation=90, padding=3, fontsize=8)
         axes.set_xticks(range(len(texts)), texts)
-        axes.set_title(title)
+        axes.tick_params(axis="x", length=0)
+        axes.set_title(title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
+        axes.margins(x=0.01, y=0.15)  # above the bars, room for their numbers
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)  # beside the bars
     figure.savefig(path, format="png", dpi=110)
@@ -192,10 +194,13 @@ def _named(given: list[str], what: str) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="data.fertility", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="data.tokenizer compare",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--texts", nargs="+", required=True, help="NAME=FILE, FOLDER or 'GLOB'")
     parser.add_argument("--tokenizers", nargs="+", required=True, help="NAME=PATH or tiktoken:NAME")
+    parser.add_argument("--text-field", default="text", help="of JSON and tables")
     parser.add_argument("--megabytes", type=float, default=2.0, help="of each text at most")
     parser.add_argument("--csv", type=Path, help="file for the counts")
     parser.add_argument("--png", type=Path, help="file for the bars")
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, source in _named(args.tokenizers, "tokenizers").items()
         }
         texts = {
-            name: read_text(source, int(args.megabytes * 1e6))
+            name: read_text(source, int(args.megabytes * 1e6), args.text_field)
             for name, source in _named(args.texts, "texts").items()
         }
         found = compare(counters, texts)
@@ -225,9 +230,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: object) -> int:
-    print(f"data.fertility: {message}", file=sys.stderr)
+    print(f"data.tokenizer: {message}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    main()

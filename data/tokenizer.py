@@ -9,6 +9,11 @@ own, which is what lets a model carry out arithmetic digit by digit.
 
 `load` reads a ranks file, a tokenizer.json of either form, or a folder that holds one;
 `save_folder` writes the files that Hugging Face's libraries read.
+
+To learn a vocabulary (data/bpe_training.py), and to compare tokenizers (data/fertility.py):
+
+    python -m data.tokenizer train fr.jsonl.gz en/ --vocab-size 65024 --out ranks.tiktoken
+    python -m data.tokenizer compare --texts fr=fr.jsonl.gz --tokenizers mine=ranks.tiktoken
 """
 
 import base64
@@ -114,7 +119,7 @@ def load(path: str | Path) -> Tokenizer | LucieTokenizer:
         content = file.read_bytes()
         return _from_content(content, path.stem)
     except OSError as error:
-        hint = "" if path.is_dir() else " (python -m data.prepare tokenizer makes one)"
+        hint = "" if path.is_dir() else " (python -m data.tokenizer train makes one)"
         raise TokenizerError(f"{file}: {error.strerror}{hint}") from None
     except TokenizerError as error:
         raise TokenizerError(f"{file}: {error}") from None
@@ -277,3 +282,18 @@ def _write(path: str | Path, content: bytes) -> None:
     unfinished = Path(f"{path}.tmp")
     unfinished.write_bytes(content)
     unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    from data import bpe_training, fertility
+
+    commands = {"train": bpe_training.main, "compare": fertility.main}
+    parser = argparse.ArgumentParser(
+        prog="data.tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=commands, help="with -h says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    commands[args.command](args.arguments)

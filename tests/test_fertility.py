@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 
+import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
@@ -107,9 +108,18 @@ def test_reading_stops_at_the_limit(folder):
     assert read_text(str(folder / "*.py"), 10**9) == ["x = 1\n", "y = x + 2\n"]
 
 
-def test_the_chart(tmp_path):
-    image = pytest.importorskip("matplotlib.image")
-    # a has 1 and 4 tokens a word, b 2 and 2
+def test_the_chart(tmp_path, monkeypatch):
+    """A group of bars for each text, and in it a bar and a colour for each tokenizer."""
+    figures = pytest.importorskip("matplotlib.figure")
+    from matplotlib.image import imread
+
+    drawn, savefig = [], figures.Figure.savefig
+
+    def saving(figure, *args, **options):
+        drawn.append(figure)
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(figures.Figure, "savefig", saving)
     found = [
         Fertility("a", "en", 1, 100, 500, 100),
         Fertility("a", "fr", 1, 100, 500, 400),
@@ -117,18 +127,61 @@ def test_the_chart(tmp_path):
         Fertility("b", "fr", 1, 100, 500, 200),
     ]
     fertility.draw(found, tmp_path / "f.png")
-    pixels = image.imread(tmp_path / "f.png")[:, :650, :3]
-    blue, orange = (
-        (abs(pixels - colour).max(axis=-1) < 0.02).sum()
-        for colour in ((0.122, 0.467, 0.706), (1.0, 0.498, 0.055))
+    expected = {
+        "tokens per word (lower is better)": {"a": [1, 4], "b": [2, 2]},
+        "bytes per token (higher is better)": {"a": [5, 1.25], "b": [2.5, 2.5]},
+    }
+    colors = []
+    for axes, (title, heights) in zip(drawn[0].axes, expected.items()):
+        assert axes.get_title(loc="left") == title
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["en", "fr"]
+        groups = axes.containers
+        assert {bars.get_label(): [bar.get_height() for bar in bars] for bars in groups} == heights
+        numbers = [text.get_text() for text in axes.texts]
+        assert numbers == [f"{value:.2f}" for values in heights.values() for value in values]
+        for at, tick in enumerate(axes.get_xticks()):
+            a, b = (bars[at] for bars in groups)
+            assert a.get_x() + a.get_width() == pytest.approx(b.get_x()) == tick  # side by side
+        colors.append([bars[0].get_facecolor()[:3] for bars in groups])
+    assert colors[0] == colors[1] and colors[0][0] != colors[0][1]
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["a", "b"]
+    image = imread(tmp_path / "f.png")[..., :3]
+    for color in colors[0]:
+        assert (abs(image - color).max(axis=-1) < 0.02).mean() > 0.05
+
+
+def test_twenty_tokenizers_have_a_color_each(tmp_path):
+    imread = pytest.importorskip("matplotlib.image").imread
+    found = [Fertility(f"t{k}", "en", 1, 100, 500, 100) for k in range(20)]
+    fertility.draw(found, tmp_path / "f.png")
+    pixels = (imread(tmp_path / "f.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    kinds, counts = np.unique(pixels, axis=0, return_counts=True)
+    colored = kinds.max(axis=1) - kinds.min(axis=1) > 20
+    assert (colored & (counts > 1000)).sum() >= 18  # of tab20 two are grey
+
+
+def test_texts_are_cleaned_and_of_the_field_asked_for(tmp_path, capsys):
+    """Halves of UTF-16 pairs, which no tokenizers library takes, and NUL characters."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.jsonl").write_text(r'{"text": "", "body": "a\ud83d\ude42 \ud800\u0000"}')
+    code, _, err = run(
+        capsys,
+        *("--texts", f"x={tmp_path}/a.jsonl", "--text-field=body"),
+        *("--tokenizers", f"words={tmp_path}/words.json", "--csv", tmp_path / "f.csv"),
     )
-    assert blue / orange == pytest.approx(5 / 4, rel=0.03)  # 1 + 4 to 2 + 2
+    assert code == 0, err
+    # a, an emoji of four bytes, a space, U+FFFD of three
+    assert (tmp_path / "f.csv").read_text().splitlines()[1].startswith("words,x,1,2,9,1,")
 
 
 @pytest.mark.parametrize(
     "texts, tokenizers, said",
     [
-        ("fr=none.txt", "{0}/bytes.tiktoken", "none.txt: no such file"),
+        ("fr=none.txt", "{0}/bytes.tiktoken", "none.txt: not a folder"),
         ("fr={0}/fr.jsonl.gz", "none.json", "none.json: No such file"),
         ("fr={0}/fr.jsonl.gz", "{0}/a.py", "a.py"),
         ("fr=", "{0}/bytes.tiktoken", "fr=: write --texts NAME=PATH"),

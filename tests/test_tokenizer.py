@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -283,3 +285,28 @@ def test_batches_are_bounded_by_their_characters():
     batches = list(tokenizer_base._batches(texts))
     assert [text for batch in batches for text in batch] == texts
     assert max(sum(map(len, batch[:-1])) + len(batch) for batch in batches) <= 2**18 + 1001
+
+
+def test_the_commands_train_and_compare(tmp_path, texts):
+    pytest.importorskip("tokenizers")
+
+    def command(*args):
+        line = [sys.executable, "-m", "data.tokenizer", *map(str, args)]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n}.txt").write_text(text)
+    ranks = tmp_path / "new/r.tiktoken"
+    done = command("train", tmp_path, "--vocab-size", 500, "--out", ranks)
+    assert done.returncode == 0, done.stderr
+    assert tokenizer.load(ranks).vocab_size == 500
+    done = command("compare", "--texts", f"t={tmp_path}", "--tokenizers", f"mine={ranks}")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    ours = tokenizer.load(ranks)
+    tokens = sum(len(ours.encode_ordinary(text)) for text in texts)
+    assert ["mine", f"{sum(len(text.encode()) for text in texts) / tokens:.3f}"] in lines
+    for args in (["train", "--out", ranks], ["compare"], ["learn"], []):
+        assert command(*args).returncode == 2
+    shown = command("train", "-h").stdout
+    assert "--mixture" in shown and "usage: data.tokenizer train" in shown
