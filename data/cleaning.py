@@ -15,6 +15,9 @@ import re
 import unicodedata
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# The same in UTF-8, one byte or two: to look for these takes a third of the time.
+CONTROL_BYTES = bytes(b for b in range(128) if CONTROL.match(chr(b)))
+CONTROL_PAIRS = re.compile(b"\xc2[\x80-\x9f]")
 LINE_ENDS = {"\v": "\n", "\f": "\n", "\x85": "\n"}
 RULES = ("surrogates", "control", "nfc")
 
@@ -24,11 +27,12 @@ def clean(text: str) -> tuple[str, tuple[str, ...]]:
     changed = []
     try:
         # The cheapest test for a surrogate: only they cannot be written.
-        text.encode()
+        data = text.encode()
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         changed.append("surrogates")
-    if CONTROL.search(text):
+        data = text.encode()
+    if len(data.translate(None, CONTROL_BYTES)) < len(data) or CONTROL_PAIRS.search(data):
         text = CONTROL.sub(lambda found: LINE_ENDS.get(found[0], ""), text)
         changed.append("control")
     if not unicodedata.is_normalized("NFC", text):

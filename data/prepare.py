@@ -1,28 +1,30 @@
 """From raw text to token streams.
 
     python -m data.prepare tokens INPUTS... --tokenizer ranks.tiktoken --out data/mine/fr
-    python -m data.prepare tokenizer INPUTS... --vocab-size 65024 --out ranks.tiktoken
     python -m data.prepare demo --out out/demo_data
 
 INPUTS are files, globs and folders of .txt, .md, .jsonl and .json, each also as .gz or .zst, and of
-.parquet and .arrow (see data/reading.py). `tokens` writes OUT.bin and OUT.idx (see
-data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`, and a report,
-OUT.json. Documents held out by --validation go to OUT.valid instead; --split-by language makes
-streams OUT.fr, OUT.en ...; --split-length 4096 makes OUT.short and OUT.long, together OUT.fr.short
-and OUT.fr.long.valid. A run that is cut short goes on where it was by the same command. `demo`
-makes the corpus, vocabulary and mixtures of `make demo` without any network.
+.parquet and .arrow (see data/reading.py), on this machine or at s3://, https:// ...; or
+hf:NAME#SUBSET, a data set of the Hugging Face Hub (see data/remote.py). `tokens` writes OUT.bin and
+OUT.idx (see data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`,
+and a report, OUT.json. Documents held out by --validation go to OUT.valid instead; --split-by
+language makes streams OUT.fr, OUT.en ...; --split-length 4096 makes OUT.short and OUT.long,
+together OUT.fr.short and OUT.fr.long.valid. A run that is cut short goes on where it was by the
+same command. `demo` makes the corpus, vocabulary and mixtures of `make demo` without any network.
 """
 
 import argparse
 import csv
 import hashlib
+import json
 import os
 import random
 import sys
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,11 @@ from tqdm import tqdm
 from data import bpe_training, demo_corpus, tokenizer
 from data.cleaning import RULES
 from data.dataset import DataError
-from data.reading import find_files, place, read_documents
+from data.reading import Source, find_files, place, size_of, version_of
+from data.remote import HubDataset
 from data.stream_writer import Parts, StreamWriter, write_json
 from data.tokenizer import LucieTokenizer, TokenizerError
-from data.workers import AnyTokenizer, Document, LeftOut, Options, process, read_batches
+from data.workers import AnyTokenizer, LeftOut, Options, Part, process, read_batches
 
 PART = 1 << 26  # bytes of input after which a part is finished and kept
 ERRORS = 100  # listed in the report; all are counted
@@ -58,7 +61,7 @@ DEMO_MIXTURES = {
 
 
 def tokenize(
-    files: list[Path],
+    files: list[Source],
     encoder: AnyTokenizer,
     out: str | Path,
     options: Options = DEFAULTS,
@@ -71,15 +74,17 @@ def tokenize(
     Work is cut into parts of part_size bytes of input, kept in OUT.parts until all are joined, so
     a run that was cut short goes on from its last part. Every byte written is the same for any
     number of workers and of interruptions. Raises DataError for a document that cannot be read,
-    unless on_error is "skip".
+    unless on_error is "skip", and for a connection that fails.
     Memory: a part, a few batches for each worker, one document; 4 bytes a document when joining.
     """
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
     out = Path(out)
     report = Path(f"{out}.json")
-    files = [file for file in files if file.absolute() != report.absolute()]
-    parts = Parts(Path(f"{out}.parts"), _describe(files, encoder, options, part_size))
+    files = [f for f in files if not isinstance(f, Path) or f.absolute() != report.absolute()]
+    folder = Path(f"{out}.parts")
+    names, files = list(map(str, files)), _pinned(files, folder)
+    parts = Parts(folder, _describe(names, files, encoder, options, part_size))
     if parts.begun_anew:
         print(f"{parts.folder}: inputs or options are others now; begun anew", file=sys.stderr)
     elif parts.records:
@@ -99,22 +104,40 @@ def tokenize(
     return summary
 
 
-def _describe(files: list[Path], encoder: AnyTokenizer, options: Options, part_size: int) -> dict:
-    """All that the parts depend on."""
+def _pinned(files: list[Source], folder: Path) -> list[Source]:
+    """Data sets of the Hub at one commit: that of the parts there are, or else today's."""
+    try:
+        run = json.loads((folder / "run.record").read_text(encoding="utf-8"))
+        commits = {name: version for name, _, version in run["files"]}
+    except (OSError, ValueError):
+        commits = {}
+    pinned = []
+    for file in files:
+        if isinstance(file, HubDataset):
+            commit = commits.get(ascii(str(file)))
+            file = replace(file, revision=commit) if commit else file.pinned()
+            print(f"reading {file}", file=sys.stderr)
+        pinned.append(file)
+    return pinned
+
+
+def _describe(
+    names: list[str], files: list[Source], encoder: AnyTokenizer, options: Options, part_size: int
+) -> dict:
+    """All that the parts depend on; `names` are those of the files as they were given."""
     ranks = encoder.source if isinstance(encoder, LucieTokenizer) else repr(encoder.ranks).encode()
-    stats = [(str(file), file.stat()) for file in files]
     return {
         "format": 1,
         "options": asdict(options),
         "part_size": part_size,
         "tokenizer": hashlib.sha256(ranks).hexdigest(),
-        "files": [[ascii(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "files": [[ascii(name), size_of(f), version_of(f)] for name, f in zip(names, files)],
     }
 
 
 def _make_parts(
     parts: Parts,
-    files: list[Path],
+    files: list[Source],
     encoder: AnyTokenizer,
     options: Options,
     workers: int,
@@ -127,29 +150,31 @@ def _make_parts(
         streams |= record["streams"].keys()
         if options.deduplicate:
             seen.update(map(bytes, parts.arrays(number, "digests")[0]))
-    begins = np.cumsum([0] + [file.stat().st_size for file in files]).tolist()
+    sizes = list(map(size_of, files))
+    known = None not in sizes
+    begins = list(accumulate(sizes, initial=0)) if known else [0] * len(files)
     part, tokens = Part(), 0
     with tqdm(
-        total=begins[-1], initial=begins[start[0]] + start[2], unit="B", unit_scale=True,
-        desc="tokens", smoothing=0.05,
+        total=begins[-1] if known else None, initial=begins[start[0]] + start[2], unit="B",
+        unit_scale=True, desc="tokens", smoothing=0.05,
     ) as bar:  # fmt: skip
         batches = read_batches(files, options, start, part_size)
-        for batch, results in process(batches, encoder, options, workers):
-            for (file, number), result in zip(batch.places, results):
-                part.count(result, seen if options.deduplicate else None)
+        for batch, done in process(batches, encoder, options, workers):
+            part.count(done, seen if options.deduplicate else None)
+            tokens += len(done.tokens)
+            for (file, number), result in zip(batch.places, done.results):
                 if isinstance(result, LeftOut) and result.error:
                     part.errors.append(f"{place(files[file], number)}: {result.error}")
                     del part.errors[ERRORS:]
                     _stop_at(part.errors, on_error)
-                elif isinstance(result, Document):
-                    tokens += len(result.tokens)
             if len(streams | part.streams.keys()) > STREAMS:
                 raise DataError(
                     f"over {STREAMS:,} streams: {options.split_by!r} has too many values"
                 )
             file, number = batch.places[-1]
             bar.set_postfix_str(_per_second(tokens, bar), refresh=False)
-            bar.update(begins[file] + batch.position - bar.n)
+            # Bytes of the files as stored, or of the documents where their size is unknown.
+            bar.update(begins[file] + batch.position - bar.n if known else done.size)
             if batch.ends_part:
                 parts.add(*part.packed((file, number, batch.position), encoder.dtype))
                 streams |= part.streams.keys()
@@ -164,43 +189,6 @@ def _per_second(tokens: int, bar: tqdm) -> str:
 def _stop_at(errors: list[str], on_error: str) -> None:
     if errors and on_error == "stop":
         raise DataError(f"{errors[0]} (--on-error skip leaves it out and goes on)")
-
-
-class Part:
-    """The documents since the last finished part."""
-
-    def __init__(self) -> None:
-        self.counts, self.changed = Counter(), Counter()
-        self.errors: list[str] = []
-        self.streams: dict[str, list[Document]] = {}
-        self.digests: list[bytes] = []
-
-    def count(self, result: Document | LeftOut, seen: set[bytes] | None) -> None:
-        self.counts["in"] += 1
-        if isinstance(result, LeftOut):
-            self.counts[result.reason] += 1
-            return
-        if seen is not None:
-            if result.digest in seen:
-                self.counts["duplicate"] += 1
-                return
-            seen.add(result.digest)
-            self.digests.append(result.digest)
-        self.counts["out"] += 1
-        self.changed.update(result.changed)
-        self.streams.setdefault(result.stream, []).append(result)
-
-    def packed(self, end: tuple[int, int, int], dtype: np.dtype) -> tuple[dict, dict]:
-        """Its record, `end` being the last record's (file, number, position), and its arrays."""
-        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, 16)
-        streams, arrays = {}, {"digests": digests}
-        for number, (name, documents) in enumerate(self.streams.items()):
-            sizes = sum(d.characters for d in documents), sum(d.size for d in documents)
-            streams[name] = [number, *sizes]
-            arrays[f"tokens{number}"] = np.concatenate([d.tokens for d in documents], dtype=dtype)
-            arrays[f"lengths{number}"] = np.array([len(d.tokens) for d in documents], np.int32)
-        record = {"end": end, "counts": self.counts, "changed": self.changed}
-        return record | {"errors": self.errors, "streams": streams}, arrays
 
 
 def _join(parts: Parts, encoder: AnyTokenizer, out: Path, options: Options) -> dict:
@@ -310,21 +298,14 @@ def main(argv: list[str] | None = None) -> None:
     tokens.add_argument("--split-length", type=int, help="tokens; longer documents go to OUT.long")
     tokens.add_argument("--on-error", choices=("stop", "skip"), default="stop")
     tokens.add_argument("--workers", type=int, default=os.cpu_count())
-    vocabulary = commands.add_parser("tokenizer", help="learn a vocabulary from text files")
-    vocabulary.add_argument("inputs", nargs="+")
-    vocabulary.add_argument("--text-field", default="text")
-    vocabulary.add_argument("--vocab-size", type=int, default=65_024)
-    vocabulary.add_argument("--out", required=True, help="ranks file to write")
     demo = commands.add_parser("demo", help="the corpus of make demo")
     demo.add_argument("--out", default="out/demo_data")
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
             prepare_demo(Path(args.out))
-        elif args.command == "tokens":
-            _tokens(args)
         else:
-            _vocabulary(args)
+            _tokens(args)
     except (DataError, TokenizerError) as error:
         sys.exit(_fail(error))
     except OSError as error:
@@ -349,28 +330,23 @@ def _tokens(args: argparse.Namespace) -> None:
     print(f"documents {report['documents']:,} of {report['documents_in']:,}; left out: {left_out}")
     for error in report["errors"]:
         print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
-    size = sum(stream["bytes"] for stream in report["streams"].values())
-    print(f"{size / 1e6:,.1f} MB of text in {seconds:,.1f} s{_peak_memory()}; see {args.out}.json")
+    size = sum(stream["bytes"] for stream in report["streams"].values()) / 1e6
+    here, worker = peak_memory()
+    memory = f"peak memory {here:,.0f} MB" + (f" and {worker:,.0f} MB a worker" if worker else "")
+    rate = f"{size:,.1f} MB of text in {seconds:,.1f} s, {size / seconds:,.1f} MB/s"
+    print(f"{rate}, {memory}; see {args.out}.json")
 
 
-def _peak_memory() -> str:
+def peak_memory() -> tuple[float, float]:
+    """MB of this process, and of the largest of its children that ended; 0 where not known."""
     try:
         import resource
     except ImportError:  # on Windows
-        return ""
+        return 0.0, 0.0
     # Linux counts in kibibytes, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    peaks = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    here, worker = (resource.getrusage(who).ru_maxrss * unit / 1e6 for who in peaks)
-    return f", peak memory {here:,.0f} MB" + (f" and {worker:,.0f} MB a worker" if worker else "")
-
-
-def _vocabulary(args: argparse.Namespace) -> None:
-    files = find_files(args.inputs)
-    size = sum(path.stat().st_size for path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizer") as progress:
-        documents = read_documents(files, progress, args.text_field)
-        tokenizer.save(bpe_training.train(documents, args.vocab_size), args.out)
+    here, children = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return tuple(resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (here, children))
 
 
 def _fail(message: object) -> int:

@@ -2,7 +2,8 @@
 
 .txt and .md are a document a file. .jsonl is a JSON object a line; .json the same, or one object,
 or one array of them. All may be compressed, .gz or .zst. .parquet and .arrow (a datasets folder)
-are a document a row and need pyarrow; .zst needs zstandard.
+are a document a row and need pyarrow; .zst needs zstandard. Files may be elsewhere, and there are
+data sets of the Hugging Face Hub (data/remote.py).
 
 Memory: one document is held whole, and is at most LARGEST bytes, as is a .json that is one array. A
 longer line or file is an error with its place, and the line after it is read. Of a .parquet, a row
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from data.dataset import DataError
+from data.remote import HUB, HubDataset, RemoteFile, find_remote
 
 LARGEST = 1 << 26  # bytes of one document
 PLAIN, LINES, WHOLE = (".txt", ".md"), (".jsonl",), (".json",)
@@ -30,6 +32,7 @@ TABLES = (".parquet", ".arrow")
 SUFFIXES = (*(s + c for s in PLAIN + LINES + WHOLE for c in ("", *COMPRESSED)), *TABLES)
 # What `datasets` puts beside its .arrow files.
 DATASETS_OWN = {"dataset_info.json", "dataset_dict.json", "state.json"}
+Source = Path | RemoteFile | HubDataset
 ROWS = 64  # of a table, made Python objects at a time
 # Compressed bytes unpacked at a time. zstd gives up to 32,768 bytes for one: 32 MiB for these.
 PIECE = 1024
@@ -45,12 +48,20 @@ class Record(NamedTuple):
     error: str = ""
 
 
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files named, matched by a glob or found in folders, each once, in a fixed order."""
-    files = []
+def find_files(inputs: Iterable[str | Path]) -> list[Source]:
+    """The files named, matched by a glob or found in folders, each once, in a fixed order.
+
+    A data set of the Hub counts as a file. Raises DataError for an input that is nothing.
+    """
+    files: list[Source] = []
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        if str(given).startswith(HUB):
+            files.append(HubDataset.parse(str(given)))
+        elif "://" in str(given):
+            found = find_remote(str(given), SUFFIXES)
+            files += [f for f in found if f.name.rpartition("/")[2] not in DATASETS_OWN]
+        elif path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             files += [p for p in found if p.name not in DATASETS_OWN]
         elif path.is_file() and path.name.endswith(SUFFIXES):
@@ -62,50 +73,65 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def size_of(source: Source) -> int | None:
+    """Bytes, as stored; None for a data set of the Hub."""
+    if isinstance(source, Path):
+        return source.stat().st_size if source.is_file() else 0
+    return source.size if isinstance(source, RemoteFile) else None
+
+
+def version_of(source: Source) -> int | str | None:
+    """What changes with the content: the time it was written, a checksum, a commit."""
+    if isinstance(source, Path):
+        return source.stat().st_mtime_ns
+    return source.version if isinstance(source, RemoteFile) else source.revision
+
+
 def read_documents(
-    files: Iterable[Path], progress: tqdm | None = None, text_field: str = "text"
+    files: Iterable[Source], progress: tqdm | None = None, text_field: str = "text"
 ) -> Iterator[str]:
     """The texts of the files, one by one. Raises DataError with file and line for a bad one."""
-    for path in files:
+    for source in files:
         done = 0
-        for record in records(path, text_field):
+        for record in records(source, text_field):
             try:
                 if record.error:
                     raise ValueError(record.error)
                 yield parse(record.content, text_field)[0]
             except ValueError as error:
-                raise DataError(f"{place(path, record.number)}: {error}") from None
+                raise DataError(f"{place(source, record.number)}: {error}") from None
             if progress is not None:
                 progress.update(record.position - done)
                 done = record.position
 
 
-def place(path: Path, number: int) -> str:
+def place(source: Source, number: int) -> str:
     """Where a record is, in words."""
-    kind = _kind(path)
+    kind = _kind(source)
     if kind in PLAIN:
-        return str(path)
-    return f"{path}, {'row' if kind in TABLES else 'item' if kind in WHOLE else 'line'} {number:,}"
+        return str(source)
+    word = "item" if kind in WHOLE else "line" if kind in LINES else "row"
+    return f"{source}, {word} {number:,}"
 
 
 def records(
-    path: Path, text_field: str, split_by: str | None = None, done: int = 0, position: int = 0
+    source: Source, text_field: str, split_by: str | None = None, done: int = 0, position: int = 0
 ) -> Iterator[Record]:
     """The records of a file after number `done`, which ended at byte `position`.
 
-    A file that breaks ends in a record with the error. Raises DataError only where a library for
-    this form of file is not installed.
+    A file that breaks ends in a record with the error. Raises DataError only where a package for
+    this form of file is not installed, or a connection fails.
     """
     number = done
     try:
-        for record in _all_records(path, text_field, split_by, done, position):
+        for record in _all_records(source, text_field, split_by, done, position):
             if record.number > done:
                 number = record.number
                 yield record
     except (OSError, EOFError, zlib.error) as error:
         reason = (str(getattr(error, "strerror", "") or error).splitlines() or ["broken"])[0]
-        size = path.stat().st_size if path.is_file() else 0
-        yield Record(number + 1, size, None, 0, f"cannot be read further: {reason}")
+        reason = f"cannot be read further: {reason}"
+        yield Record(number + 1, size_of(source) or 0, None, 0, reason)
 
 
 def parse(content: Any, text_field: str, split_by: str | None = None) -> tuple[str, str]:
@@ -128,29 +154,35 @@ def parse(content: Any, text_field: str, split_by: str | None = None) -> tuple[s
     return values[0], values[1] if split_by is not None else ""
 
 
-def _kind(path: Path) -> str:
-    inner = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return inner.suffix
+def _kind(source: Source) -> str:
+    """A file's suffix without that of its compression, "" for a data set of the Hub."""
+    if isinstance(source, HubDataset):
+        return ""
+    inner = Path(source.name)
+    return (inner.with_suffix("") if inner.suffix in COMPRESSED else inner).suffix
 
 
 def _all_records(
-    path: Path, text_field: str, split_by: str | None, done: int, position: int
+    source: Source, text_field: str, split_by: str | None, done: int, position: int
 ) -> Iterator[Record]:
-    kind = _kind(path)
-    if kind in TABLES:
-        yield from _rows(path, [text_field] + [split_by] * (split_by is not None))
+    kind, fields = _kind(source), [text_field] + [split_by] * (split_by is not None)
+    if isinstance(source, HubDataset):
+        yield from _rows(source.tables(done, ROWS), fields, done)
         return
-    one = kind in WHOLE and _is_one_json(path)
+    if kind in TABLES:
+        yield from _table(source, fields)
+        return
+    one = kind in WHOLE and _is_one_json(source)
     with ExitStack() as stack:
-        stream, raw = _open(path, stack)
+        stream, raw = _open(source, stack)
         if kind not in PLAIN and not one:
             if stream is raw:
                 raw.seek(position)
-                yield from _lines(stream, raw, done)
+                yield from _lines(stream, raw, done, position)
             else:
-                yield from _lines(stream, raw, 0)
+                yield from _lines(stream, raw, 0, 0)
             return
-        content, size = stream.read(LARGEST + 1), path.stat().st_size
+        content, size = stream.read(LARGEST + 1), size_of(source)
         if len(content) > LARGEST:
             advice = "make it a .jsonl" if one else "cut it into several"
             yield Record(1, size, None, 0, f"over {LARGEST:,} bytes: {advice}")
@@ -160,14 +192,17 @@ def _all_records(
             yield Record(1, size, {text_field: content}, len(content))
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[io.BufferedIOBase, io.BufferedReader]:
+def _open(
+    source: Path | RemoteFile, stack: ExitStack
+) -> tuple[io.BufferedIOBase, io.BufferedReader]:
     """The file as it is unpacked, and as it is stored: one and the same if it is not packed."""
-    raw = stack.enter_context(open(path, "rb", buffering=1 << 20))
-    if path.suffix in COMPRESSED and not raw.peek(1):
+    local = isinstance(source, Path)
+    raw = stack.enter_context(open(source, "rb", buffering=1 << 20) if local else source.open())
+    if source.name.endswith(COMPRESSED) and not raw.peek(1):
         raise EOFError("an empty file is not compressed")
-    if path.suffix == ".gz":
+    if source.name.endswith(".gz"):
         return stack.enter_context(gzip.open(raw)), raw
-    if path.suffix == ".zst":
+    if source.name.endswith(".zst"):
         return stack.enter_context(io.BufferedReader(_Zstd(raw), 1 << 18)), raw
     return raw, raw
 
@@ -208,22 +243,32 @@ class _Zstd(io.RawIOBase):
         return count
 
 
-def _lines(stream: io.BufferedIOBase, raw: io.BufferedReader, number: int) -> Iterator[Record]:
-    # Of a file that is not packed, raw.tell() is where the next line begins.
+def _lines(
+    stream: io.BufferedIOBase, raw: io.BufferedReader, number: int, position: int
+) -> Iterator[Record]:
+    # Of a file that is not packed, position is where the next line begins.
+    packed, asked = stream is not raw, number
     while line := stream.readline(LARGEST + 1):
-        number += 1
-        if len(line) > LARGEST:
+        number, size = number + 1, len(line)
+        if size > LARGEST:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(1 << 20)
-            yield Record(number, raw.tell(), None, 0, f"a line over {LARGEST:,} bytes")
+                size += len(line)
+        if not packed:
+            position += size
+        elif number >= asked:
+            # To ask costs a call of the system; it is for a progress bar.
+            position, asked = raw.tell(), number + 50
+        if size > LARGEST:
+            yield Record(number, position, None, 0, f"a line over {LARGEST:,} bytes")
         elif line.strip():
-            yield Record(number, raw.tell(), line, len(line))
+            yield Record(number, position, line, size)
 
 
-def _is_one_json(path: Path) -> bool:
+def _is_one_json(source: Path | RemoteFile) -> bool:
     """Whether a .json is one array or one object over several lines, and not an object a line."""
     with ExitStack() as stack:
-        stream, _ = _open(path, stack)
+        stream, _ = _open(source, stack)
         while line := stream.readline(1 << 20):
             if line.strip():
                 return line.lstrip().startswith(b"[") or line.strip() == b"{"
@@ -241,44 +286,56 @@ def _items(content: bytes, size: int) -> Iterator[Record]:
         yield Record(number, size * number // len(items), item, len(content) // len(items))
 
 
-def _rows(path: Path, fields: list[str]) -> Iterator[Record]:
+def _table(source: Path | RemoteFile, fields: list[str]) -> Iterator[Record]:
+    """The rows of a .parquet or .arrow file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise DataError(f"{path}: reading tables needs: pip install pyarrow") from None
-    size, number = path.stat().st_size, 0
+        raise DataError(f"{source}: reading tables needs: pip install pyarrow") from None
+    local, size = isinstance(source, Path), size_of(source)
     try:
-        with pa.OSFile(str(path)) as source:
-            if path.suffix == ".parquet":
-                table = pq.ParquetFile(source)
+        with pa.OSFile(str(source)) if local else pa.PythonFile(source.open()) as file:
+            if _kind(source) == ".parquet":
+                table = pq.ParquetFile(file)
                 rows, names = table.metadata.num_rows, table.schema_arrow.names
-                present = [field for field in fields if field in names]
-                batches = table.iter_batches(ROWS, columns=present, use_threads=False)
+                _require(fields, names)
+                batches = table.iter_batches(ROWS, columns=fields, use_threads=False)
             else:
-                is_file = source.read(6) == b"ARROW1"
-                source.seek(0)
-                table = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-                rows, names = 0, table.schema.names
+                is_file = file.read(6) == b"ARROW1"
+                file.seek(0)
+                table = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+                rows = 0
                 # A file of Arrow's other form is asked for its batches by number.
                 batches = (
                     map(table.get_batch, range(table.num_record_batches)) if is_file else table
                 )
-            if lacking := [field for field in fields if field not in names]:
-                raise OSError(f"no column {lacking[0]!r}; it has {', '.join(names)}")
-            for batch in batches:
-                columns = [_values(batch.column(field), field, pa) for field in fields]
-                for values in zip(*columns):
-                    number += 1
-                    at = size * number // rows if rows else source.tell()
-                    length = sum(len(value) for value in values if value is not None)
-                    yield Record(number, at, dict(zip(fields, values)), length)
+            for record in _rows(batches, fields, 0):
+                at = size * record.number // rows if rows else file.tell()
+                yield record._replace(position=at)
     except pa.ArrowException as error:
         raise OSError(str(error)) from None
 
 
-def _values(column: Any, field: str, pa: Any) -> list[bytes | None]:
+def _rows(batches: Iterable[Any], fields: list[str], number: int) -> Iterator[Record]:
+    """The rows of tables of pyarrow, or of its record batches, numbered from `number` + 1."""
+    for batch in batches:
+        _require(fields, batch.schema.names)
+        for values in zip(*(_values(batch.column(field), field) for field in fields)):
+            number += 1
+            length = sum(len(value) for value in values if value is not None)
+            yield Record(number, 0, dict(zip(fields, values)), length)
+
+
+def _require(fields: list[str], names: list[str]) -> None:
+    if lacking := [field for field in fields if field not in names]:
+        raise OSError(f"no column {lacking[0]!r}; it has {', '.join(names)}")
+
+
+def _values(column: Any, field: str) -> list[bytes | None]:
     """A column's strings as bytes: whether they are UTF-8, pyarrow does not see to."""
+    import pyarrow as pa
+
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind, column = kind.value_type, column.dictionary_decode()

@@ -1,23 +1,23 @@
-"""Records to documents: parsed, cleaned and tokenised by processes, in the order they were read."""
+"""Records to documents: parsed, cleaned and tokenised by processes, collected in the order read."""
 
 import hashlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from array import array
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from data.cleaning import clean, left_out
-from data.reading import parse, records
+from data.reading import Source, parse, records
 from data.tokenizer import LucieTokenizer, Tokenizer
 
 BATCH = 1 << 18  # bytes handed to a process at a time
@@ -43,14 +43,22 @@ class Document(NamedTuple):
     stream: str  # suffix of its stream
     characters: int
     size: int  # bytes
-    digest: bytes
+    digest: bytes  # of its text; empty if nothing asks for it
     changed: tuple[str, ...]  # the rules that did
-    tokens: np.ndarray
+    length: int  # tokens
 
 
 class LeftOut(NamedTuple):
     reason: str
     error: str = ""
+
+
+class Done(NamedTuple):
+    """What a batch became. Arrays travel between processes at a price each, so there is one."""
+
+    results: list[Document | LeftOut]
+    tokens: np.ndarray  # of the documents, one after the other
+    size: int  # bytes of the documents
 
 
 class Batch(NamedTuple):
@@ -62,7 +70,7 @@ class Batch(NamedTuple):
 
 
 def read_batches(
-    files: list[Path], options: Options, start: tuple[int, int, int], part_size: int
+    files: list[Source], options: Options, start: tuple[int, int, int], part_size: int
 ) -> Iterator[Batch]:
     """The records after `start`, in batches that depend on the files and part_size alone."""
     first, done, position = start
@@ -85,7 +93,7 @@ def read_batches(
 
 def process(
     batches: Iterator[Batch], encoder: AnyTokenizer, options: Options, workers: int
-) -> Iterator[tuple[Batch, list[Document | LeftOut]]]:
+) -> Iterator[tuple[Batch, Done]]:
     """The batches and what their records became, in order.
 
     Read in advance are IN_FLIGHT batches for each worker, or one batch, whatever its size.
@@ -118,16 +126,76 @@ def process(
                 future.cancel()
 
 
+class Stream:
+    """The documents of a stream since the last finished part."""
+
+    def __init__(self) -> None:
+        self.tokens, self.lengths = bytearray(), array("i")
+        self.characters = self.size = 0
+
+
+class Part:
+    """The documents since the last finished part."""
+
+    def __init__(self) -> None:
+        self.counts, self.changed = Counter(), Counter()
+        self.errors: list[str] = []
+        self.streams: dict[str, Stream] = defaultdict(Stream)
+        self.digests: list[bytes] = []
+
+    def count(self, done: Done, seen: set[bytes] | None) -> None:
+        self.counts["in"] += len(done.results)
+        end = 0
+        for result in done.results:
+            if isinstance(result, LeftOut):
+                self.counts[result.reason] += 1
+                continue
+            start, end = end, end + result.length
+            if seen is not None:
+                if result.digest in seen:
+                    self.counts["duplicate"] += 1
+                    continue
+                seen.add(result.digest)
+                self.digests.append(result.digest)
+            self.counts["out"] += 1
+            if result.changed:
+                self.changed.update(result.changed)
+            stream = self.streams[result.stream]
+            stream.tokens += done.tokens[start:end].tobytes()
+            stream.lengths.append(result.length)
+            stream.characters += result.characters
+            stream.size += result.size
+
+    def packed(self, end: tuple[int, int, int], dtype: np.dtype) -> tuple[dict, dict]:
+        """Its record, `end` being the last record's (file, number, position), and its arrays."""
+        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, 16)
+        streams, arrays = {}, {"digests": digests}
+        for number, (name, stream) in enumerate(self.streams.items()):
+            streams[name] = [number, stream.characters, stream.size]
+            arrays[f"tokens{number}"] = np.frombuffer(stream.tokens, dtype)
+            arrays[f"lengths{number}"] = np.frombuffer(stream.lengths, np.int32)
+        record = {"end": end, "counts": self.counts, "changed": self.changed}
+        return record | {"errors": self.errors, "streams": streams}, arrays
+
+
 class Worker:
     """Records to documents: parsed, cleaned and tokenised."""
 
     def __init__(self, encoder: AnyTokenizer, options: Options) -> None:
         self.encoder, self.options = encoder, options
 
-    def __call__(self, contents: list) -> list[Document | LeftOut]:
-        return [c if isinstance(c, LeftOut) else self._document(c) for c in contents]
+    def __call__(self, contents: list) -> Done:
+        results, tokens, size = [], [np.empty(0, self.encoder.dtype)], 0
+        for content in contents:
+            found = content if isinstance(content, LeftOut) else self._document(content)
+            if not isinstance(found, LeftOut):
+                found, ids = found
+                tokens.append(ids)
+                size += found.size
+            results.append(found)
+        return Done(results, np.concatenate(tokens), size)
 
-    def _document(self, content: object) -> Document | LeftOut:
+    def _document(self, content: object) -> tuple[Document, np.ndarray] | LeftOut:
         options = self.options
         try:
             text, group = parse(content, options.text_field, options.split_by)
@@ -137,14 +205,15 @@ class Worker:
         text, changed = clean(text)
         if reason := left_out(text, options.min_characters):
             return LeftOut(reason)
-        data = text.encode()
-        digest = hashlib.sha256(data).digest()
+        data, digest = text.encode(), b""
+        if options.deduplicate or options.validation:
+            digest = hashlib.sha256(data).digest()
         tokens = next(self.encoder.encode_batch([text]))
         if options.split_length is not None:
             stream += ".long" if len(tokens) > options.split_length else ".short"
-        if int.from_bytes(digest[:8], "big") / 2**64 < options.validation:
+        if options.validation and int.from_bytes(digest[:8], "big") / 2**64 < options.validation:
             stream += ".valid"
-        return Document(stream, len(text), len(data), digest[:16], changed, tokens)
+        return Document(stream, len(text), len(data), digest[:16], changed, len(tokens)), tokens
 
 
 def _suffix(group: str, options: Options) -> str:
@@ -170,5 +239,5 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work(contents: list) -> list[Document | LeftOut]:
+def _work(contents: list) -> Done:
     return _work_here(contents)

@@ -154,11 +154,13 @@ def test_held_out_documents_are_a_share_and_nothing_is_lost(tmp_path):
     assert set(texts_of(tmp_path / "y.valid")) == set(valid) & set(texts[::-3])
 
 
-def test_cleaning_is_counted(tmp_path):
+@pytest.mark.parametrize("part_size", [1, prepare.PART])
+def test_cleaning_is_counted(tmp_path, part_size):
     texts = ["one", "two", "one", "o\x00ne", "e\u0301 e", "é e", "a", "", "two", "b\ud800c"]
     files = write_lines(tmp_path / "t.jsonl", texts)
     options = Options(min_characters=2, deduplicate=True)
-    report = tokenize(files, OURS, tmp_path / "x", options, part_size=1)  # duplicates across parts
+    # Duplicates lie in one part, and in several.
+    report = tokenize(files, OURS, tmp_path / "x", options, part_size=part_size)
     assert texts_of(tmp_path / "x") == ["one", "two", "é e", "b\ufffdc"]
     assert report["left_out"] == {"error": 0, "empty": 1, "short": 1, "duplicate": 4}
     assert report["changed"] == {"surrogates": 1, "control": 0, "nfc": 1}
@@ -571,9 +573,7 @@ def test_command_line(tmp_path):
     texts = [f"le texte numéro {n} est ici" for n in range(300)]
     write_lines(tmp_path / "t.jsonl", texts, language="fr")
     ranks = tmp_path / "r.tiktoken"
-    done = command("tokenizer", tmp_path / "t.jsonl", "--vocab-size=275", "--out", ranks)
-    assert done.returncode == 0, done.stderr
-    assert tokenizer.load(ranks).vocab_size == 275
+    tokenizer.save(BYTES, ranks)
     # The output lies in the folder that is read, and is not read when it is made once more.
     args = ("tokens", tmp_path, "--tokenizer", ranks, "--out", tmp_path / "d")
     for _ in range(2):
@@ -594,7 +594,6 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     "args,message",
     [
-        (("tokenizer", "{t}", "--vocab-size=-5", "--out={d}/n"), "at least 260 tokens, not -5"),
         (("tokens", "{t}", "--tokenizer={r}", "--out=/dev/null/x"), "Not a directory"),
         (("tokens", "none.txt", "--tokenizer={r}", "--out={d}/y"), "none.txt: not a folder"),
         (("tokens", "{t}", "--tokenizer={r}", "--out={d}/y", "--validation=1"), "under 1, not 1.0"),
