@@ -9,8 +9,9 @@ hf:NAME#SUBSET, a data set of the Hugging Face Hub (see data/remote.py). `tokens
 OUT.idx (see data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`,
 and a report, OUT.json. Documents held out by --validation go to OUT.valid instead; --split-by
 language makes streams OUT.fr, OUT.en ...; --split-length 4096 makes OUT.short and OUT.long,
-together OUT.fr.short and OUT.fr.long.valid. A run that is cut short goes on where it was by the
-same command. `demo` makes the corpus, vocabulary and mixtures of `make demo` without any network.
+together OUT.fr.short and OUT.fr.long.valid. OUT.csv and OUT.valid.csv are mixtures of them to train
+on, every token as often as any other. A run that is cut short goes on where it was by the same
+command. `demo` makes the corpus, vocabulary and mixtures of `make demo` without any network.
 """
 
 import argparse
@@ -99,6 +100,11 @@ def tokenize(
         if not parts.records:
             parts.remove()
         raise
+    tokens = {name: stream["tokens"] for name, stream in summary["streams"].items()}
+    for suffix in ("", ".valid"):
+        found = {n: count for n, count in tokens.items() if n.endswith(".valid") == bool(suffix)}
+        if found:
+            write_mixture(Path(f"{out}{suffix}.csv"), found)
     write_json(report, summary)
     parts.remove()
     return summary

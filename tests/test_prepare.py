@@ -106,7 +106,7 @@ def test_one_document_is_bos_text_eos(tmp_path):
         }
     }
     assert sum(lengths) == TokenStream(tmp_path / "x").tokens
-    assert sorted(os.listdir(tmp_path)) == ["t.jsonl", "x.bin", "x.idx", "x.json"]
+    assert sorted(os.listdir(tmp_path)) == ["t.jsonl", "x.bin", "x.csv", "x.idx", "x.json"]
 
 
 def test_forms_of_input_give_the_same_bytes(tmp_path):
@@ -132,7 +132,7 @@ def test_output_does_not_depend_on_processes_or_parts(tmp_path):
         report = tokenize(files, OURS, tmp_path / "x", options, workers, part_size=part_size)
         written.append(bytes_of(tmp_path / "x"))
         add_up(report)
-    assert len(written[0]) == 9 and all(one == written[0] for one in written)
+    assert len(written[0]) == 11 and all(one == written[0] for one in written)
 
 
 def test_held_out_documents_are_a_share_and_nothing_is_lost(tmp_path):
@@ -182,10 +182,27 @@ def test_streams_by_a_field_and_by_length(tmp_path):
     names = {"fr.short", "fr.long", "en.short", "a%2Fb.short", "%2E%2E%2Fx.short"}
     names |= {"a%2Evalid.short", "%C3%A9.short"}
     assert report["streams"].keys() == {f"d.{name}" for name in names}
-    assert len(os.listdir(tmp_path / "out")) == 2 * len(names) + 1
+    assert len(os.listdir(tmp_path / "out")) == 2 * len(names) + 2
     assert texts_of(f"{out}.fr.long") == ["x" * 9] and texts_of(f"{out}.fr.short") == ["x" * 8]
     assert report["left_out"]["error"] == 7
     add_up(report)
+
+
+def test_the_streams_are_a_mixture_at_once(tmp_path):
+    """Every token as often as any other, training and validation apart."""
+    with open(tmp_path / "t.jsonl", "w") as f:
+        for k in range(400):
+            language = "fr" if k % 4 else "en"
+            print(json.dumps({"text": f"{k} " * 20, "language": language}), file=f)
+    options = Options(split_by="language", validation=0.3)
+    out = tmp_path / "d"
+    report = tokenize(find_files([tmp_path / "t.jsonl"]), OURS, out, options)
+    for suffix in ("", ".valid"):
+        mixture = Mixture(f"{out}{suffix}.csv", 16, 42, OURS.vocab_size)
+        assert sorted(mixture.names) == [f"d.en{suffix}", f"d.fr{suffix}"]
+        tokens = [report["streams"][name]["tokens"] for name in mixture.names]
+        assert [stream.tokens for stream in mixture.streams] == tokens
+        assert mixture.weights == [count / sum(tokens) for count in tokens]
 
 
 def test_too_many_streams_are_refused(tmp_path):
