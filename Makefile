@@ -24,8 +24,9 @@ demo: .venv/installed
 	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --png out/demo_curves.png
 	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
 
+# One test process a core, up to four: each test computes with one thread.
 test: .venv/installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -168,7 +168,6 @@ def test_kernels_match_fp64(chip, poison, dtype, queries, heads, kv_heads, head_
     check(attention, eager(), [q, k, v], dy)
 
 
-@both_chips
 def test_kernels_match_fp64_over_many_blocks(chip, poison):
     q, k, v, dy = draw(chip, torch.bfloat16, 1, 1000, 1000, 1, 1, 128)
     check(attention, eager(), [q, k, v], dy)
@@ -236,13 +235,11 @@ def check_others_untouched(chip, value, cu_seqlens, document, end=None):
     assert not torch.equal(old[0], new[0])
 
 
-@both_chips
 @pytest.mark.parametrize("document", [(0, 40), (40, 130), (130, 131), (140, 170)])
 def test_a_changed_document_leaves_the_others_bit_equal(chip, document):
     check_others_untouched(chip, 9.0, [0, 40, 130, 131, 131, 140, 170, 300], document)
 
 
-@both_chips
 @pytest.mark.parametrize("document", [(0, 128), (128, 256), (384, 512)])
 def test_blocks_of_other_documents_are_skipped(chip, document):
     """Masked, NaN would spread: 0 times NaN. What a block over the border takes in is spared."""
@@ -315,7 +312,6 @@ def test_strides_of_single_rows_mean_nothing(chip, strides):
     assert torch.equal(attention(*odd[:3]), attention(q, k, v))  # decoding
 
 
-@both_chips
 def test_backward_twice_from_one_graph(chip):
     inputs = [x.requires_grad_() for x in draw(chip, torch.bfloat16, 1, 70, 70, 4, 1, 64)[:3]]
     total = attention(*inputs).sum()
@@ -326,7 +322,6 @@ def test_backward_twice_from_one_graph(chip):
     assert all(map(torch.equal, first, (x.grad for x in inputs)))
 
 
-@both_chips
 def test_kernels_repeat_themselves(chip):
     q, k, v, dy = draw(chip, torch.bfloat16, 2, 70, 70, 2, 1, 64)
     function = partial(attention, cu_seqlens=torch.tensor([0, 60, 140], device=chip))

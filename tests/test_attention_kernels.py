@@ -69,14 +69,12 @@ def check_ragged_decoding(chip, dtype, positions, heads, kv_heads, head_dim):
 
 
 @pytest.mark.usefixtures("poison")
-@both_chips
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
 def test_ragged_decoding_matches_fp64(chip, heads, kv_heads, head_dim):
     for dtype in DTYPES:
         check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], heads, kv_heads, head_dim)
 
 
-@both_chips
 def test_a_row_does_not_depend_on_the_others(chip):
     """Nor on the room of the cache, as long as the keys are split alike."""
     q, k, v, _ = draw(chip, torch.bfloat16, 3, 1, 700, 4, 2, 64)
