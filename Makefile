@@ -21,11 +21,11 @@ demo: .venv/installed
 	@echo
 	$(RUN) -m eval.capitals out/demo_annealing --at-least 0.9
 	@echo
-	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --png out/demo_curves.png
+	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --smooth 9 --png out/demo_curves.png
 	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
 
 # One test process a core, up to four: each test computes with one thread.
-test: .venv/installed
+test: .venv/installed_eval
 	$(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed
@@ -58,6 +58,10 @@ clean:
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.venv/installed_eval: .venv/installed requirements-eval.txt
+	$(RUN) -m pip install -q -r requirements-eval.txt
 	touch $@
 
 .venv-triton-%/installed: requirements.txt

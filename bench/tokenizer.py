@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.dataset import DataError
-from data.prepare import find_files, read_documents
+from data.reading import find_files, read_documents
 from data.tokenizer import SPECIAL_TOKENS, LucieTokenizer, Tokenizer, TokenizerError, load
 
 CHUNK = 1_000_000  # bytes given to a library at a time

@@ -1,0 +1,266 @@
+"""Lucie's benchmarks, with lm-evaluation-harness (pip install lm_eval==0.4.13).
+
+    python -m eval.harness out/pretrain --tasks french,english
+    torchrun --nproc-per-node=8 -m eval.harness hf:OpenLLM-France/Lucie-7B --tasks arc_challenge
+    python -m eval.harness out/demo_pretrain --tasks mine --include-path my_tasks
+
+Tasks are french, english, multilingual, leaderboard-fr (what Lucie was evaluated on, eval/tasks.py)
+and any name of lm-evaluation-harness; those that Lucie ran get the same few-shot examples. YAML and
+JSONL of your own need no network: --include-path. (A data_files in them is relative to where you
+run this.)
+
+    RUN/evaluation.csv                             scores, in the columns Lucie published
+        evaluation/1_main_step0005000/mmlu_5shot.json   all that lm-evaluation-harness said of one
+
+A task that has its JSON is not evaluated again. With --limit both are named evaluation_limitN.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import hf_layout
+from data.tokenizer import LucieTokenizer, Tokenizer
+from eval.opening import add_model_options, command_line, open_with_tokenizer
+from eval.scores import Weights, add_rows, read_rows, rows_of, weights_of
+from eval.tasks import GROUPS, PUBLISHED, Task
+from model import Lucie
+from parallel import gather, start_processes
+from runlog import write_whole
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from eval.adapter import LucieLM
+
+SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-evaluation-harness's
+
+
+def evaluate(
+    model: Lucie,
+    tokenizer: Tokenizer | LucieTokenizer,
+    tasks: Sequence[str],
+    weights: Weights,
+    out: Path,
+    *,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_tokens: int = 16_384,
+    include_path: str | None = None,
+    again: bool = False,
+    progress: bool = False,
+) -> list[dict]:
+    """Evaluate and record; the rows of `out`, a CSV, that belong to these tasks and weights.
+
+    Every rank calls this with the whole model; rank 0 writes. tasks, include_path: see above.
+    fewshot: for all tasks, instead of their own. limit: so many questions of each. batch_tokens:
+    ids in a forward pass. What is recorded already is not computed, unless again. The model is in
+    its mode afterwards, and generators of random numbers are where they were.
+
+    Raises ValueError, before anything is computed, for a task that does not exist or a file that is
+    no table of scores; later for a task that cannot be loaded or has questions that do not fit.
+    """
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError("a model in shards: evaluate its checkpoint, which any machine can hold")
+    adapter_class = _adapter_class()
+    read_rows(out)
+    manager = _tasks_there_are(tasks, include_path)
+    wanted = chosen(tasks, manager, fewshot)
+    adapter = adapter_class(model, tokenizer, batch_tokens, progress and _rank() == 0)
+    rows = []
+    for number, task in enumerate(wanted, start=1):
+        shots = "" if task.num_fewshot is None else f"_{task.num_fewshot}shot"
+        file = out.with_suffix("") / weights.folder() / f"{task.name}{shots}.json"
+        record = gather(None if again else _record(file, weights, limit))[0]
+        if record is None:
+            adapter.label = f"{number}/{len(wanted)} {task.name}"
+            try:
+                with _left_as_found(model):
+                    results = _results(adapter, manager, task, limit)
+            except torch.OutOfMemoryError:
+                raise ValueError(
+                    f"{task.name}: out of memory, try --batch-tokens={batch_tokens // 2}"
+                ) from None
+            record = {"weights": weights, "limit": limit}
+            record |= {"rows": rows_of(results, task, weights), "results": results}
+            if _rank() == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps(record, indent=1, ensure_ascii=False, default=str))
+        if _rank() == 0:
+            add_rows(out, record["rows"])
+        rows += record["rows"]
+    return rows
+
+
+def _adapter_class() -> "type[LucieLM]":
+    try:
+        from eval.adapter import LucieLM
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing: pip install lm_eval==0.4.13") from None
+    return LucieLM
+
+
+def chosen(names: Sequence[str], manager: "TaskManager", fewshot: int | None) -> list[Task]:
+    """The tasks that names stand for, each once. Raises ValueError for an unknown name."""
+    found: dict[str, Task] = {}
+    known = manager.task_index
+    for name in names:
+        tasks = GROUPS.get(name)
+        if tasks is None and name not in known:
+            near = difflib.get_close_matches(name, [*GROUPS, *known], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no task {name}: --include-path=DIR for your own{hint}")
+        if tasks is None:
+            tags = sorted(known[name].tags) if known[name].kind.name == "TAG" else [name]
+            tasks = [PUBLISHED.get(tag, Task(name, tag, None)) for tag in tags]
+        for task in tasks:
+            if task.name not in known:
+                raise ValueError(
+                    f"{name}: lm-evaluation-harness has no {task.name}; --include-path=DIR with it"
+                )
+            found[task.name] = task if fewshot is None else task._replace(num_fewshot=fewshot)
+    return list(found.values())
+
+
+def _tasks_there_are(names: Sequence[str], include_path: str | None) -> "TaskManager":
+    """What lm-evaluation-harness can load; of 14,000 files only where one's own do not suffice."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"{include_path}: no such folder of tasks")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        wanted = [t.name for name in names for t in GROUPS.get(name, [Task("", name, None)])]
+        if all(name in own.task_index for name in wanted):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _results(adapter: "LucieLM", manager: "TaskManager", task: Task, limit: int | None) -> dict:
+    """What lm-evaluation-harness says of one task, without the single answers."""
+    from lm_eval.evaluator import evaluate as lm_evaluate
+
+    # some tasks shuffle their choices as they are loaded
+    random.seed(SEEDS["python"])
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
+    try:
+        loaded = manager.load([task.name])
+    except Exception as error:  # datasets has dozens of its own
+        raise ValueError(f"{task.name}: not loaded ({hf_layout.reason(error)})") from None
+    for part in loaded["tasks"].values():
+        own = part.get_config("num_fewshot")
+        if own != 0 and task.num_fewshot is not None:  # 0 is for tasks that have no examples
+            part.set_config(key="num_fewshot", value=task.num_fewshot)
+        elif own is None:
+            part.set_config(key="num_fewshot", value=0)
+        part.set_fewshot_seed(seed=SEEDS["fewshot"])
+    iterations = 100_000 if _rank() == 0 else 0  # of errors that have no formula
+    return lm_evaluate(adapter, loaded, limit=limit, bootstrap_iters=iterations, log_samples=False)
+
+
+@contextmanager
+def _left_as_found(model: Lucie) -> Iterator[None]:
+    """Evaluation mode within; the mode and the generators of before after it."""
+    training, python, numpy = model.training, random.getstate(), np.random.get_state()
+    device = model.embed_tokens.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield model.eval()
+        finally:
+            model.train(training)
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _record(file: Path, weights: Weights, limit: int | None) -> dict | None:
+    """What was recorded of a task, if of these weights and with this limit."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        same = (record["weights"], record["limit"]) == (list(weights), limit)
+        return record if same and isinstance(record["rows"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    parser.add_argument("--tasks", required=True, help="names, with commas between")
+    parser.add_argument("--fewshot", type=int, help="solved examples, instead of each task's own")
+    parser.add_argument("--limit", type=int, help="so many questions of each task, for a try")
+    parser.add_argument("--batch-tokens", type=int, default=16_384, help="in one forward pass")
+    parser.add_argument("--include-path", metavar="DIR", help="YAML files of your own tasks")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/evaluation.csv")
+    parser.add_argument("--again", action="store_true", help="also what is recorded already")
+    args = parser.parse_args(argv)
+    for name, least in (("fewshot", 0), ("limit", 1), ("batch_tokens", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    if args.out and args.out.suffix != ".csv":
+        raise ValueError(f"--out {args.out}: a name that ends with .csv")
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _adapter_class()  # is lm_eval there? Before minutes of loading
+    weights, args.model, run = weights_of(args.model)
+    suffix = f"_limit{args.limit}" if args.limit else ""
+    out = args.out or run / f"evaluation{suffix}.csv"
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if "RANK" in os.environ and not dist.is_initialized():
+        start_processes(torch.device(args.device))
+    model, tokenizer = open_with_tokenizer(args)
+    rows = evaluate(
+        model, tokenizer, names, weights, out, fewshot=args.fewshot, limit=args.limit,
+        batch_tokens=args.batch_tokens, include_path=args.include_path, again=args.again,
+        progress=True,
+    )  # fmt: skip
+    if _rank() == 0:
+        show(rows)
+        print(out)
+
+
+def show(rows: list[dict]) -> None:
+    width = max((len(row["dataset"]) for row in rows), default=7)
+    print(f"{'dataset':{width}}  few-shot  {'score':26}   value  std. error")
+    for row in rows:
+        shots = row["num_fewshot"].removesuffix(".0") or "-"
+        error = f"{float(row['stderr']):10.4f}" if row["stderr"] else f"{'-':>10}"
+        score = f"{float(row['score']):7.4f}"
+        print(f"{row['dataset']:{width}}  {shots:>8}  {row['score_name']:26} {score}  {error}")
+
+
+if __name__ == "__main__":
+    code = command_line("eval.harness", main, sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

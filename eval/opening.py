@@ -1,0 +1,75 @@
+"""The model that an evaluation's command line names: its options, and the errors in one line."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import torch
+
+from checkpoint import CheckpointError
+from data.dataset import DataError
+from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
+from data.tokenizer import load as load_tokenizer
+from loading import open_model
+from model import Lucie
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
+    parser.add_argument(
+        "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+    )
+
+
+def open_with_tokenizer(args: argparse.Namespace) -> tuple[Lucie, Tokenizer | LucieTokenizer]:
+    """The model and the tokenizer that the options of `add_model_options` ask for.
+
+    Raises CheckpointError, TokenizerError, or ValueError for a device that is not there.
+    """
+    try:
+        torch.empty(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {args.device} is not to be had here") from None
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model, source = open_model(args.model, args.device, dtype)
+    source = args.tokenizer or source
+    if not source:
+        raise TokenizerError("which vocabulary? --tokenizer=RANKS_FILE, tokenizer.json or folder")
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise TokenizerError(
+            f"{source} has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
+        )
+    return model, tokenizer
+
+
+def make_room(model: Lucie, length: int) -> None:
+    """Let a model run over `length` positions, trained on so many or not; theta stays."""
+    trained = model.config.max_position_embeddings
+    if length > trained:
+        print(f"{length:,} tokens at once: the model was trained on {trained:,}", file=sys.stderr)
+        model.config = dataclasses.replace(model.config, max_position_embeddings=length)
+        model._rope_tables = None  # those of fewer positions, if it has run before
+
+
+def command_line(name: str, main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run main, with its errors as one line; the exit code."""
+    try:
+        main(argv)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 2
+    except (CheckpointError, TokenizerError, DataError, ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

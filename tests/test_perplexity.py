@@ -1,0 +1,195 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import eval.perplexity as perplexity
+from data.tokenizer import BOS, EOS, Tokenizer, save
+from eval.opening import command_line
+from eval.perplexity import BUCKETS, Window, batches, evaluate, token_losses, windows
+from model import Lucie, LucieConfig
+
+BYTES = Tokenizer({bytes([b]): b + 4 for b in range(256)})
+GIVEN = "Les années passent; les œuvres restent. "
+
+
+@pytest.fixture
+def model():
+    sizes = TINY | {"vocab_size": 260, "max_position_embeddings": 96}
+    return Lucie(LucieConfig(**sizes))
+
+
+def documents(*lengths):
+    """ASCII texts of so many bytes, which are as many tokens, none like another."""
+    generator = torch.Generator().manual_seed(0)
+    letters = [torch.randint(97, 123, (n,), generator=generator).tolist() for n in lengths]
+    return ["".join(map(chr, text)) for text in letters]
+
+
+@pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 32), (32, 1), (48, 20), (96, 96)])
+def test_bits_per_byte_and_positions_equal_transformers(model, tmp_path, window, stride):
+    """Its own loop over overlapping windows of one document at a time, in fp64, on our weights."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").double()
+    texts = [*documents(1, 31, 32, 33, 64, 70, 150), GIVEN * 2, ""]
+    nats, count = 0.0, 0
+    of_bucket = np.zeros((len(BUCKETS), 2))
+    for text in texts:
+        ids = torch.tensor([BOS] + [byte + 4 for byte in text.encode()])
+        reached = 1  # ids that have been predicted; the first never is
+        for begin in range(0, len(ids), stride):
+            if reached == len(ids):
+                break
+            stop = min(begin + window, len(ids) - 1)  # the last id is read by no window
+            read = ids[begin:stop]
+            with torch.no_grad():
+                logits = theirs(read[None]).logits[0]
+            for target in range(reached, stop + 1):
+                loss = -float(logits[target - 1 - begin].log_softmax(-1)[ids[target]])
+                nats, count = nats + loss, count + 1
+                bucket = max(n for n, first in enumerate(BUCKETS) if first <= target)
+                of_bucket[bucket] += 1, loss
+            reached = stop + 1
+    size = sum(len(text.encode()) for text in texts)
+    tally = evaluate(model, BYTES, "mixed", texts, window, stride)
+    assert tally.bits_per_byte == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+    assert tally.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert (tally.documents, tally.bytes) == (len(texts) - 1, size)
+    assert tally.tokens.tolist() == of_bucket[:, 0].tolist() and tally.tokens.sum() == size
+    np.testing.assert_allclose(tally.nats, of_bucket[:, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (16, 1), (1, 1)])
+def test_each_token_is_scored_once_with_enough_before_it(length, window, stride):
+    ids = list(range(1000, 1001 + length))
+    seen = []
+    for part in windows(ids, window, stride):
+        assert part.first < len(part.ids) - 1 <= window
+        assert part.ids == ids[part.start : part.start + len(part.ids)]
+        for at in range(part.first + 1, len(part.ids)):
+            seen.append(part.ids[at])
+            before_in_document = part.start + at
+            assert at >= min(before_in_document, window - stride)
+    assert seen == ids[1:]
+
+
+def test_windows_share_a_batch_with_those_of_like_length(monkeypatch):
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 100)
+    lengths = [10, 90, 11, 300, 49, 9, 50, 12]
+    made = list(batches(Window([0] * n, 0, 0) for n in lengths))
+    assert [[len(part.ids) for part in batch] for batch in made] == [
+        [300], [90], [50, 49], [12, 11, 10, 9],
+    ]  # fmt: skip
+    monkeypatch.setattr(perplexity, "POOL_TOKENS", 120)  # read no further ahead than that
+    made = batches(Window([0] * n, 0, 0) for n in lengths)
+    made = [[len(part.ids) for part in batch] for batch in made]
+    assert made == [[300], [90], [11, 10], [50, 49], [12, 9]]
+    taken = []
+    endless = (taken.append(n) or Window([0] * 30, 0, 0) for n in range(10**9))
+    assert len(next(batches(endless))) == 3 and len(taken) == 4
+
+
+def test_losses_do_not_depend_on_the_batch_nor_on_the_chunks_of_the_head(model, monkeypatch):
+    parts = [
+        Window([BOS] + [byte + 4 for byte in text.encode()], first, 0)
+        for text, first in zip(documents(9, 40, 77), (0, 13, 76))
+    ]
+    monkeypatch.setattr(perplexity, "chunk_rows", lambda tokens, vocab_size: 7)
+    together = token_losses(model, parts)
+    assert [len(losses) for losses in together] == [9, 27, 1]
+    for losses, part in zip(together, parts):
+        ids = torch.tensor(part.ids)
+        with torch.no_grad():
+            logits = model(ids[None, :-1])[0].double()
+        exact = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        torch.testing.assert_close(losses.double(), exact[part.first :], rtol=1e-5, atol=1e-5)
+
+
+def test_only_documents_of_enough_tokens_count(model):
+    texts = documents(5, 20, 19, 30)
+    tally = evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=20)
+    assert (tally.documents, tally.bytes, tally.tokens.sum()) == (2, 50, 50)
+    with pytest.raises(ValueError, match="long: no document with 31 tokens"):
+        evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=31)
+
+
+def test_special_tokens_in_a_text_are_text(model):
+    """One `<s>` a document, no `</s>`, whatever the text says."""
+    read = []
+    model.embed_tokens.register_forward_hook(lambda module, given, out: read.append(given[0]))
+    evaluate(model, BYTES, "x", ["a<s></s>b"], 64, 64)
+    (tokens,) = read
+    assert (tokens == BOS).sum() == 1 and tokens[0, 0] == BOS and EOS not in tokens
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """An exported model that has its tokenizer, and texts beside it."""
+    save(BYTES.ranks, tmp_path / "ranks")
+    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
+    lines = [json.dumps({"text": text}) for text in (GIVEN * 3, GIVEN * 5)]
+    (tmp_path / "fr.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "en.txt").write_text("The years go by. " * 9, encoding="utf-8")
+    return tmp_path
+
+
+def run(folder, *more):
+    given = [str(folder / "hf"), "--tokenizer", str(folder / "ranks"), "--device", "cpu"]
+    return command_line("eval.perplexity", perplexity.main, [*given, *map(str, more)])
+
+
+def test_the_command_prints_a_table_and_writes_csv_and_picture(folder, model, capsys):
+    pytest.importorskip("matplotlib")
+    texts = [f"fr={folder}/fr.jsonl", f"en={folder}/en.txt"]
+    out = ["--csv", folder / "new" / "a.csv", "--png", folder / "a.png"]
+    assert run(folder, "--texts", *texts, "--window", 64, "--stride", 32, *out) == 0
+    shown = capsys.readouterr().out
+    expected = evaluate(model, BYTES, "fr", [GIVEN * 3, GIVEN * 5], 64, 32)
+    with open(folder / "new" / "a.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    names = [(row["text"], row["positions"]) for row in rows]
+    fr = [("fr", name) for name in ("all", "1-63", "64-127", "128-255")]
+    assert names == [*fr, ("en", "all"), ("en", "1-63"), ("en", "64-127"), ("en", "128-255")]
+    assert float(rows[0]["bits_per_byte"]) == pytest.approx(expected.bits_per_byte, abs=1e-5)
+    assert int(rows[0]["bytes"]) == 8 * len(GIVEN.encode()) and rows[0]["documents"] == "2"
+    assert sum(int(row["tokens"]) for row in rows[1:4]) == int(rows[0]["tokens"])
+    assert f"{expected.bits_per_byte:.4f}" in shown and "64-127" in shown
+    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_so_many_bytes_of_each_text(folder, capsys):
+    """Cut before a character, and in the document that reaches the limit."""
+    whole = len((GIVEN * 3).encode())
+    limit = whole + len(b"Les ann") + 1  # in the middle of é
+    texts = f"fr={folder}/fr.jsonl"
+    assert run(folder, "--texts", texts, "--bytes", limit, "--csv", folder / "a.csv") == 0
+    with open(folder / "a.csv", encoding="utf-8", newline="") as f:
+        row = next(csv.DictReader(f))
+    assert (row["documents"], int(row["bytes"])) == ("2", limit - 1)
+    assert "trained on 96" in capsys.readouterr().err  # the default window is longer
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--texts", "fr.jsonl"], "fr.jsonl: a text is NAME=FILES"),
+        (["--texts", "fr=nowhere.txt"], "nowhere.txt: not a folder"),
+        (["--texts", "x={}/hf/config.json"], "no field 'text'"),
+        (["--texts", "x={}/empty"], "x: no document with 1 tokens"),
+        (["--texts", "fr={}/fr.jsonl", "--stride", "5000"], "a stride is 1 to the window's 4,096"),
+        (["--texts", "fr={}/fr.jsonl", "--bytes", "0"], "must be at least 1"),
+        (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "cuda:77 is not to be had"),
+    ],
+)
+def test_bad_input_is_one_line(folder, capsys, given, message):
+    (folder / "empty").mkdir()
+    assert run(folder, *(part.format(folder) for part in given)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("eval.perplexity: ") and message in last

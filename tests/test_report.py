@@ -1,0 +1,257 @@
+import csv
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from conftest import TINY
+from test_curves import COLUMNS, SCHEDULE
+
+from eval import report
+from eval.curves import COLOURS, CurveError
+
+matplotlib = pytest.importorskip("matplotlib")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+OPTIONS = TINY | SCHEDULE | {"seq_len": 64, "rope_theta": 1e4, "tokenizer": "<r>.tiktoken"}
+OPTIONS["mixture"] = "a_long_name_without_a_break/" * 3  # wider than a phone
+PARTS = "overview learning speed benchmarks needle samples configuration versions".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two phases with all that a report tells of, and one that has only begun."""
+    out = tmp_path_factory.mktemp("out")
+    for name, losses in (("main", (8.0, 6.0, 4.0)), ("annealing", (3.0, 2.0)), ("begun", (9.0,))):
+        (out / name / "checkpoints").mkdir(parents=True)
+        lines = [f"{COLUMNS},validation_loss,tokens_per_second,mfu,data_seconds"]
+        for n, loss in enumerate(losses, 1):
+            lines.append(f"{n},{256 * n},{loss},{n / 4},{n},1e-3,{loss + 0.5},{1000 * n},0.{n}5,90")
+        (out / name / "log.csv").write_text("\n".join(lines) + "\n")
+        (out / name / "config.json").write_text(json.dumps(OPTIONS | {"name": name}))
+    for phase, name, steps in (("1_main", "main", (2, 3)), ("3_annealing", "annealing", (2,))):
+        for step in steps:
+            folder = out / name / "checkpoints" / f"step{step:07d}"
+            folder.mkdir()
+            state = {"step": step, "config": OPTIONS, "versions": {"torch": f"2.13 <{name}>"}}
+            (folder / "state.json").write_text(json.dumps(state))
+            folder = out / name / "needle" / f"step{step:07d}"
+            folder.mkdir(parents=True)
+            with open(folder / "fr_generate.csv", "w", newline="") as f:
+                rows = [(n, d, int(n < 65), 0, "", "") for n in (32, 64, 96) for d in (0, 50, 100)]
+                head = ("length", "depth", "score", "position", "expected", "answer")
+                csv.writer(f).writerows([head, *rows])
+        with open(out / name / "evaluation.csv", "w", newline="") as f:
+            head = "training_phase,training_steps,training_tokens,benchmark,dataset,num_fewshot"
+            rows = [
+                [phase, s, s * 256, "b", "arc_fr", 25, "acc,none", 0.25 * s, 0.01] for s in steps
+            ]
+            csv.writer(f).writerows([[*head.split(","), "score_name", "score", "stderr"], *rows])
+        with open(out / name / "samples.jsonl", "w") as f:
+            for step in steps:
+                said = {"prompt": "Bon <b>", "text": f" jour & {step}\u2028\x1b</pre>"}
+                line = {
+                    "checkpoint": f"step{step:07d}",
+                    "training_steps": step,
+                    "training_tokens": 9,
+                }
+                f.write(json.dumps(line | said, ensure_ascii=False) + "\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    """The report of the two phases, as the command writes it."""
+    file = tmp_path_factory.mktemp("page") / "sub" / "report.html"
+    report.main([str(runs / "main"), str(runs / "annealing"), "--out", str(file)])
+    return file
+
+
+class Page(HTMLParser):
+    """Tags and words of a page; every tag that is opened must be closed, in order."""
+
+    ALONE = {"meta", "br", "link", "img"}
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.words, self.part = [], [], {}, ""
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self.part = dict(attrs)["id"]
+        if tag not in self.ALONE:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "section":
+            self.part = ""
+
+    def handle_data(self, data):
+        self.words[self.part] = self.words.get(self.part, "") + data
+
+
+def test_all_parts_tell_what_the_files_hold(page):
+    read = Page(page.read_text(encoding="utf-8"))
+    assert [attrs["id"] for tag, attrs in read.tags if tag == "section"] == PARTS
+    words = {part: re.sub(r"\s+", " ", read.words[part]) for part in PARTS}
+    for part, wanted in {
+        "overview": [
+            "4.000",
+            "2.000",
+            "4.500",
+            "768.00",
+            "2,000",
+            "25.0%",
+            "parameters",
+            "0.75",
+            "data10.0%",
+            "30.0%",
+        ],
+        "learning": ["loss 4.000", "loss 2.000", "validation", "learning rate", "512.00 tokens"],
+        "speed": ["tokens a second", "annealing"],
+        "benchmarks": [
+            "arc fr",
+            "arc_fr",
+            "0.7500 ± 0.0100",
+            "1_main",
+            "3_annealing",
+            "all 3 scores",
+        ],
+        "needle": ["main, step0000003: fr, generate", "trained on 64 tokens", "1 of older"],
+        "samples": ["Bon <b>", "jour & 3", "</pre>", "main, step 2", "annealing, step 2"],
+        "configuration": ["num_hidden_layers", "<r>.tiktoken", "option"],
+        "versions": ["torch", "2.13 <main>", "2.13 <annealing>"],
+    }.items():
+        for word in wanted:
+            assert word in words[part], (part, word, words[part][:1500])
+    # embedding, head; two blocks of q|k|v, output, gate|up, down and two norms; the last norm
+    blocks = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96 + 2 * 64)
+    assert f"{2 * 97 * 64 + blocks + 64:,}" in words["overview"]
+    needle = words["needle"]
+    assert (
+        needle.index("step0000003") < needle.index("1 of older") < needle.index("main, step0000002")
+    )
+    assert words["needle"].index("annealing, step") > words["needle"].index("step0000002")
+
+
+def test_the_file_stands_alone(page):
+    content = page.read_text(encoding="utf-8")
+    read = Page(content)
+    links = [v for _, a in read.tags for k, v in a.items() if k in ("href", "src", "xlink:href")]
+    assert links and all(link.startswith(("#", "data:image")) for link in links)
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in read.tags}
+    assert "@import" not in content and not re.search(r"url\((?!#)", content)
+    ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
+    for used in re.findall(r"url\(#([\w.-]+)\)", content):
+        assert used in ids
+
+
+def test_pictures_are_svg_in_the_ink_of_the_page(page):
+    content = page.read_text(encoding="utf-8")
+    pictures = re.findall(r"<svg.*?</svg>", content, re.DOTALL)
+    assert len(pictures) == 3 + 3  # curves, speed, scores; a map for each checkpoint
+    for svg in pictures:
+        ET.fromstring(svg)
+        assert "currentColor" in svg and "#24292f" not in svg and 'role="img"' in svg
+    assert COLOURS[0] in pictures[0] and COLOURS[1] in pictures[0]
+
+
+def test_a_run_that_has_only_begun(runs):
+    content = report.page([report.read(runs / "begun")], [])
+    words = Page(content).words
+    for part, option in (
+        ("benchmarks", "--tasks"),
+        ("needle", "--needle"),
+        ("samples", "eval.watch"),
+    ):
+        assert "None yet" in words[part] and option in words[part]
+    assert "9.000" in words["overview"]
+
+
+def test_bad_input_is_one_line(runs, tmp_path, capsys):
+    with pytest.raises(CurveError, match="is it a run"):
+        report.main([str(tmp_path)])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CurveError, match="damaged"):
+        report.main([str(tmp_path)])
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+def browse(page, *args):
+    """What Chromium prints of a page: (its DOM, the messages on its console)."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={page.parent}/profile",
+        *args, page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+def test_no_error_on_the_console(page, tmp_path):
+    assert browse(page, "--dump-dom")[1] == []
+    broken = tmp_path / "broken.html"  # it would be heard of
+    broken.write_text(page.read_text(encoding="utf-8").replace('<path d="M ', '<path d="Z ', 1))
+    assert any("attribute d" in line for line in browse(broken, "--dump-dom")[1])
+
+
+MEASURE = """<script>
+const size = e => { const b = e.getBoundingClientRect(); return [b.width, b.height] };
+const found = {page: [innerWidth, document.documentElement.scrollWidth],
+  ink: getComputedStyle(document.querySelector("svg text")).fill};
+for (const part of document.querySelectorAll("section")) found[part.id] = [size(part),
+  ...[...part.querySelectorAll("svg, table")].map(size)];
+document.title = JSON.stringify(found);
+</script></body>"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [500, 1200])  # 500: the narrowest that Chromium opens
+def test_all_parts_are_shown(page, tmp_path, width):
+    measured = tmp_path / "measured.html"
+    measured.write_text(page.read_text(encoding="utf-8").replace("</body>", MEASURE))
+    dom = browse(measured, "--dump-dom", f"--window-size={width},2000")[0]
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    assert found["page"] == [width, width]  # only pictures and tables scroll sideways
+    for part in PARTS:
+        (across, high), *inside = found[part]
+        assert across > 0.9 * width - 80 and high > 60 and inside, part
+        for w, h in inside[:1]:  # the first is never folded
+            assert w > 100 and h > 20, (part, inside)
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_screenshot_by_day_and_by_night(page, tmp_path, dark):
+    file = tmp_path / "shot.png"
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    browse(page, f"--screenshot={file}", "--window-size=1000,4000", scheme)
+    image = matplotlib.image.imread(file)[..., :3]
+    assert image.shape[:2] == (4000, 1000)
+    paper, edge = (0x14, 0x17, 0x1B) if dark else (255, 255, 255), image[0, 0] * 255
+    assert abs(edge - paper).max() < 2
+
+    def drawn(colour):
+        wanted = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        return (abs(image - wanted).sum(-1) < 0.03).sum()
+
+    assert drawn(COLOURS[0]) > 300 and drawn(COLOURS[1]) > 300  # the curves of both phases
+    assert drawn("#2fa36b") > 5000 and drawn("#d64550") > 5000  # found and not found, in the map
+    ink = image.min(-1) > 0.8 if dark else image.max(-1) < 0.3
+    assert ink.sum() > 5000  # words

@@ -1,0 +1,283 @@
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import eval.harness
+import eval.needle
+from checkpoint import CheckpointError
+from completion import Sampling, complete
+from data import tokenizer
+from eval import watch
+from eval.opening import command_line
+from eval.watch import Evaluation
+from loading import open_model
+from model import Lucie, LucieConfig
+from runlog import write_whole
+
+BYTES = {bytes([b]): b + 4 for b in range(256)}
+SCHEDULE = dict(
+    samples=40, global_batch_size=4, batch_ramp_samples=0, batch_ramp_start=4,
+    batch_ramp_increment=1, learning_rate=1e-3, min_learning_rate=0.0, warmup_samples=0,
+    lr_decay="constant", checkpoint_every=1, checkpoint_early_every=0, checkpoint_early_steps=0,
+)  # fmt: skip
+LAST = 10
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of a tiny model over bytes, of which all ten steps left a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    model = Lucie(LucieConfig(**(TINY | {"vocab_size": 260}), max_position_embeddings=200))
+    folder.mkdir()
+    tokenizer.save(BYTES, folder / "r.tiktoken")
+    options = TINY | SCHEDULE | {"vocab_size": 260, "seq_len": 200, "name": "tiny"}
+    options |= {"rope_theta": model.config.rope_theta, "tokenizer": str(folder / "r.tiktoken")}
+    (folder / "config.json").write_text(json.dumps(options))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    for step in range(1, LAST + 1):
+        x = torch.full((1, 8), step + 4)
+        model(x, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = {"step": step, "samples": 4 * step, "tokens": 800 * step, "config": options}
+        name = f"step{step:07d}"
+        checkpoint.save(folder / "checkpoints" / name, model, optimizer, state)
+    return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """The same, to be changed by the test."""
+    shutil.copytree(whole, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def stand_in(file: Path, seconds: float = 0.0) -> Evaluation:
+    """Writes the step of a checkpoint and what its last file begins with, when it has read that."""
+
+    def lines() -> list[str]:
+        return file.read_text().splitlines() if file.exists() else []
+
+    def run(path: Path) -> None:
+        step = checkpoint.read_state(path)["step"]
+        with open(file.with_name("begun"), "a") as f:
+            f.write(f"{step}\n")
+        time.sleep(seconds)
+        write_whole(file, "\n".join([*lines(), f"{step} {path.name}"]) + "\n")
+
+    return Evaluation(
+        "stand-in", lambda path: any(line.endswith(path.name) for line in lines()), run
+    )
+
+
+def in_order() -> list[str]:
+    return [f"{step} step{step:07d}" for step in range(1, LAST + 1)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_and_restarted_at_random_each_checkpoint_is_evaluated_once(whole, tmp_path):
+    """Ten checkpoints that appear one by one, a stand-in evaluation, and one that is a command of
+    two tasks; the watcher is killed a random moment after each start."""
+    run, rng = tmp_path / "run", random.Random(5)
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "config.json", run)
+    results, tasks = run / "results.txt", run / "tasks.txt"
+
+    def two_tasks(args: list[str]) -> None:
+        for task in "ab":
+            line = f"{task} {Path(args[0]).name}"
+            known = tasks.read_text().splitlines() if tasks.exists() else []
+            if line not in known:
+                time.sleep(0.004)
+                write_whole(tasks, "\n".join([*known, line]) + "\n")
+
+    ledger = run / "evaluated.jsonl"
+    evaluations = [
+        stand_in(results, 0.01),
+        watch.command("tasks", two_tasks, lambda path: [str(path), "--tasks", "a,b"], ledger),
+    ]
+    coming = sorted((whole / "checkpoints").iterdir())
+    kills, fork = 0, multiprocessing.get_context("fork")
+    while True:
+        process = fork.Process(target=watch.watch, args=(run, evaluations, False, 0.005))
+        process.start()
+        for _ in range(2):
+            if coming and rng.random() < 0.4:  # as the saver does: whole, then renamed
+                path = coming.pop(0)
+                unfinished = run / "checkpoints" / f".{path.name}.tmp"
+                shutil.copytree(path, unfinished)
+                unfinished.rename(run / "checkpoints" / path.name)
+            process.join(rng.uniform(0, 0.06))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        assert kills < 1000
+    assert results.read_text().splitlines() == in_order()
+    written = [line.split() for line in tasks.read_text().splitlines()]
+    assert written == [
+        [t, path.name] for path in sorted((whole / "checkpoints").iterdir()) for t in "ab"
+    ]
+    assert [line["checkpoint"] for line in watch.read_lines(ledger)] == [
+        f"step{step:07d}" for step in range(1, LAST + 1)
+    ]
+    # a test of nothing otherwise: some evaluations were begun and did not come to their end
+    begun = (run / "begun").read_text().splitlines()
+    assert kills >= 10 and len(begun) > LAST
+
+
+def test_a_kill_while_lines_are_written_leaves_those_of_before(tmp_path, monkeypatch):
+    file, write = tmp_path / "x.jsonl", Path.write_text
+    watch.add_lines(file, [{"a": 1}])
+
+    def killed(path: Path, text: str, **options: str) -> None:
+        write(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            watch.add_lines(file, [{"b": 2}, {"c": 3}])
+    assert watch.read_lines(file) == [{"a": 1}]
+    watch.add_lines(file, [{"b": 2}, {"c": 3}])
+    assert watch.read_lines(file) == [{"a": 1}, {"b": 2}, {"c": 3}]
+
+
+def test_it_ends_with_the_last_of_the_schedule_and_not_before(run, tmp_path):
+    last = run / "checkpoints" / f"step{LAST:07d}"
+    aside, looks = tmp_path / "aside", []
+    last.rename(aside)
+
+    def done(path: Path) -> bool:
+        looks.append(path.name)
+        if looks.count("step0000001") == 3 and aside.exists():
+            aside.rename(last)
+        return not path.name.endswith("10") or looks.count(path.name) > 1
+
+    watch.watch(run, [Evaluation("none", done, lambda path: None)], poll=0.01)
+    assert looks.count("step0000001") >= 3 and looks.count(last.name) >= 2
+    last.rename(aside)
+    watch.watch(run, [stand_in(tmp_path / "r")], once=True)  # what is there, no more
+    assert (tmp_path / "r").read_text().splitlines() == in_order()[:-1]
+
+
+def test_what_rotation_removes_is_a_line(run, tmp_path, capsys):
+    plain = stand_in(tmp_path / "r")
+
+    def removed_meanwhile(path: Path) -> None:
+        if path.name.endswith(("3", "7")):
+            shutil.rmtree(path)
+        plain.run(path)
+
+    watch.watch(run, [plain._replace(run=removed_meanwhile)], once=True)
+    assert (tmp_path / "r").read_text().splitlines() == [
+        line for line in in_order() if line[0] not in "37"
+    ]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and "step0000003 was removed" in err[0] and "step0000007" in err[1]
+
+
+def test_trouble_of_another_kind_is_not_passed_over(run, tmp_path):
+    def fails(path: Path) -> None:
+        raise ValueError("no memory")
+
+    plain = stand_in(tmp_path / "r")
+    with pytest.raises(ValueError, match="no memory"):
+        watch.watch(run, [plain._replace(run=fails)], once=True)
+    with pytest.raises(CheckpointError, match="left no results"):  # and not for ever again
+        watch.watch(run, [plain._replace(run=lambda path: None)], once=True)
+
+
+def test_samples_are_what_the_checkpoint_completes(run, capsys):
+    (run / "prompts.txt").write_text("Bonjour\n\nligne 1\\nligne 2\u2028x\n", encoding="utf-8")
+    for step in (1, *range(3, LAST)):
+        shutil.rmtree(run / "checkpoints" / f"step{step:07d}")
+    args = [str(run), f"--prompts={run / 'prompts.txt'}", "--max-new-tokens=6", "--device=cpu"]
+    assert command_line("watch", watch.main, args) == 0
+    lines = watch.read_lines(run / "samples.jsonl")
+    prompts = ["Bonjour", "ligne 1\nligne 2\u2028x"]
+    assert [(s["training_steps"], s["training_tokens"], s["prompt"]) for s in lines] == [
+        (step, 800 * step, prompt) for step in (2, 10) for prompt in prompts
+    ]
+    model, source = open_model(str(run / "checkpoints" / "step0000002"), "cpu")
+    expected = complete(model, tokenizer.load(source), prompts, 6, Sampling(temperature=0))
+    assert [s["text"] for s in lines[:2]] == [c.text for c in expected]
+    assert lines[0]["text"] != lines[2]["text"]  # of another checkpoint
+
+    # a further prompt is completed alone; a whole file is not computed again
+    with open(run / "prompts.txt", "a") as f:
+        f.write("Ciao\n")
+    assert command_line("watch", watch.main, args) == 0
+    more = watch.read_lines(run / "samples.jsonl")
+    assert more[:4] == lines and [s["prompt"] for s in more[4:]] == ["Ciao", "Ciao"]
+    before = (run / "samples.jsonl").stat().st_mtime_ns
+    assert command_line("watch", watch.main, args) == 0
+    assert (run / "samples.jsonl").stat().st_mtime_ns == before
+
+
+def test_the_commands_that_are_run(run, monkeypatch):
+    for step in range(1, LAST):
+        shutil.rmtree(run / "checkpoints" / f"step{step:07d}")
+    called = []
+    monkeypatch.setattr(eval.harness, "main", lambda args: called.append(("tasks", args)))
+    monkeypatch.setattr(eval.needle, "main", lambda args: called.append(("needle", args)))
+    args = [str(run), "--max-new-tokens=1", "--device=cpu", "--tasks=french,arc_easy"]
+    watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
+    path = str(run / "checkpoints" / f"step{LAST:07d}")
+    own = ["--include-path", "mine", "--device=cpu"]
+    hay = [
+        "a.txt",
+        "b c.txt",
+        "--depths",
+        "3",
+        "--out",
+        str(run / "needle" / f"step{LAST:07d}"),
+        "--device=cpu",
+    ]
+    assert called == [
+        ("tasks", [path, "--tasks", "french,arc_easy", *own]),
+        ("needle", [path, "--haystack", *hay]),
+    ]
+    eval.harness.parse(called[0][1])  # both know these options
+    assert eval.needle.parse(called[1][1]).haystack == ["a.txt", "b c.txt"]
+    watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
+    assert len(called) == 2
+    watch.main([*args, "--include-path=mine", "--needle=--haystack a.txt"])  # something else
+    assert len(called) == 3
+
+
+def test_one_watcher_of_a_run(run):
+    pytest.importorskip("fcntl")
+    with watch.only_one(run):
+        with pytest.raises(CheckpointError, match="watched already"):
+            with watch.only_one(run):
+                pass
+    with watch.only_one(run):
+        pass
+
+
+def test_bad_input_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "empty").write_text("\n")
+    (run / "samples.jsonl").write_text("{")
+    (tmp_path / "no" / "checkpoints").mkdir(parents=True)
+    for args, message in (
+        ([tmp_path / "nothing"], "no run there"),
+        ([tmp_path / "no"], "no config.json"),
+        ([run, "--poll=0"], "--poll over 0"),
+        ([run, f"--prompts={tmp_path / 'empty'}"], "no prompt in it"),
+        ([run], "samples.jsonl: damaged"),
+    ):
+        assert command_line("eval.watch", watch.main, list(map(str, args))) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
