@@ -24,9 +24,10 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from data import bpe_training, demo_corpus, tokenizer
 from data.cleaning import RULES
 from data.dataset import DataError
-from data.reading import Source, find_files, place, size_of, version_of
+from data.reading import LARGEST, Source, find_files, place, size_of, version_of
 from data.remote import HubDataset
 from data.stream_writer import Parts, StreamWriter, write_json
 from data.tokenizer import LucieTokenizer, TokenizerError
@@ -76,14 +77,15 @@ def tokenize(
     a run that was cut short goes on from its last part. Every byte written is the same for any
     number of workers and of interruptions. Raises DataError for a document that cannot be read,
     unless on_error is "skip", and for a connection that fails.
-    Memory: a part, a few batches for each worker, one document; 4 bytes a document when joining.
+    Memory: a part, a few batches for each worker, one document; 8 bytes a document when joining.
+    Disk: the parts are kept until all is joined, so twice the output.
     """
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
     out = Path(out)
-    report = Path(f"{out}.json")
+    report, folder = Path(f"{out}.json"), Path(f"{out}.parts")
     files = [f for f in files if not isinstance(f, Path) or f.absolute() != report.absolute()]
-    folder = Path(f"{out}.parts")
+    _refuse_to_lose(out)
     names, files = list(map(str, files)), _pinned(files, folder)
     parts = Parts(folder, _describe(names, files, encoder, options, part_size))
     if parts.begun_anew:
@@ -94,20 +96,65 @@ def tokenize(
         for record in parts.records:
             _stop_at(record["errors"], on_error)
         _make_parts(parts, files, encoder, options, workers, on_error, part_size)
-        report.unlink(missing_ok=True)
         summary = _join(parts, encoder, out, options)
     except DataError:
         if not parts.records:
             parts.remove()
         raise
-    tokens = {name: stream["tokens"] for name, stream in summary["streams"].items()}
-    for suffix in ("", ".valid"):
-        found = {n: count for n, count in tokens.items() if n.endswith(".valid") == bool(suffix)}
-        if found:
-            write_mixture(Path(f"{out}{suffix}.csv"), found)
+    _write_mixtures(out, summary["streams"], options)
     write_json(report, summary)
     parts.remove()
     return summary
+
+
+def _refuse_to_lose(out: Path) -> None:
+    """Raises DataError where a file that this command did not write has the name of a result."""
+    report = Path(f"{out}.json")
+    if report.exists() and _report(report) is None:
+        raise DataError(f"{report}: no report of data.prepare, and would be lost: another --out")
+    if not report.exists() and not Path(f"{out}.parts").exists():
+        for suffix in ("csv", "valid.csv"):
+            if Path(f"{out}.{suffix}").exists():
+                raise DataError(f"{out}.{suffix}: is not of data.prepare and would be lost")
+
+
+def _report(file: Path) -> dict | None:
+    """What OUT.json says, if it is one."""
+    try:
+        found = json.loads(file.read_bytes()) if file.stat().st_size < LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(found, dict) and found.keys() >= {"documents_in", "streams"}
+    return found if known else None
+
+
+def _remove_streams(out: Path) -> None:
+    """Remove what an earlier run wrote: of other options, its streams would lie beside the new,
+    and what was held out of the one may be trained on in the other."""
+    if report := _report(Path(f"{out}.json")):
+        for name in report["streams"]:
+            for suffix in ("idx", "bin"):
+                out.with_name(f"{name}.{suffix}").unlink(missing_ok=True)
+        for suffix in ("csv", "valid.csv", "json"):
+            Path(f"{out}.{suffix}").unlink(missing_ok=True)
+
+
+def _write_mixtures(out: Path, streams: dict[str, dict], options: Options) -> None:
+    """OUT.csv and OUT.valid.csv, with a column for each field that documents were split by."""
+    columns = ["name", "path", "weight"]
+    columns += [field for field in options.split_by if field not in columns]
+    for held_out, file in ((False, f"{out}.csv"), (True, f"{out}.valid.csv")):
+        rows = []
+        for name, stream in streams.items():
+            suffix = name.removeprefix(out.name)
+            if suffix.endswith(".valid") == held_out:
+                values = dict(zip(options.split_by, map(unquote, suffix.split(".")[1:])))
+                rows.append(values | {"name": name, "path": name, "weight": stream["tokens"]})
+        if rows:
+            with open(file, "w", encoding="utf-8", newline="") as f:
+                writer = csv.DictWriter(f, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 def _pinned(files: list[Source], folder: Path) -> list[Source]:
@@ -158,7 +205,7 @@ def _make_parts(
             seen.update(map(bytes, parts.arrays(number, "digests")[0]))
     sizes = list(map(size_of, files))
     known = None not in sizes
-    begins = list(accumulate(sizes, initial=0)) if known else [0] * len(files)
+    begins = list(accumulate(sizes, initial=0)) if known else [0] * (len(files) + 1)
     part, tokens = Part(), 0
     with tqdm(
         total=begins[-1] if known else None, initial=begins[start[0]] + start[2], unit="B",
@@ -175,14 +222,14 @@ def _make_parts(
                     _stop_at(part.errors, on_error)
             if len(streams | part.streams.keys()) > STREAMS:
                 raise DataError(
-                    f"over {STREAMS:,} streams: {options.split_by!r} has too many values"
+                    f"over {STREAMS:,} streams: {', '.join(options.split_by)} has too many values"
                 )
-            file, number = batch.places[-1]
+            file = batch.places[-1][0]
             bar.set_postfix_str(_per_second(tokens, bar), refresh=False)
             # Bytes of the files as stored, or of the documents where their size is unknown.
             bar.update(begins[file] + batch.position - bar.n if known else done.size)
             if batch.ends_part:
-                parts.add(*part.packed((file, number, batch.position), encoder.dtype))
+                parts.add(*part.packed(batch.end, encoder.dtype))
                 streams |= part.streams.keys()
                 part = Part()
 
@@ -209,13 +256,16 @@ def _join(parts: Parts, encoder: AnyTokenizer, out: Path, options: Options) -> d
     held_out = [name for name in names if name.endswith(".valid")]
     for part, found in (("training", len(names) > len(held_out)), ("validation", held_out)):
         if not found and (part == "training" or options.validation):
+            kept = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+            hint = "; --validation holds out whole documents" if counts["out"] else ""
             raise DataError(
                 f"{out}: no document for {part}: of {counts['in']:,} read {counts['out']:,} were "
-                f"kept ({', '.join(f'{reason} {count:,}' for reason, count in reasons.items())})"
+                f"kept ({kept}){hint}"
             )
     errors = [error for record in parts.records for error in record["errors"]][:ERRORS]
+    _remove_streams(out)
     return {
-        "options": asdict(options),
+        "options": asdict(options) | {"split_by": [*options.split_by]},
         "documents_in": counts["in"],
         "documents": counts["out"],
         "left_out": reasons,
@@ -251,12 +301,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_mixture(path: Path, weights: dict[str, float], suffix: str = "") -> None:
-    """A mixture CSV of the streams that lie beside it."""
+def write_mixture(path: Path, weights: dict[str, float], place: str = "{}") -> None:
+    """A mixture CSV of the streams that lie beside it; place: their paths, {} being the name."""
     with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("name", "path", "weight"))
-        writer.writerows((name, name + suffix, weight) for name, weight in weights.items())
+        writer.writerows((name, place.format(name), weight) for name, weight in weights.items())
 
 
 def prepare_demo(out: Path) -> None:
@@ -273,18 +323,18 @@ def prepare_demo(out: Path) -> None:
             left -= len(text) / size
     tokenizer.save(bpe_training.train(sample, DEMO_VOCAB_SIZE), out / "ranks.tiktoken")
     ranks = tokenizer.load(out / "ranks.tiktoken")
-    for source in tqdm(demo_corpus.SOURCES, desc="tokenize", unit="source"):
-        for split, suffix in (("train", ""), ("valid", ".valid")):
-            if split == "train" and source in documents:
-                texts = documents[source]
-            else:
-                texts = demo_corpus.documents(source, split)
-            with StreamWriter(out / f"{source}{suffix}", ranks.vocab_size) as stream:
-                for tokens in ranks.encode_batch(texts):
-                    stream.add(tokens)
+    for split in ("train", "valid"):
+        file = out / "texts" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "w", encoding="utf-8") as f:
+            for source in demo_corpus.SOURCES:
+                known = documents.get(source) if split == "train" else None
+                for text in known or demo_corpus.documents(source, split):
+                    f.write(json.dumps({"source": source, "text": text}) + "\n")
+        tokenize([file], ranks, out / split, Options(split_by=("source",)))
     for name, weights in DEMO_MIXTURES.items():
-        write_mixture(out / f"{name}.csv", weights)
-    write_mixture(out / "validation.csv", PUBLISHED, ".valid")
+        write_mixture(out / f"{name}.csv", weights, "train.{}")
+    write_mixture(out / "validation.csv", PUBLISHED, "valid.{}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -297,16 +347,22 @@ def main(argv: list[str] | None = None) -> None:
     tokens.add_argument("--tokenizer", required=True, help="ranks file or tokenizer.json")
     tokens.add_argument("--out", required=True, help="stream to write, without suffix")
     tokens.add_argument("--text-field", default="text")
-    tokens.add_argument("--split-by", metavar="FIELD", help="a stream for each of its values")
+    tokens.add_argument(
+        "--split-by", nargs="+", default=(), metavar="FIELD", help="a stream for each of its values"
+    )
     tokens.add_argument("--validation", type=float, default=0.0, help="share of documents held out")
     tokens.add_argument("--min-characters", type=int, default=0, help="of a document to be kept")
     tokens.add_argument("--deduplicate", action="store_true", help="keep the first of equal texts")
     tokens.add_argument("--split-length", type=int, help="tokens; longer documents go to OUT.long")
     tokens.add_argument("--on-error", choices=("stop", "skip"), default="stop")
-    tokens.add_argument("--workers", type=int, default=os.cpu_count())
+    tokens.add_argument("--workers", type=int, default=_cores())
     demo = commands.add_parser("demo", help="the corpus of make demo")
     demo.add_argument("--out", default="out/demo_data")
     args = parser.parse_args(argv)
+    if args.command == "tokens" and (
+        args.workers < 1 or args.min_characters < 0 or (args.split_length or 1) < 1
+    ):
+        parser.error("--workers and --split-length are 1 or more, --min-characters 0 or more")
     try:
         if args.command == "demo":
             prepare_demo(Path(args.out))
@@ -324,11 +380,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    names = ("text_field", "split_by", "validation", "min_characters", "deduplicate")
-    options = Options(*(getattr(args, name) for name in names), args.split_length)
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    options = replace(options, split_by=tuple(options.split_by))
     encoder, files = tokenizer.load(args.tokenizer), find_files(args.inputs)
     began = time.monotonic()
-    report = tokenize(files, encoder, args.out, options, max(1, args.workers), args.on_error)
+    report = tokenize(files, encoder, args.out, options, args.workers, args.on_error)
     seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
@@ -341,6 +397,11 @@ def _tokens(args: argparse.Namespace) -> None:
     memory = f"peak memory {here:,.0f} MB" + (f" and {worker:,.0f} MB a worker" if worker else "")
     rate = f"{size:,.1f} MB of text in {seconds:,.1f} s, {size / seconds:,.1f} MB/s"
     print(f"{rate}, {memory}; see {args.out}.json")
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> tuple[float, float]:

@@ -6,15 +6,19 @@ are a document a row and need pyarrow; .zst needs zstandard. Files may be elsewh
 data sets of the Hugging Face Hub (data/remote.py).
 
 Memory: one document is held whole, and is at most LARGEST bytes, as is a .json that is one array. A
-longer line or file is an error with its place, and the line after it is read. Of a .parquet, a row
-group's column is held besides.
+longer line or file is an error with its place, and the line after it is read. JSON that is all
+brackets takes some 30 times its bytes as Python objects. Of a .parquet, a row group's column is
+held besides; of a .zst, the window that it was packed with, up to 2 GB.
 """
 
 import glob
 import gzip
 import io
 import json
+import os
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +37,7 @@ SUFFIXES = (*(s + c for s in PLAIN + LINES + WHOLE for c in ("", *COMPRESSED)), 
 # What `datasets` puts beside its .arrow files.
 DATASETS_OWN = {"dataset_info.json", "dataset_dict.json", "state.json"}
 Source = Path | RemoteFile | HubDataset
+BYTES_OF = {"string": "binary", "large_string": "large_binary"}
 ROWS = 64  # of a table, made Python objects at a time
 # Compressed bytes unpacked at a time. zstd gives up to 32,768 bytes for one: 32 MiB for these.
 PIECE = 1024
@@ -62,8 +67,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
             found = find_remote(str(given), SUFFIXES)
             files += [f for f in found if f.name.rpartition("/")[2] not in DATASETS_OWN]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            files += [p for p in found if p.name not in DATASETS_OWN]
+            files += _files_in(path)
         elif path.is_file() and path.name.endswith(SUFFIXES):
             files.append(path)
         elif not path.exists() and (matches := sorted(glob.glob(str(given), recursive=True))):
@@ -71,6 +75,30 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
         else:
             raise DataError(f"{path}: not a folder, a glob nor a {', '.join(SUFFIXES)} file")
     return list(dict.fromkeys(files))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder in forms that are read, those of linked folders too.
+
+    Says how many others there are. Raises DataError for a folder without any.
+    """
+    found, others, seen = [], Counter(), set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a link back to where it came from
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if not name.endswith(SUFFIXES):
+                others[Path(name).suffix or name] += 1
+            elif name not in DATASETS_OWN:
+                found.append(Path(here, name))
+    if not found:
+        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in it")
+    if others:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5))
+        print(f"{folder}: not read: {kinds}", file=sys.stderr)
+    return sorted(found)
 
 
 def size_of(source: Source) -> int | None:
@@ -115,7 +143,11 @@ def place(source: Source, number: int) -> str:
 
 
 def records(
-    source: Source, text_field: str, split_by: str | None = None, done: int = 0, position: int = 0
+    source: Source,
+    text_field: str,
+    split_by: tuple[str, ...] = (),
+    done: int = 0,
+    position: int = 0,
 ) -> Iterator[Record]:
     """The records of a file after number `done`, which ended at byte `position`.
 
@@ -134,24 +166,24 @@ def records(
         yield Record(number + 1, size_of(source) or 0, None, 0, reason)
 
 
-def parse(content: Any, text_field: str, split_by: str | None = None) -> tuple[str, str]:
-    """The text of a record, and the value it is split by ("" if by nothing).
+def parse(content: Any, text_field: str, split_by: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The text of a record, and the values it is split by; whole numbers among them as text.
 
     Raises ValueError with the reason for what is not JSON in UTF-8 or lacks a field.
     """
     if isinstance(content, bytes):
         content = _parse_json(content)
     values = []
-    for field in (text_field, split_by):
-        if field is None:
-            continue
+    for field in (text_field, *split_by):
         value = content.get(field) if isinstance(content, dict) else None
         if value is None:
             raise ValueError(f"no field {field!r}")
+        if type(value) is int and values:
+            value = str(value)
         if not isinstance(value, str | bytes):
             raise ValueError(f"its field {field!r} is not a string")
         values.append(_decode(value) if isinstance(value, bytes) else value)
-    return values[0], values[1] if split_by is not None else ""
+    return tuple(values)
 
 
 def _kind(source: Source) -> str:
@@ -163,9 +195,9 @@ def _kind(source: Source) -> str:
 
 
 def _all_records(
-    source: Source, text_field: str, split_by: str | None, done: int, position: int
+    source: Source, text_field: str, split_by: tuple[str, ...], done: int, position: int
 ) -> Iterator[Record]:
-    kind, fields = _kind(source), [text_field] + [split_by] * (split_by is not None)
+    kind, fields = _kind(source), [text_field, *split_by]
     if isinstance(source, HubDataset):
         yield from _rows(source.tables(done, ROWS), fields, done)
         return
@@ -216,7 +248,9 @@ class _Zstd(io.RawIOBase):
         except ImportError:
             raise DataError("reading .zst needs: pip install zstandard") from None
         self.raw, self.frame, self.unpacked = raw, None, memoryview(b"")
-        self.new, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        # The largest window that zstd --long=31 makes; a frame takes what it asks for.
+        unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self.new, self.error = unpack.decompressobj, zstandard.ZstdError
 
     def readable(self) -> bool:
         return True
@@ -270,8 +304,8 @@ def _is_one_json(source: Path | RemoteFile) -> bool:
     with ExitStack() as stack:
         stream, _ = _open(source, stack)
         while line := stream.readline(1 << 20):
-            if line.strip():
-                return line.lstrip().startswith(b"[") or line.strip() == b"{"
+            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                return line.startswith(b"[") or line == b"{"
     return False
 
 
@@ -313,7 +347,8 @@ def _table(source: Path | RemoteFile, fields: list[str]) -> Iterator[Record]:
             for record in _rows(batches, fields, 0):
                 at = size * record.number // rows if rows else file.tell()
                 yield record._replace(position=at)
-    except pa.ArrowException as error:
+    # A damaged file makes pyarrow raise any of them.
+    except (pa.ArrowException, ValueError, LookupError, SystemError) as error:
         raise OSError(str(error)) from None
 
 
@@ -337,6 +372,10 @@ def _values(column: Any, field: str) -> list[bytes | None]:
     import pyarrow as pa
 
     kind = column.type
+    if isinstance(column, pa.Array):
+        # pyarrow reads where a damaged file points, outside it too. As bytes: not its UTF-8.
+        column = column.view(BYTES_OF[str(kind)]) if str(kind) in BYTES_OF else column
+        column.validate(full=True)
     if pa.types.is_dictionary(kind):
         kind, column = kind.value_type, column.dictionary_decode()
     if pa.types.is_null(kind):

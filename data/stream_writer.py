@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from array import array
@@ -11,6 +12,7 @@ import numpy as np
 
 from data.token_stream import DTYPES, HEADER, MAGIC, DataError
 
+OWN = re.compile(r"(run|\d{6,})\.(record|npz)(\.tmp)?")  # the names of files in a folder of parts
 CHUNK = 1 << 20  # entries of an index written at a time
 
 
@@ -85,6 +87,9 @@ class Parts:
         before = _read(folder / "run.record")
         if before != run:
             self.begun_anew = before is not None
+            found = sorted(os.listdir(folder)) if folder.is_dir() else []
+            if foreign := [name for name in found if not OWN.fullmatch(name)]:
+                raise DataError(f"{folder}: holds {foreign[0]}, not of data.prepare: another --out")
             # Without its run.record a folder's parts count for nothing, should this be cut short.
             (folder / "run.record").unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

@@ -32,7 +32,7 @@ class Options:
     """What is made of the documents."""
 
     text_field: str = "text"
-    split_by: str | None = None  # a field of strings, each value a stream of its own
+    split_by: tuple[str, ...] = ()  # fields, whose every combination of values is a stream
     validation: float = 0.0  # share of documents held out; a document's text alone decides
     min_characters: int = 0  # shorter documents are left out
     deduplicate: bool = False  # all but the first of equal texts are; 100 bytes of memory for each
@@ -67,28 +67,31 @@ class Batch(NamedTuple):
     position: int  # bytes of the last file
     size: int
     ends_part: bool
+    end: tuple[int, int, int]  # where to go on: file, records of it that are done, its position
 
 
 def read_batches(
     files: list[Source], options: Options, start: tuple[int, int, int], part_size: int
 ) -> Iterator[Batch]:
     """The records after `start`, in batches that depend on the files and part_size alone."""
-    first, done, position = start
+    first, done, position = end = start
     contents, places, size, part = [], [], 0, 0
     for file in range(first, len(files)):
         given = (done, position) if file == first else (0, 0)
         for record in records(files[file], options.text_field, options.split_by, *given):
             weight = record.size + OVERHEAD
             if contents and (size + weight > BATCH or part >= part_size):
-                yield Batch(contents, places, position, size, part >= part_size)
+                yield Batch(contents, places, position, size, part >= part_size, end)
                 part = 0 if part >= part_size else part
                 contents, places, size = [], [], 0
             content = LeftOut("error", record.error) if record.error else record.content
             contents.append(content)
             places.append((file, record.number))
             position, size, part = record.position, size + weight, part + weight
+            end = (file, record.number, position)
+        end = (file + 1, 0, 0)  # whole or broken, it is not read again
     if contents:
-        yield Batch(contents, places, position, size, True)
+        yield Batch(contents, places, position, size, True, end)
 
 
 def process(
@@ -198,8 +201,8 @@ class Worker:
     def _document(self, content: object) -> tuple[Document, np.ndarray] | LeftOut:
         options = self.options
         try:
-            text, group = parse(content, options.text_field, options.split_by)
-            stream = _suffix(group, options)
+            text, *values = parse(content, options.text_field, options.split_by)
+            stream = "".join(map(_part_of_name, options.split_by, values))
         except ValueError as error:
             return LeftOut("error", str(error))
         text, changed = clean(text)
@@ -208,7 +211,10 @@ class Worker:
         data, digest = text.encode(), b""
         if options.deduplicate or options.validation:
             digest = hashlib.sha256(data).digest()
-        tokens = next(self.encoder.encode_batch([text]))
+        try:
+            tokens = next(self.encoder.encode_batch([text]))
+        except ValueError as error:  # the regex of tiktoken gives up on a million spaces in a row
+            return LeftOut("error", f"cannot be tokenised: {error}")
         if options.split_length is not None:
             stream += ".long" if len(tokens) > options.split_length else ".short"
         if options.validation and int.from_bytes(digest[:8], "big") / 2**64 < options.validation:
@@ -216,13 +222,11 @@ class Worker:
         return Document(stream, len(text), len(data), digest[:16], changed, len(tokens)), tokens
 
 
-def _suffix(group: str, options: Options) -> str:
-    if options.split_by is None:
-        return ""
+def _part_of_name(field: str, value: str) -> str:
     # No two values make one name, and none a folder or what follows the name.
-    name = quote(group, safe="", errors="replace").replace(".", "%2E")
-    if not name or not group.isprintable() or len(name) > 100:
-        raise ValueError(f"its field {options.split_by!r} cannot be part of a file's name")
+    name = quote(value, safe="", errors="replace").replace(".", "%2E")
+    if not name or not value.isprintable() or len(name) > 100:
+        raise ValueError(f"its field {field!r} cannot be part of a file's name")
     return f".{name}"
 
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -81,10 +82,10 @@ def test_all_forms_of_input_give_the_same(tmp_path):
 def test_reading_goes_on_after_any_record(tmp_path):
     for name, path in written(tmp_path).items():
         for file in find_files([path]):
-            whole = list(records(file, "text", "language"))
+            whole = list(records(file, "text", ("language",)))
             assert [r.number for r in whole] == sorted({r.number for r in whole}), name
             for n, record in enumerate(whole):
-                rest = list(records(file, "text", "language", record.number, record.position))
+                rest = list(records(file, "text", ("language",), record.number, record.position))
                 assert rest == whole[n + 1 :], name
             positions = [record.position for record in whole]
             assert positions == sorted(positions) and positions[-1] <= os.path.getsize(file)
@@ -96,7 +97,7 @@ def test_a_plain_file_is_not_read_again_to_go_on(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"{}\n" * 5)
     first, *rest = records(tmp_path / "x.jsonl", "text")
     (tmp_path / "x.jsonl").write_bytes(b"???" + b"{}\n" * 4)
-    assert list(records(tmp_path / "x.jsonl", "text", None, 1, first.position)) == rest
+    assert list(records(tmp_path / "x.jsonl", "text", (), 1, first.position)) == rest
 
 
 def test_files_are_found_once_and_in_order(tmp_path, monkeypatch):
@@ -260,13 +261,59 @@ def test_places_and_files_that_cannot_be_opened(tmp_path):
     assert failures(tmp_path / "empty.jsonl") == ({}, 0)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert failures(tmp_path / "latin.txt") == ({1: "not UTF-8 at byte 3"}, 0)
-    assert failures(tmp_path / "latin.txt", "text", "language")[1] == 0
+    assert failures(tmp_path / "latin.txt", "text", ("language",))[1] == 0
     (tmp_path / "a.txt").write_text("a")
-    bad, _ = failures(tmp_path / "a.txt", "text", "language")
+    bad, _ = failures(tmp_path / "a.txt", "text", ("language",))
     assert bad == {1: "no field 'language'"}
 
 
-def test_the_value_to_split_by_comes_along():
-    content = json.dumps({"body": "x", "language": "fr"}).encode()
-    assert parse(content, "body", "language") == ("x", "fr")
-    assert parse({"body": b"x", "language": "fr"}, "body") == ("x", "")
+def test_the_values_to_split_by_come_along():
+    content = json.dumps({"body": "x", "language": "fr", "year": 2019}).encode()
+    assert parse(content, "body", ("language", "year")) == ("x", "fr", "2019")
+    assert parse({"body": b"x", "language": "fr"}, "body") == ("x",)
+    for wrong in (b'{"text": 3}', b'{"text": "x", "year": true}', b'{"text": "x", "year": 1.5}'):
+        with pytest.raises(ValueError, match="is not a string"):
+            parse(wrong, "text", ("year",))
+
+
+def test_folders_by_links_are_read_and_what_is_not_is_said(tmp_path, capsys):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "else" / "b.txt").write_text("b")
+    for name in ("a.txt", "c.TXT", "d.html", "e.html"):
+        (tmp_path / "in" / name).write_text("x")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "else")
+    (tmp_path / "else" / "back").symlink_to(tmp_path / "in")
+    found = find_files([tmp_path / "in"])
+    assert [file.name for file in found] == ["a.txt", "b.txt"]
+    assert "not read: .html 2, .TXT 1" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"none: no \.txt, .* file in it"):
+        find_files([tmp_path / "none"])
+
+
+def test_a_mark_of_byte_order_before_an_array(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "x"},\n{"text": "y"}]')
+    assert list(read_documents([tmp_path / "a.json"])) == ["x", "y"]
+
+
+@pytest.mark.parametrize("form", ["arrow", "stream", "parquet"])
+def test_damaged_tables_are_an_error_and_no_crash(tmp_path, form):
+    """pyarrow itself follows offsets that point outside the file."""
+    table, whole = pa.table({"text": [f"text {n}" for n in range(40)]}), tmp_path / "whole"
+    if form == "parquet":
+        pq.write_table(table, whole)
+    else:
+        new = pa.ipc.new_file if form == "arrow" else pa.ipc.new_stream
+        with new(str(whole), table.schema) as writer:
+            writer.write_table(table)
+    content, chance = whole.read_bytes(), random.Random(5)
+    file = tmp_path / ("x.parquet" if form == "parquet" else "x.arrow")
+    failed = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        file.write_bytes(damaged)
+        failed += bool(failures(file)[0])
+    assert failed > 20
