@@ -79,7 +79,7 @@ class Mixture:
             if stream.tokens <= seq_len:
                 raise DataError(
                     f"{stream.bin}: {stream.tokens:,} tokens are too few for one sample of "
-                    f"{seq_len:,} (and the token after it)"
+                    f"{seq_len:,} (and the token after it): take its row out of {path}"
                 )
             self.names.append(row["name"])
             self.streams.append(stream)
@@ -165,7 +165,8 @@ def read_rows(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        # Excel begins a file with a byte order mark
+        with open(path, encoding="utf-8-sig", newline="") as f:
             rows = list(csv.DictReader(f))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None

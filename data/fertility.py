@@ -15,6 +15,7 @@ which it downloads if it has not before.
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,10 @@ def read_text(pattern: str, limit: int, text_field: str = "text") -> list[str]:
 
 
 def compare(counters: dict[str, Counter], texts: dict[str, list[str]]) -> list[Fertility]:
-    """Every tokenizer on every text, with a progress bar over bytes."""
+    """Every tokenizer on every text, with a progress bar over bytes.
+
+    Raises DataError for a document that a tokenizer gives up on.
+    """
     sizes = {
         text: sum(len(document.encode()) for document in documents)
         for text, documents in texts.items()
@@ -113,7 +117,14 @@ def compare(counters: dict[str, Counter], texts: dict[str, list[str]]) -> list[F
     with tqdm(total=total, unit="B", unit_scale=True, desc="fertility") as bar:
         for name, count in counters.items():
             for text, documents in texts.items():
-                tokens = sum(map(count, documents))
+                tokens = 0
+                for number, document in enumerate(documents, start=1):
+                    try:
+                        tokens += count(document)
+                    # the regex of tiktoken gives up on a million spaces in a row
+                    except ValueError as error:
+                        place = f"{text}, document {number:,}"
+                        raise DataError(f"{place}: {name} cannot cut it: {error}") from None
                 words = sum(len(document.split()) for document in documents)
                 found.append(Fertility(name, text, len(documents), words, sizes[text], tokens))
                 bar.update(sizes[text])
@@ -205,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="file for the counts")
     parser.add_argument("--png", type=Path, help="file for the bars")
     args = parser.parse_args(argv)
+    if not 0 < args.megabytes < math.inf:
+        parser.error("--megabytes must be over 0")
     try:
         counters = {
             name: load_counter(source)

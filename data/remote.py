@@ -10,11 +10,10 @@ the same command goes on where it was.
 import glob
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.dataset import DataError
+from data.token_stream import NO_SIZE, DataError, failures, open_store
 
 HUB = "hf:"
 BUFFER = 1 << 20  # bytes of a file asked for at a time
@@ -43,19 +42,15 @@ class RemoteFile:
         return self.name
 
     def open(self) -> io.BufferedReader:
-        with _failures(self, "fsspec"):
-            from fsspec.core import url_to_fs
-
-            store, path = url_to_fs(self.name)
+        with failures(self, "fsspec"):
+            store, path = open_store(self.name)
             return io.BufferedReader(_Fetched(self.name, store.open(path, "rb")), BUFFER)
 
 
 def find_remote(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
     """The files at an address, which names a file, a folder or a glob that matches files."""
-    with _failures(address, "fsspec"):
-        from fsspec.core import url_to_fs
-
-        store, path = url_to_fs(address)
+    with failures(address, "fsspec"):
+        store, path = open_store(address)
         if glob.has_magic(path):
             found = store.glob(path, detail=True)
         elif path.endswith(suffixes):
@@ -67,7 +62,7 @@ def find_remote(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
             if info["type"] == "file" and path.endswith(suffixes):
                 name = store.unstrip_protocol(path)
                 if info["size"] is None:
-                    raise DataError(f"{name}: the server does not tell its size: download it first")
+                    raise DataError(f"{name}: {NO_SIZE}")
                 files.append(RemoteFile(name, info["size"], version(info)))
         if not files:
             raise DataError(f"{address}: no {', '.join(suffixes)} file there")
@@ -92,13 +87,13 @@ class _Fetched(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        with _failures(self.name, "fsspec"):
+        with failures(self.name, "fsspec"):
             piece = self.file.read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with _failures(self.name, "fsspec"):
+        with failures(self.name, "fsspec"):
             return self.file.seek(offset, whence)
 
     def close(self) -> None:
@@ -129,7 +124,7 @@ class HubDataset:
 
     def pinned(self) -> "HubDataset":
         """The same at the commit that its revision is now."""
-        with _failures(self, "datasets"):
+        with failures(self, "datasets"):
             from huggingface_hub import HfApi
 
             info = HfApi().dataset_info(self.name, revision=self.revision)
@@ -137,25 +132,9 @@ class HubDataset:
 
     def tables(self, done: int, size: int) -> Iterator[Any]:
         """Its rows after the first `done`, as tables of pyarrow of `size` rows."""
-        with _failures(self, "datasets"):
+        with failures(self, "datasets"):
             import datasets
 
             options = {"split": "train", "revision": self.revision, "streaming": True}
             rows = datasets.load_dataset(self.name, self.subset, **options)
             yield from rows.skip(done).with_format("arrow").iter(size)
-
-
-@contextmanager
-def _failures(source: object, package: str) -> Iterator[None]:
-    """What the packages raise, as a DataError that names the source."""
-    try:
-        yield
-    except DataError:
-        raise
-    except ImportError as error:
-        # fsspec tells what else a protocol needs.
-        needed = f"pip install {package}" if isinstance(error, ModuleNotFoundError) else error
-        raise DataError(f"{source}: reading it needs: {needed}") from None
-    except Exception as error:  # they have no class in common
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{source}: {type(error).__name__}: {reason}") from None

@@ -7,6 +7,8 @@ data/stream_writer.py.
 """
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+NO_SIZE = "its server does not tell its size: download it"
 
 
 class DataError(Exception):
@@ -86,10 +89,18 @@ def size_of(file: Path | str) -> int | None:
     """The bytes of a file of a stream, None if it is not there. Raises DataError as read_bytes."""
     if isinstance(file, Path):
         return file.stat().st_size if file.is_file() else None
-    try:
-        return _ask_store(file, "info")["size"]
-    except FileNotFoundError:
-        return None
+    with failures(file, "fsspec"):
+        store, path = open_store(file)
+        try:
+            size = store.info(path)["size"]
+        except FileNotFoundError as error:
+            # fsspec says so too of a server that is down.
+            if isinstance(error.__cause__, ConnectionError):
+                raise error.__cause__ from None
+            return None
+    if size is None:
+        raise DataError(f"{file}: {NO_SIZE}")
+    return size
 
 
 def read_bytes(file: Path | str, start: int, count: int) -> bytes:
@@ -97,27 +108,52 @@ def read_bytes(file: Path | str, start: int, count: int) -> bytes:
 
     Raises DataError for what cannot be read.
     """
+    if isinstance(file, str):
+        with failures(file, "fsspec"):
+            store, path = open_store(file)
+            piece = store.cat_file(path, start=start, end=start + count)
+        if len(piece) > count:  # a web server may pass over the range and send everything
+            raise DataError(
+                f"{file}: its server sends whole files only (no byte ranges): download it"
+            )
+        return piece
     try:
-        if isinstance(file, str):
-            return _ask_store(file, "cat_file", start=start, end=start + count)
         with open(file, "rb") as f:
             f.seek(start)
             return f.read(count)
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror or 'no such file'}") from None
+        raise DataError(f"{file}: {error.strerror}") from None
 
 
-def _ask_store(file: str, what: str, **arguments: int) -> Any:
-    """Call the method `what` of an object store. Raises FileNotFoundError, and else DataError."""
+# --- packages that reach other machines ----------------------------------------------------------
+
+
+def open_store(address: str) -> tuple[Any, str]:
+    """The file system of fsspec that an address lies in, and its path there.
+
+    To be called, and the file system to be used, within `failures`.
+    """
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(address)
+
+
+@contextmanager
+def failures(source: object, package: str) -> Iterator[None]:
+    """What an optional package raises, as a DataError that names the source in one line.
+
+    package: what to install where it is not there.
+    """
     try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise DataError(f"{file}: an object store is read with fsspec (pip install it)") from None
-    try:
-        store, path = url_to_fs(file)
-        return getattr(store, what)(path, **arguments)
-    except FileNotFoundError:
+        yield
+    except DataError:
         raise
-    except Exception as error:  # the libraries of the stores have exceptions of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{file}: {reason}") from None
+    except ImportError as error:
+        # fsspec tells what else a protocol needs.
+        needed = f"pip install {package}" if isinstance(error, ModuleNotFoundError) else error
+        raise DataError(f"{source}: reading it needs: {needed}") from None
+    except Exception as error:  # they have no class in common
+        if type(error) is FileNotFoundError:  # the path alone; its subclasses say more
+            raise DataError(f"{source}: no such file") from None
+        first_line = str(error).strip().splitlines()[:1]
+        raise DataError(": ".join([str(source), type(error).__name__, *first_line])) from None

@@ -196,6 +196,30 @@ def test_what_cannot_be_compared_says_so_in_one_line(folder, capsys, texts, toke
     assert code == 2 and said in err and err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("megabytes", ["inf", "nan", "0", "-1"])
+def test_megabytes_that_are_no_size(folder, capsys, megabytes):
+    code, out, err = run(
+        capsys,
+        *("--texts", f"{folder}/fr.jsonl.gz", "--tokenizers", f"{folder}/bytes.tiktoken"),
+        f"--megabytes={megabytes}",
+    )
+    assert (code, out) == (2, "")
+    assert err.endswith("data.tokenizer compare: error: --megabytes must be over 0\n")
+
+
+def test_a_text_that_a_tokenizer_gives_up_on_is_named(folder, capsys):
+    """tiktoken's regex has no stack for a million spaces in a row."""
+    with open(folder / "long.jsonl", "w") as f:
+        for text in ("short", "code" + " " * 1_100_000 + "x"):
+            f.write(json.dumps({"text": text}) + "\n")
+    code, _, err = run(
+        capsys,
+        *("--texts", f"code={folder}/long.jsonl", "--tokenizers", f"b={folder}/bytes.tiktoken"),
+    )
+    assert code == 2 and err.strip().count("\n") == 0
+    assert "data.tokenizer: code, document 2: b cannot cut it: " in err and "stack" in err
+
+
 def test_a_name_is_given_once(folder, capsys):
     twice = [f"x={folder}/bytes.tiktoken"] * 2
     code, _, err = run(capsys, "--texts", f"{folder}/fr.jsonl.gz", "--tokenizers", *twice)

@@ -1,6 +1,9 @@
 import struct
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 
 import numpy as np
@@ -10,7 +13,7 @@ from data.dataset import Mixture
 from data.inspection import Index
 from data.mixture import read
 from data.stream_writer import StreamWriter
-from data.token_stream import DataError, TokenStream
+from data.token_stream import DataError, TokenStream, failures, read_bytes, size_of
 
 # --- the format, by writers that are not ours
 
@@ -170,17 +173,90 @@ def test_a_store_that_fails_is_one_line(tiny_data, store, monkeypatch):
             mixture[i]
 
     def refuse(*_, **__):
-        raise RuntimeError("no\n  credentials")
+        raise RuntimeError("no credentials\n  at all")
 
     monkeypatch.setattr(type(store), "info", refuse)
-    with pytest.raises(DataError, match=r"^memory://bucket/a\.idx: no credentials$"):
+    with pytest.raises(DataError, match=r"^memory://bucket/a\.idx: RuntimeError: no credentials$"):
         Mixture(tiny_data / "remote.csv", 7, 42, 97, partial=True)  # not there is something else
+
+    def down(*_, **__):
+        raise FileNotFoundError("/bucket/a") from ConnectionRefusedError("it is down")
+
+    monkeypatch.setattr(type(store), "info", down)
+    with pytest.raises(DataError, match="ConnectionRefusedError: it is down"):
+        Mixture(tiny_data / "remote.csv", 7, 42, 97, partial=True)
     (tiny_data / "remote.csv").write_text("name,path,weight\na,nowhere://a,1\n")
     with pytest.raises(DataError, match=r"^nowhere://a\.idx: .*nowhere"):
         Mixture(tiny_data / "remote.csv", 7, 42, 97)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(DataError, match=r"^nowhere://a\.idx: an object store is read with fsspec"):
+    with pytest.raises(DataError, match=r"^nowhere://a\.idx: .* needs: pip install fsspec$"):
         Mixture(tiny_data / "remote.csv", 7, 42, 97)
+
+
+def test_a_server_without_byte_ranges_is_refused(tiny_data, store, monkeypatch):
+    mixture = Mixture(tiny_data / "remote.csv", 7, 42, 97)
+    read_whole = type(store).cat_file
+    monkeypatch.setattr(type(store), "cat_file", lambda s, path, **_: read_whole(s, path))
+    for use in (lambda: mixture[0], lambda: Mixture(tiny_data / "remote.csv", 7, 42, 97)):
+        with pytest.raises(DataError, match=r"^memory://bucket/.* sends whole files only .*ranges"):
+            use()
+
+
+def test_a_server_that_tells_no_size_is_not_without_the_file(tiny_data, store, monkeypatch):
+    info = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda *a, **k: {**info(*a, **k), "size": None})
+    for partial_too in (False, True):
+        with pytest.raises(DataError, match=r"^memory://bucket/a\.idx: .* not tell its size"):
+            Mixture(tiny_data / "remote.csv", 7, 42, 97, partial=partial_too)
+
+
+def test_pythons_own_web_server(tiny_data):
+    """It sends whole files, whatever range it is asked for."""
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tiny_data)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            assert size_of(f"{address}/a.idx") == (tiny_data / "a.idx").stat().st_size
+            assert size_of(f"{address}/none.idx") is None
+            whole = (tiny_data / "a.idx").read_bytes()
+            assert read_bytes(f"{address}/a.idx", 0, len(whole)) == whole
+            with pytest.raises(DataError, match=r"/a\.idx: its server sends whole files only"):
+                TokenStream(f"{address}/a")
+        finally:
+            server.shutdown()
+
+
+class NotOnTheHub(FileNotFoundError):
+    """As `datasets` has one, with a message of its own."""
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (FileNotFoundError("/bucket/x"), "x: no such file"),
+        (NotOnTheHub("Dataset 'x' doesn't exist"), "x: NotOnTheHub: Dataset 'x' doesn't exist"),
+        (PermissionError(13, "Forbidden"), "x: PermissionError: [Errno 13] Forbidden"),
+        (RuntimeError(), "x: RuntimeError"),
+        (RuntimeError("\ngone\nfor ever"), "x: RuntimeError: gone"),
+        (ImportError("Install s3fs"), "x: reading it needs: Install s3fs"),
+        (ModuleNotFoundError("No module named 'p'"), "x: reading it needs: pip install p"),
+        (DataError("y: as it is"), "y: as it is"),
+    ],
+)
+def test_what_packages_raise_is_one_line(error, message):
+    with pytest.raises(DataError) as raised:
+        with failures("x", "p"):
+            raise error
+    assert str(raised.value) == message
+    with pytest.raises(KeyboardInterrupt), failures("x", "p"):
+        raise KeyboardInterrupt
 
 
 def test_a_partial_mixture_of_an_object_store(tiny_data, store):
