@@ -95,8 +95,9 @@ def size_of(file: Path | str) -> int | None:
             size = store.info(path)["size"]
         except FileNotFoundError as error:
             # fsspec says so too of a server that is down.
-            if isinstance(error.__cause__, ConnectionError):
-                raise error.__cause__ from None
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from None
             return None
     if size is None:
         raise DataError(f"{file}: {NO_SIZE}")
