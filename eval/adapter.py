@@ -88,7 +88,9 @@ class LucieLM(LM):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, of which the first and no other at the beginning is `<s>`."""
-        return self.tokenizer.encode(text.removeprefix("<s>"))
+        while text.startswith("<s>"):
+            text = text.removeprefix("<s>")
+        return self.tokenizer.encode(text)
 
     def split(self, context: str, continuations: list[str]) -> list[tuple[np.ndarray, int]]:
         """(ids of context and continuation, how many of the last are the continuation) of each.
@@ -232,7 +234,8 @@ class LucieLM(LM):
             )
         sampling = Sampling(temperature=0)
         if how["do_sample"]:
-            sampling = Sampling(how["temperature"], how.get("top_k", 0), how.get("top_p", 1.0))
+            temperature = how.get("temperature", 1.0)
+            sampling = Sampling(temperature, how.get("top_k", 0), how.get("top_p", 1.0))
         return new, sampling, [stop for stop in handle_stop_sequences(how["until"], "</s>") if stop]
 
     def _until(

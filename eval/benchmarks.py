@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 # Means over some of MMLU's subjects, as Lucie's tables name them.
 CATEGORIES = {"humanities", "other", "social sciences", "stem"}
 
-# Models tuned to follow instructions are no points of a curve of pretraining: Lucie's phases of
-# that name, and baselines.
-TUNED = re.compile("^4_instruct|Instruct|Chat")
+# Models tuned to follow instructions are no points of a curve of pretraining.
+TUNED_PHASE, TUNED_MODEL = re.compile("^4_instruct"), re.compile("Instruct|Chat")
 
 
 Test = tuple[str, str, str]  # dataset, num_fewshot, score_name: what may be compared
@@ -40,7 +39,7 @@ Test = tuple[str, str, str]  # dataset, num_fewshot, score_name: what may be com
 class Score(NamedTuple):
     """A row of an evaluation.csv, or of the baselines, which know no phase, steps and tokens."""
 
-    model: str  # of a baseline; else the phase
+    model: str  # of a baseline; the run; of a table by itself, the phase
     steps: float
     tokens: float
     test: Test
@@ -48,12 +47,13 @@ class Score(NamedTuple):
     stderr: float  # NaN where it is not known
 
 
-def read(path: Path) -> list[Score]:
+def read(path: Path, name: str = "") -> list[Score]:
     """The rows of a run's evaluation.csv or of such a file, without those of tuned models.
 
-    Raises CurveError.
+    The scores of a run have its name, or the one given here. Raises CurveError.
     """
     file = path / "evaluation.csv" if path.is_dir() else path
+    run = (name or path.resolve().name) if path.is_dir() else ""
     scores = []
     opened = gzip.open if file.suffix == ".gz" else open
     try:
@@ -61,9 +61,12 @@ def read(path: Path) -> list[Score]:
             rows = list(csv.DictReader(f))
         for row in rows:
             shots = f"{float(row['num_fewshot']):.0f}" if row["num_fewshot"] else ""
+            model = row.get("model_name") or row["training_phase"]
+            if (TUNED_MODEL if "model_name" in row else TUNED_PHASE).search(model):
+                continue
             scores.append(
                 Score(
-                    row["model_name"] if "model_name" in row else row["training_phase"],
+                    run or model,
                     float(row.get("training_steps") or 0),
                     float(row.get("training_tokens") or 0),
                     (row["dataset"], shots, row["score_name"]),
@@ -75,14 +78,22 @@ def read(path: Path) -> list[Score]:
         raise CurveError(f"{file}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError, csv.Error, EOFError, zlib.error):
         raise CurveError(f"{file}: not an evaluation with Lucie's columns") from None
-    return [score for score in scores if not TUNED.search(score.model)]
+    return scores
+
+
+def read_all(paths: Sequence[Path]) -> list[Score]:
+    """The scores of all; runs of one name are told apart by their paths. Raises CurveError."""
+    names = [path.resolve().name for path in paths]
+    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)]
+    return [score for path, label in zip(paths, labels) for score in read(path, label)]
 
 
 def tests_of(scores: list[Score], datasets: Sequence[str] = ()) -> list[Test]:
     """The tests of these datasets; of none, those that stand for a benchmark: mmlu, and not its 57
     subjects. In their order; raises CurveError if there are none.
 
-    A subject's name begins with its benchmark's.
+    A subject's name begins with its benchmark's. What has subjects of its own is a benchmark,
+    mmlu_continuation too.
     """
     tests = list(dict.fromkeys(score.test for score in scores))
     names = {name for name, _, _ in tests}
@@ -95,7 +106,7 @@ def tests_of(scores: list[Score], datasets: Sequence[str] = ()) -> list[Test]:
     whole = {name for name in names if any(other.startswith(f"{name}_") for other in names)}
     parts = {name for name in names for other in whole if name.startswith(f"{other}_")}
     parts |= CATEGORIES
-    return [test for test in tests if test[0] in names - parts]
+    return [test for test in tests if test[0] in names - (parts - whole)]
 
 
 def phases_of(scores: list[Score]) -> dict[str, list[tuple[float, float, float]]]:
@@ -170,8 +181,9 @@ def _draw_test(
     for number, (phase, points) in enumerate(phases.items()):
         tokens, score, stderr = zip(*points)
         if number == 0:
-            end = max(tokens) if x == "tokens" else 1.0
-            xs = [t * end / max(tokens) for t in tokens]
+            most = max(tokens) or 1.0  # 0 where they are not known
+            end = most if x == "tokens" else 1.0
+            xs = [t * end / most for t in tokens]
         else:
             left = end * (0.97 + 0.09 * number)
             xs = [left + 0.06 * end * n / max(1, len(points) - 1) for n in range(len(points))]
@@ -216,7 +228,7 @@ def main(argv: list[str]) -> None:
     add_pictures(parser)
     args = parser.parse_args(argv)
     groups = (args.runs, args.behind, args.baselines)
-    scores, behind, baselines = ([s for p in paths for s in read(p)] for paths in groups)
+    scores, behind, baselines = map(read_all, groups)
     tests = tests_of(scores, [name for name in args.datasets.split(",") if name])
     print(as_text(scores, tests))
     if args.pictures:

@@ -1,4 +1,4 @@
-"""Lucie's benchmarks, with lm-evaluation-harness (pip install lm_eval==0.4.13).
+"""Lucie's benchmarks, with lm-evaluation-harness (pip install -r requirements-eval.txt).
 
     python -m eval.harness out/pretrain --tasks french,english
     torchrun --nproc-per-node=8 -m eval.harness hf:OpenLLM-France/Lucie-7B --tasks arc_challenge
@@ -12,11 +12,13 @@ run this.)
     RUN/evaluation.csv                             scores, in the columns Lucie published
         evaluation/1_main_step0005000/mmlu_5shot.json   all that lm-evaluation-harness said of one
 
-A task that has its JSON is not evaluated again. With --limit both are named evaluation_limitN.
+A task that has its JSON is not evaluated again; a JSON of other weights is an error. One that
+cannot be loaded or computed does not stop the others. With --limit both are evaluation_limitN.
 """
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import os
@@ -31,14 +33,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import hf_layout
 from data.tokenizer import LucieTokenizer, Tokenizer
-from eval.opening import add_model_options, command_line, open_with_tokenizer
+from eval.opening import add_model_options, command_line, fingerprint, open_with_tokenizer
 from eval.scores import Weights, add_rows, read_rows, rows_of, weights_of
 from eval.tasks import GROUPS, PUBLISHED, Task
 from model import Lucie
-from parallel import gather, start_processes
+from parallel import gather, start_processes, together, world_size
 from runlog import write_whole
+from tensor_files import reason
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -46,6 +48,14 @@ if TYPE_CHECKING:
     from eval.adapter import LucieLM
 
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-evaluation-harness's
+
+
+class TasksFailed(ValueError):
+    """Why some tasks have no scores; `rows` are the scores of the others."""
+
+    def __init__(self, reasons: list[str], rows: list[dict]) -> None:
+        super().__init__("; ".join(reasons))
+        self.rows = rows
 
 
 def evaluate(
@@ -69,46 +79,70 @@ def evaluate(
     ids in a forward pass. What is recorded already is not computed, unless again. The model is in
     its mode afterwards, and generators of random numbers are where they were.
 
-    Raises ValueError, before anything is computed, for a task that does not exist or a file that is
-    no table of scores; later for a task that cannot be loaded or has questions that do not fit.
+    Raises ValueError, before anything is computed, for a task that does not exist, a file that is
+    no table of scores, or a record of other weights; OSError if `out` cannot be written. Raises
+    TasksFailed when all is done, if there are tasks that could not be loaded or computed.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError("a model in shards: evaluate its checkpoint, which any machine can hold")
-    adapter_class = _adapter_class()
     read_rows(out)
-    manager = _tasks_there_are(tasks, include_path)
-    wanted = chosen(tasks, manager, fewshot)
-    adapter = adapter_class(model, tokenizer, batch_tokens, progress and _rank() == 0)
-    rows = []
-    for number, task in enumerate(wanted, start=1):
-        shots = "" if task.num_fewshot is None else f"_{task.num_fewshot}shot"
-        file = out.with_suffix("") / weights.folder() / f"{task.name}{shots}.json"
-        record = gather(None if again else _record(file, weights, limit))[0]
+    manager, wanted = check(tasks, include_path, fewshot)
+    adapter = _adapter_class()(model, tokenizer, batch_tokens, progress and _rank() == 0)
+    folder, own = out.with_suffix("") / weights.folder(), fingerprint(model)
+    files = [folder / _file_name(task) for task in wanted]
+    records = [gather(None if again else _record(file, weights, limit))[0] for file in files]
+    for file, record in zip(files, records):
+        if record and record["fingerprint"] != own:
+            raise ValueError(
+                f"{file} is of other weights or another dtype: choose another --out, or --again"
+            )
+    together(_begin, out, folder, errors=(OSError,))
+    rows, reasons = [], []
+    for number, (task, file, record) in enumerate(zip(wanted, files, records), start=1):
+        if fewshot and task.num_fewshot == 0 and _rank() == 0:
+            print(f"{task.name} never has examples: 0, not {fewshot}", file=sys.stderr)
         if record is None:
             adapter.label = f"{number}/{len(wanted)} {task.name}"
             try:
                 with _left_as_found(model):
                     results = _results(adapter, manager, task, limit)
-            except torch.OutOfMemoryError:
-                raise ValueError(
-                    f"{task.name}: out of memory, try --batch-tokens={batch_tokens // 2}"
-                ) from None
-            record = {"weights": weights, "limit": limit}
+            except Exception as error:  # a task brings code of its own
+                if world_size() > 1 and not getattr(error, "on_all_ranks", False):
+                    raise  # the other ranks, which know nothing of it, are not to wait
+                why = reason(error).removeprefix("ValueError: ")
+                if isinstance(error, torch.OutOfMemoryError):
+                    why = f"out of memory, try --batch-tokens={max(1, batch_tokens // 2)}"
+                reasons.append(f"{task.name}: {why}")
+                continue
+            record = {"weights": weights, "fingerprint": own, "limit": limit}
             record |= {"rows": rows_of(results, task, weights), "results": results}
             if _rank() == 0:
-                file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, json.dumps(record, indent=1, ensure_ascii=False, default=str))
         if _rank() == 0:
             add_rows(out, record["rows"])
         rows += record["rows"]
+    if reasons:
+        raise TasksFailed(reasons, rows)
     return rows
+
+
+def check(
+    names: Sequence[str], include_path: str | None, fewshot: int | None = None
+) -> tuple["TaskManager", list[Task]]:
+    """What can load tasks, and the tasks that names stand for.
+
+    Raises ValueError if lm-evaluation-harness, a name or the folder of include_path is not there.
+    """
+    _adapter_class()
+    manager = _tasks_there_are(tuple(names), include_path)
+    return manager, chosen(names, manager, fewshot)
 
 
 def _adapter_class() -> "type[LucieLM]":
     try:
         from eval.adapter import LucieLM
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install lm_eval==0.4.13") from None
+        raise ValueError(f"{error.name} is missing: pip install -r requirements-eval.txt") from None
     return LucieLM
 
 
@@ -130,11 +164,25 @@ def chosen(names: Sequence[str], manager: "TaskManager", fewshot: int | None) ->
                 raise ValueError(
                     f"{name}: lm-evaluation-harness has no {task.name}; --include-path=DIR with it"
                 )
-            found[task.name] = task if fewshot is None else task._replace(num_fewshot=fewshot)
+            if fewshot is not None:
+                shots = 0 if _without_examples(task.name, known) else fewshot
+                task = task._replace(num_fewshot=shots)
+            found[task.name] = task
     return list(found.values())
 
 
-def _tasks_there_are(names: Sequence[str], include_path: str | None) -> "TaskManager":
+def _without_examples(part: str | dict, index: dict) -> bool:
+    """Whether a task, or all of a group, has its number of examples fixed at 0."""
+    own = {"task": part} if isinstance(part, str) else part
+    if isinstance(own.get("task"), str) and own["task"] in index:
+        own = (index[own["task"]].cfg or {}) | (own if isinstance(part, dict) else {})
+    if isinstance(own.get("task"), list):
+        return all(_without_examples(part, index) for part in own["task"])
+    return own.get("num_fewshot") == 0
+
+
+@functools.cache  # it takes seconds
+def _tasks_there_are(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
     """What lm-evaluation-harness can load; of 14,000 files only where one's own do not suffice."""
     from lm_eval.tasks import TaskManager
 
@@ -156,10 +204,7 @@ def _results(adapter: "LucieLM", manager: "TaskManager", task: Task, limit: int 
     random.seed(SEEDS["python"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
-    try:
-        loaded = manager.load([task.name])
-    except Exception as error:  # datasets has dozens of its own
-        raise ValueError(f"{task.name}: not loaded ({hf_layout.reason(error)})") from None
+    loaded = together(_loaded, manager, task.name, errors=(ValueError,))
     for part in loaded["tasks"].values():
         own = part.get_config("num_fewshot")
         if own != 0 and task.num_fewshot is not None:  # 0 is for tasks that have no examples
@@ -169,6 +214,13 @@ def _results(adapter: "LucieLM", manager: "TaskManager", task: Task, limit: int 
         part.set_fewshot_seed(seed=SEEDS["fewshot"])
     iterations = 100_000 if _rank() == 0 else 0  # of errors that have no formula
     return lm_evaluate(adapter, loaded, limit=limit, bootstrap_iters=iterations, log_samples=False)
+
+
+def _loaded(manager: "TaskManager", name: str) -> dict:
+    try:
+        return manager.load([name])
+    except Exception as error:  # datasets has dozens of its own
+        raise ValueError(f"not loaded ({reason(error)})") from None
 
 
 @contextmanager
@@ -185,12 +237,25 @@ def _left_as_found(model: Lucie) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def _file_name(task: Task) -> str:
+    shots = "" if task.num_fewshot is None else f"_{task.num_fewshot}shot"
+    return f"{task.name}{shots}.json"
+
+
+def _begin(out: Path, folder: Path) -> None:
+    """An error of writing now, not after the first task."""
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        add_rows(out, [])
+
+
 def _record(file: Path, weights: Weights, limit: int | None) -> dict | None:
     """What was recorded of a task, if of these weights and with this limit."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         same = (record["weights"], record["limit"]) == (list(weights), limit)
-        return record if same and isinstance(record["rows"], list) else None
+        known = isinstance(record["rows"], list) and isinstance(record["fingerprint"], str)
+        return record if same and known else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -202,6 +267,10 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def names_in(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.harness",
@@ -209,7 +278,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    parser.add_argument("--tasks", required=True, help="names, with commas between")
+    parser.add_argument("--tasks", type=names_in, required=True, help="names, commas between")
     parser.add_argument("--fewshot", type=int, help="solved examples, instead of each task's own")
     parser.add_argument("--limit", type=int, help="so many questions of each task, for a try")
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="in one forward pass")
@@ -231,22 +300,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    _adapter_class()  # is lm_eval there? Before minutes of loading
+    check(args.tasks, args.include_path)  # before minutes of loading
     weights, args.model, run = weights_of(args.model)
     suffix = f"_limit{args.limit}" if args.limit else ""
     out = args.out or run / f"evaluation{suffix}.csv"
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if "RANK" in os.environ and not dist.is_initialized():
         start_processes(torch.device(args.device))
     model, tokenizer = open_with_tokenizer(args)
-    rows = evaluate(
-        model, tokenizer, names, weights, out, fewshot=args.fewshot, limit=args.limit,
-        batch_tokens=args.batch_tokens, include_path=args.include_path, again=args.again,
-        progress=True,
-    )  # fmt: skip
-    if _rank() == 0:
+    failed = None
+    try:
+        rows = evaluate(
+            model, tokenizer, args.tasks, weights, out, fewshot=args.fewshot, limit=args.limit,
+            batch_tokens=args.batch_tokens, include_path=args.include_path, again=args.again,
+            progress=True,
+        )  # fmt: skip
+    except TasksFailed as error:
+        rows, failed = error.rows, error
+    if _rank() == 0 and rows:
         show(rows)
         print(out)
+    if failed:
+        raise failed
 
 
 def show(rows: list[dict]) -> None:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from checkpoint import latest
 from completion import PREFILL, Sampling, check_room, decode
 from data.reading import find_files, read_documents, size_of
-from data.tokenizer import BOS, EOS, LucieTokenizer, Tokenizer
+from data.tokenizer import EOS, LucieTokenizer, Tokenizer
 from eval.haystack import (
     NEEDLES,
     Needle,
@@ -50,7 +50,13 @@ from eval.haystack import (
     room_for_answer,
 )
 from eval.needle_map import draw, print_map
-from eval.opening import add_model_options, command_line, make_room, open_with_tokenizer
+from eval.opening import (
+    add_model_options,
+    command_line,
+    fingerprint,
+    make_room,
+    open_with_tokenizer,
+)
 from model import KVCache, Lucie
 from runlog import write_whole
 
@@ -180,12 +186,6 @@ def claim(folder: Path, stem: str, settings: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(beside, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return file
-
-
-def fingerprint(model: Lucie) -> str:
-    """What tells these weights from those of another checkpoint: every step changes the norm."""
-    known = torch.cat([model.norm.weight, model.embed_tokens.weight[BOS]]).detach().float().cpu()
-    return hashlib.sha256(known.numpy().tobytes()).hexdigest()[:16]
 
 
 def label_of(source: str) -> str:

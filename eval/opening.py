@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable
 
@@ -57,6 +58,18 @@ def make_room(model: Lucie, length: int) -> None:
         print(f"{length:,} tokens at once: the model was trained on {trained:,}", file=sys.stderr)
         model.config = dataclasses.replace(model.config, max_position_embeddings=length)
         model._rope_tables = None  # those of fewer positions, if it has run before
+
+
+def fingerprint(model: Lucie) -> str:
+    """What tells these weights, in their dtype, from any others: a hash of the end of each tensor.
+
+    A step of training changes all of them; what is merged into some, as LoRA is, changes those.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        end = tensor.flatten()[-1024:].view(torch.uint8).cpu()
+        digest.update(name.encode() + end.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def command_line(name: str, main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -258,12 +258,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--texts", nargs="+", required=True, metavar="NAME=FILES", help="a file, folder or glob"
     )
     parser.add_argument("--window", type=int, default=4096, help="tokens read at once")
-    parser.add_argument("--stride", type=int, default=2048, help="tokens from window to window")
+    parser.add_argument("--stride", type=int, help="from one to the next; default: half a window")
     parser.add_argument("--bytes", type=int, help="the first so many of each text; default: all")
     parser.add_argument("--min-tokens", type=int, default=1, help="skip shorter documents")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.window < 1:
+        raise ValueError("--window must be at least 1")
+    if args.stride is None:
+        args.stride = max(1, args.window // 2)
     if not 1 <= args.stride <= args.window:
         raise ValueError(f"a stride is 1 to the window's {args.window:,}, not {args.stride:,}")
     if args.min_tokens < 1 or (args.bytes is not None and args.bytes < 1):

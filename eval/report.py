@@ -25,6 +25,7 @@ from checkpoint import CheckpointError, architecture
 from config import Config
 from eval import benchmarks, curves
 from eval.curves import Curve, CurveError
+from eval.watch import read_lines
 from manifest import found, latest, read_state
 from model import Lucie
 from runlog import write_whole
@@ -175,8 +176,8 @@ def speed(phases: list[Phase]) -> "Figure":
 
 def scores(phases: list[Phase]) -> str:
     """Learning curves of the benchmarks and the table of all scores."""
-    files = [p.path / "evaluation.csv" for p in phases]
-    rows = [score for file in files if file.is_file() for score in benchmarks.read(file)]
+    runs = [p.path for p in phases if (p.path / "evaluation.csv").is_file()]
+    rows = benchmarks.read_all(runs)
     if not rows:
         return ""
     tests = benchmarks.tests_of(rows)
@@ -205,31 +206,35 @@ def needle_maps(phases: list[Phase]) -> str:
     """The maps of each phase: of its newest checkpoint in sight, of older ones folded."""
     import matplotlib
 
-    from eval import needle_map
+    from eval import needle, needle_map
 
     out = []
     for phase in phases:
         beside = phase.path.parent / "needle"  # where eval.needle writes by itself
-        folders = [*phase.path.glob("needle/*"), *beside.glob(f"{phase.path.name}_*step*")]
-        drawn = []
+        folders = [*phase.path.glob("needle/*"), *beside.glob(f"{phase.path.name}_step*")]
+        drawn = []  # the maps of each folder, the newest first
         for folder in sorted(folders, key=lambda f: f.name.rpartition("step")[2], reverse=True):
+            maps = []
             for file in sorted(folder.glob("*.csv")):
-                with open(file, encoding="utf-8", newline="") as f:
-                    rows = [row for row in csv.DictReader(f) if None not in row.values()]
-                cells = {(int(r["length"]), int(r["depth"])): float(r["score"]) for r in rows}
-                if not cells:
-                    continue
+                try:
+                    rows = needle.read_rows(file)
+                    if not rows or tuple(rows[0]) != needle.COLUMNS:
+                        continue  # none yet, or not a map
+                    cells = {(int(r["length"]), int(r["depth"])): float(r["score"]) for r in rows}
+                except (ValueError, TypeError, csv.Error):
+                    raise CurveError(f"{file}: not a needle map") from None
                 title = f"{phase.path.name}, {folder.name}: {file.stem.replace('_', ', ')}"
                 svg = io.BytesIO()
                 look = STYLE | {"savefig.format": "svg", "svg.hashsalt": title, "axes.grid": False}
                 with matplotlib.rc_context(look):
                     needle_map.draw(cells, phase.options["seq_len"], title, svg)
-                drawn.append(as_picture(svg.getvalue().decode(), f"needle map of {title}"))
+                maps.append(as_picture(svg.getvalue().decode(), f"needle map of {title}"))
+            if maps:
+                drawn.append(maps)
         if drawn:
-            newest = len({file.stem for f in folders for file in f.glob("*.csv")})
-            out += drawn[:newest]
-            older = drawn[newest:]
-            out += [folded(f"{len(older)} of older checkpoints", "".join(older))] if older else []
+            out += drawn[0]
+        if older := [drawing for maps in drawn[1:] for drawing in maps]:
+            out.append(folded(f"{len(older)} of older checkpoints", "".join(older)))
     return "".join(out)
 
 
@@ -238,12 +243,13 @@ def samples(phases: list[Phase]) -> str:
     by_prompt: dict[str, list[list[str]]] = {}
     for phase in phases:
         file = phase.path / "samples.jsonl"
-        content = file.read_text(encoding="utf-8") if file.is_file() else ""
-        lines = [json.loads(line) for line in content.split("\n") if line]
-        for line in sorted(lines, key=lambda line: line["training_steps"]):
-            where = f"{text(phase.path.name)}, step {line['training_steps']:,}"
-            said = f"<span class=prompt>{text(line['prompt'])}</span>{text(line['text'])}"
-            by_prompt.setdefault(line["prompt"], []).append([where, said])
+        try:
+            for line in sorted(read_lines(file), key=lambda line: line["training_steps"]):
+                where = f"{text(phase.path.name)}, step {line['training_steps']:,}"
+                said = f"<span class=prompt>{text(line['prompt'])}</span>{text(line['text'])}"
+                by_prompt.setdefault(line["prompt"], []).append([where, said])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CurveError(f"{file}: not completions of eval.watch") from None
     return "".join(
         f"<details{' open' if number == 0 else ''}><summary>{text(prompt)}</summary>"
         f"{table(['checkpoint', 'completion'], rows, 'said')}</details>"

@@ -89,13 +89,11 @@ def read_rows(out: Path) -> list[dict]:
 
 
 def add_rows(out: Path, rows: list[dict]) -> None:
-    """Put rows in the table, instead of those that are of the same."""
-    kept = read_rows(out)
-    table = {tuple(row[name] for name in KEY): row for row in [*kept, *rows]}
-    if list(table.values()) != kept:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, text.getvalue())
+    """Put rows in the table, instead of those that are of the same. Of none, it is begun."""
+    table = {tuple(row[name] for name in KEY): row for row in [*read_rows(out), *rows]}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, text.getvalue())

@@ -13,11 +13,13 @@ Writes into the run's directory:
 
 What is written there is not computed again, so a watcher that was killed, at whatever moment, is
 started again with the same command. It ends when the last checkpoint of the run's schedule is
-evaluated. Of the training job it needs nothing but the directory: give it a device of its own.
+evaluated. A task that cannot be loaded or computed is a line; the next start tries it again.
+Of the training job it needs nothing but the directory: give it a device of its own.
 """
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 import time
@@ -29,6 +31,9 @@ from typing import NamedTuple
 
 from checkpoint import CheckpointError
 from completion import Sampling, complete
+from data.reading import find_files
+from eval import harness
+from eval.harness import TasksFailed
 from eval.opening import add_model_options, command_line, open_with_tokenizer
 from manifest import found, read_state
 from runlog import write_whole
@@ -61,21 +66,28 @@ def watch(
     """Evaluate the complete checkpoints of a run, then those to come, to the last of its schedule.
 
     once: only those that are there. poll: seconds between looks. A checkpoint that is removed
-    before it is evaluated, as passing ones are, is a line on stderr. Raises CheckpointError for a
-    directory that holds no run, and what an evaluation raises.
+    before it is evaluated, as passing ones are, is a line on stderr, and so are TasksFailed. Raises
+    CheckpointError for a directory that holds no run, or at the end if tasks failed; and what else
+    an evaluation raises.
     """
     last, waiting = None if once else _last_step(run), None
+    failed: set[tuple[Path, str]] = set()
     while True:
         steps = found(run / "checkpoints")
         left = (
             (path, evaluation)
             for _, path in steps
             for evaluation in evaluations
-            if not evaluation.done(path)
+            if (path, evaluation.name) not in failed and not evaluation.done(path)
         )
         if first := next(left, None):
-            _evaluate(*first)  # then look again: others may have come, or gone
+            path, evaluation = first
+            if not _evaluate(path, evaluation):
+                failed.add((path, evaluation.name))
+            # then look again: others may have come, or gone
         elif once or (steps and steps[-1][0] >= last):
+            if failed:
+                raise CheckpointError(f"tasks of {len(failed)} checkpoints failed, see above")
             return
         else:
             if waiting != (waiting := len(steps)):
@@ -83,12 +95,16 @@ def watch(
             time.sleep(poll)
 
 
-def _evaluate(path: Path, evaluation: Evaluation) -> None:
+def _evaluate(path: Path, evaluation: Evaluation) -> bool:
+    """Whether it is not to be tried again."""
     started = time.monotonic()
     try:
         evaluation.run(path)
         if not evaluation.done(path):
             raise CheckpointError(f"{path}: {evaluation.name} left no results")
+    except TasksFailed as error:
+        print(f"eval.watch: {path.name}: {error}", file=sys.stderr, flush=True)
+        return False
     except Exception:  # whatever reading what vanishes may raise
         if path.is_dir():
             raise
@@ -97,6 +113,7 @@ def _evaluate(path: Path, evaluation: Evaluation) -> None:
     else:
         seconds = time.monotonic() - started
         print(f"{path.name}: {evaluation.name}, {seconds:,.1f} s", flush=True)
+    return True
 
 
 def _last_step(run: Path) -> int:
@@ -142,16 +159,22 @@ def samples(
 
 
 def command(
-    name: str, main: Callable[[list[str]], None], args_for: Callable[[Path], list[str]], file: Path
+    name: str,
+    main: Callable[[list[str]], None],
+    args_for: Callable[[Path], list[str]],
+    asked: Sequence[str],
+    file: Path,
 ) -> Evaluation:
     """A command of its own, one that does nothing again that is in its results.
 
     main(args_for(checkpoint)) runs it; what has been run is kept in `file`, so that a restart
-    does not load every model only to find that all is there.
+    does not load every model only to find that all is there. asked: what the results depend on;
+    of paths the last name counts, so that it does not matter from where they are typed.
     """
+    key = [name, *(Path(part).name for part in asked)]
 
     def line(path: Path) -> dict:
-        return {"checkpoint": path.name, "command": [name, *args_for(path)]}
+        return {"checkpoint": path.name, "command": key}
 
     def run(path: Path) -> None:
         main(args_for(path))
@@ -234,23 +257,28 @@ def main(argv: list[str]) -> None:
     prompts = list(dict.fromkeys(read_prompts(args.prompts))) if args.prompts else PROMPTS
     ledger = run / "evaluated.jsonl"
     evaluations = [samples(run / "samples.jsonl", prompts, args.max_new_tokens, options)]
+    dtype = [f"--dtype={args.dtype}"] if args.dtype else []
     if args.tasks:
-        from eval import harness  # needs lm_eval
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
         def tasks_args(path: Path) -> list[str]:
             own = ["--include-path", args.include_path] if args.include_path else []
             return [str(path), "--tasks", args.tasks, *own, *model_args]
 
-        evaluations.append(command("tasks", harness.main, tasks_args, ledger))
+        names = harness.names_in(args.tasks)
+        harness.check(names, args.include_path)  # a mistake is told at once
+        evaluations.append(command("tasks", harness.main, tasks_args, [*names, *dtype], ledger))
     if args.needle:
         from eval import needle
 
+        given = shlex.split(args.needle)
+
         def needle_args(path: Path) -> list[str]:
             out = run / "needle" / path.name
-            return [str(path), *shlex.split(args.needle), "--out", str(out), *model_args]
+            return [str(path), *given, "--out", str(out), *model_args]
 
-        needle.parse(needle_args(run))  # a mistake is told at once
-        evaluations.append(command("needle", needle.main, needle_args, ledger))
+        find_files(needle.parse(needle_args(run)).haystack)
+        evaluations.append(command("needle", needle.main, needle_args, [*given, *dtype], ledger))
     with only_one(run):
         watch(run, evaluations, args.once, args.poll)
 

@@ -22,6 +22,8 @@ ROWS = [
     row("1_main", 10, 1e9, "hellaswag", 0.3),
     row("1_main", 10, 1e9, "mmlu", 0.25, ""),
     row("1_main", 10, 1e9, "mmlu_anatomy", 0.2),
+    row("1_main", 10, 1e9, "mmlu_continuation", 0.3, ""),
+    row("1_main", 10, 1e9, "mmlu_continuation_anatomy", 0.3),
     row("1_main", 10, 1e9, "stem", 0.2, ""),
     row("2_extension", 30, 2.1e9, "hellaswag", 0.5, stderr=""),
     row("2_extension", 30, 2.1e9, "hellaswag", 0.6, stderr="N/A"),
@@ -38,7 +40,7 @@ def write(path, header, rows):
 
 @pytest.fixture
 def scores(tmp_path):
-    return benchmarks.read(write(tmp_path / "evaluation.csv", COLUMNS, ROWS).parent)
+    return benchmarks.read(write(tmp_path / "evaluation.csv", COLUMNS, ROWS))
 
 
 @pytest.fixture
@@ -50,14 +52,15 @@ def baselines(tmp_path):
 
 
 def test_rows_are_read_without_tuned_models(scores, baselines):
-    assert [score.model for score in scores] == ["1_main"] * 5 + ["2_extension"] * 2
+    assert [score.model for score in scores] == ["1_main"] * 7 + ["2_extension"] * 2
     assert scores[0].test == ("hellaswag", "5", "acc,none") and scores[0].tokens == 2e9
-    assert math.isnan(scores[5].stderr) and scores[2].test[1] == ""
+    assert math.isnan(scores[7].stderr) and scores[2].test[1] == ""
     assert [(b.model, b.score) for b in baselines] == [("Llama", 0.7), ("Llama", 0.1)]
 
 
 def test_what_stands_for_a_benchmark(scores):
-    assert [name for name, _, _ in benchmarks.tests_of(scores)] == ["hellaswag", "mmlu"]
+    found = [name for name, _, _ in benchmarks.tests_of(scores)]
+    assert found == ["hellaswag", "mmlu", "mmlu_continuation"]
     asked = benchmarks.tests_of(scores, ["mmlu_anatomy", "stem"])
     assert [name for name, _, _ in asked] == ["mmlu_anatomy", "stem"]
     with pytest.raises(CurveError, match=r"no scores of arc$"):
@@ -75,7 +78,7 @@ def test_checkpoints_in_order_and_the_mean_of_repetitions(scores):
 
 def test_a_panel_a_test(scores, baselines):
     behind = [score._replace(score=0.15) for score in scores if score.model == "1_main"]
-    tests = benchmarks.tests_of(scores)
+    tests = benchmarks.tests_of(scores, ["hellaswag", "mmlu"])
     figure = benchmarks.draw(scores, tests, behind, baselines)
     hellaswag, mmlu = figure.axes
     lines = {line.get_label(): line for line in hellaswag.get_lines()}
@@ -95,8 +98,45 @@ def test_a_panel_a_test(scores, baselines):
     assert sorted(names) == ["Llama", "behind", "extension", "main"]
 
 
+def runs_called(tmp_path, *names):
+    """Runs of a phase that all call pretraining, each with a score of its own."""
+    for number, name in enumerate(names, 1):
+        (tmp_path / name).mkdir(parents=True)
+        rows = [row("1_main", 10, 1e9, "hellaswag", number / 10)]
+        write(tmp_path / name / "evaluation.csv", COLUMNS, rows)
+    return [tmp_path / name for name in names]
+
+
+def test_runs_are_not_averaged(tmp_path):
+    paths = runs_called(tmp_path, "pretrain_a", "pretrain_b", "ChatLLM", "x/same", "y/same")
+    found = benchmarks.phases_of(benchmarks.read_all(paths))
+    names = ["pretrain_a", "pretrain_b", "ChatLLM", str(paths[3]), str(paths[4])]
+    assert {name: points[0][1] for name, points in found.items()} == {
+        name: number / 10 for number, name in enumerate(names, 1)
+    }
+
+
+def test_a_run_without_its_tuning(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    rows = [row(phase, 1, 1, "x", 0.5) for phase in ("4_instruct_lora", "1_main", "MyChat")]
+    write(tmp_path / "mine" / "evaluation.csv", COLUMNS, rows)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [s.model for s in benchmarks.read(benchmarks.Path("."))] == ["mine", "mine"]
+    assert len(benchmarks.read(tmp_path / "mine" / "evaluation.csv")) == 2
+
+
+@pytest.mark.parametrize("x", ["tokens", "share"])
+def test_scores_whose_tokens_are_not_known(tmp_path, x):
+    rows = [row("Lucie-7B", "", "", "hellaswag", 0.4)]
+    scores = benchmarks.read(write(tmp_path / "e.csv", COLUMNS, rows))
+    (panel,) = benchmarks.draw(scores, benchmarks.tests_of(scores), x=x).axes
+    (line,) = panel.get_lines()
+    assert list(line.get_xdata()) == [0] and list(line.get_ydata()) == [0.4]
+
+
 def test_the_command(scores, tmp_path, capsys):
-    benchmarks.main([str(tmp_path), "--png", str(tmp_path / "b.png")])
+    file = str(tmp_path / "evaluation.csv")
+    benchmarks.main([file, "--png", str(tmp_path / "b.png")])
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["hellaswag", "1_main", "40.0%,", "2_extension", "55.0%"]
     assert (tmp_path / "b.png").stat().st_size > 10_000
@@ -108,7 +148,8 @@ def test_the_published_tables():
     baselines = benchmarks.read(SHARED / "lucie/evaluation_baselines.csv.gz")
     tests = benchmarks.tests_of(scores)
     names = [name for name, _, _ in tests]
-    assert len(tests) == 26 and {"mmlu", "arc_fr", "french_bench_vocab", "gsm8k"} <= set(names)
+    assert {"mmlu", "mmlu_continuation", "leaderboard_bbh", "arc_fr", "gsm8k"} <= set(names)
+    assert len(tests) == 30 and len(set(names)) == 30
     assert len({b.model for b in baselines}) == 6
     hellaswag = next(test for test in tests if test[0] == "hellaswag")
     phases = benchmarks.phases_of([score for score in scores if score.test == hellaswag])

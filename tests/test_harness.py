@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -28,7 +29,8 @@ from data import tokenizer as tokenizers
 from data.tokenizer import BOS, Tokenizer
 from eval import adapter, harness, scores
 from eval.adapter import LucieLM
-from eval.opening import command_line
+from eval.harness import TasksFailed
+from eval.opening import command_line, fingerprint
 from eval.scores import Weights
 from eval.tasks import GROUPS, PUBLISHED, Task, spelt
 from model import Lucie, LucieConfig
@@ -203,12 +205,14 @@ def read(model, monkeypatch):
 def test_one_bos(model, manager, read):
     """At the beginning of all that is not cut there, whatever the kind of request."""
     lm = ours(model)
-    lm.loglikelihood(requests("loglikelihood", [("", "a"), ("b ", "c"), ("<s>d", "e")]))
+    pairs = [("", "a"), ("b ", "c"), ("<s>d", "e"), ("<s><s>n", "o")]
+    lm.loglikelihood(requests("loglikelihood", pairs))
     lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("fg",), ("<s>hi",)]))
     how = {"max_gen_toks": 1}
-    lm.generate_until(requests("generate_until", [("", how), ("jk", how), ("<s>lm", how)]))
+    asked = [(text, how) for text in ("", "jk", "<s>lm", "<s><s>pq")]
+    lm.generate_until(requests("generate_until", asked))
     rows = [row for batch in read for row in batch]
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(row[0] == BOS and BOS not in row[1:] for row in rows)
 
 
@@ -241,6 +245,8 @@ def test_drawn_texts_differ_and_stop(model):
     how = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 20, "until": ["e"]}
     found = ours(model, 8).generate_until(requests("generate_until", [("a", how)] * 6))
     assert len(set(found)) > 1 and not any("e" in text for text in found)
+    del how["temperature"]  # 1 then
+    assert ours(model, 8).generate_until(requests("generate_until", [("a", how)] * 6)) == found
 
 
 @pytest.mark.parametrize(
@@ -290,7 +296,6 @@ def test_what_is_recorded_is_not_computed_again(model, tmp_path, counted):
     assert evaluate("letters", "letters") == ["letters"]
     complete = out.read_text()
     assert len(complete.splitlines()) == 5 and complete.startswith(table)
-    assert evaluate("letters", fewshot=2) == ["letters"] and out.read_text() == complete  # stays 0
     assert evaluate("capitals_fr", fewshot=1) == ["capitals_fr"]
     assert evaluate("capitals_fr") == ["capitals_fr"]
     assert evaluate("letters", weights=WEIGHTS._replace(training_steps=10_000)) == ["letters"]
@@ -302,6 +307,125 @@ def test_what_is_recorded_is_not_computed_again(model, tmp_path, counted):
     record.write_text(record.read_text()[:100])
     assert evaluate("letters") == ["letters"]
     assert evaluate("letters", weights=WEIGHTS._replace(training_tokens=1)) == ["letters"]
+
+
+def with_another(model, name):
+    """The same weights but for one tensor."""
+    other = Lucie(model.config)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.get_parameter(name).mul_(1.001)
+    return other
+
+
+def test_each_tensor_and_the_dtype_tell_weights_apart(model):
+    names = [name for name, _ in model.named_parameters()]
+    others = [fingerprint(with_another(model, name)) for name in names]
+    others.append(fingerprint(with_another(model, names[0]).bfloat16()))
+    copy = Lucie(model.config)
+    copy.load_state_dict(model.state_dict())
+    assert fingerprint(copy) == fingerprint(model)
+    assert len({fingerprint(model), *others}) == len(names) + 2
+    rounded = copy.bfloat16()
+    wide = Lucie(model.config)
+    wide.load_state_dict(rounded.state_dict())  # the same values in another dtype
+    assert fingerprint(rounded) != fingerprint(wide)
+
+
+def test_a_record_of_other_weights_is_refused(model, tmp_path, counted):
+    """Two runs of one phase, steps and tokens, and one --out: no score goes to the other one."""
+    out = tmp_path / "e.csv"
+    harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, out, **own())
+    table = out.read_text()
+    other = Lucie(model.config, seed=2)
+    for refused in (other, with_another(model, "norm.weight").bfloat16()):
+        counted.clear()
+        with pytest.raises(ValueError, match=r"letters.json is of other weights .* --again"):
+            harness.evaluate(refused, TOKENIZER, ["passages", "letters"], WEIGHTS, out, **own())
+        assert counted == [] and out.read_text() == table
+    rows = harness.evaluate(other, TOKENIZER, ["letters"], WEIGHTS, out, **own(again=True))
+    alone = harness.evaluate(other, TOKENIZER, ["letters"], WEIGHTS, tmp_path / "o.csv", **own())
+    assert rows == alone == scores.read_rows(out) and out.read_text() != table
+    with pytest.raises(ValueError, match="other weights"):
+        harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, out, **own())
+
+
+BROKEN = {  # tasks that fail as they are loaded, as their questions are made, as they are answered
+    "gone": ("data_files: {test: tests/eval_tasks/none.jsonl}", ""),
+    "wrong": ("data_files: {test: tests/eval_tasks/capitals_en.jsonl}", "{{1 / 0}}"),
+    "long": ("data_files: {test: tests/eval_tasks/capitals_en.jsonl}", "{{question}}"),
+}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A folder of tasks, three of which fail."""
+    shutil.copytree(TASKS, tmp_path / "tasks")
+    for name, (data, text) in BROKEN.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  {data}\n"
+            f"output_type: generate_until\ntest_split: test\ndoc_to_text: '{text}'\n"
+            "doc_to_target: '{{answer}}'\ngeneration_kwargs: {until: [a], max_gen_toks: 999}\n"
+            "metric_list: [{metric: exact_match}]\n"
+        )
+    return str(tmp_path / "tasks")
+
+
+def test_tasks_that_fail_do_not_stop_the_others(model, tmp_path, counted, broken):
+    out, names = tmp_path / "e.csv", ["gone", "letters", "wrong", "long", "passages"]
+
+    def evaluate():
+        counted.clear()
+        with pytest.raises(TasksFailed) as raised:
+            harness.evaluate(model, TOKENIZER, names, WEIGHTS, out, include_path=broken)
+        assert {row["dataset"] for row in raised.value.rows} == {"letters", "passages"}
+        assert raised.value.rows == scores.read_rows(out)
+        return str(raised.value)
+
+    told = evaluate()
+    assert "\n" not in told and [part.split(":")[0] for part in told.split("; ")] == [*BROKEN]
+    assert "gone: not loaded (" in told and "ZeroDivisionError" in told
+    assert "long: max_gen_toks is 1 to 127" in told
+    assert counted == names
+    assert evaluate() == told and counted == ["gone", "wrong", "long"]
+
+
+def test_scores_are_shown_before_what_failed(folder, tmp_path, capsys, broken):
+    args = ["--include-path", broken, "--device=cpu", "--out", str(tmp_path / "e.csv")]
+    code = command_line("eval.harness", harness.main, [str(folder), "--tasks=gone,letters", *args])
+    out, err = capsys.readouterr()
+    assert code == 2 and "letters" in out and out.splitlines()[-1] == str(tmp_path / "e.csv")
+    assert [line for line in err.splitlines() if line.startswith("eval.harness: gone: not loaded")]
+    assert command_line("eval.harness", harness.main, [str(folder), "--tasks=gone", *args]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_table_that_cannot_be_written_is_told_at_once(model, tmp_path, counted):
+    (tmp_path / ".e.csv.tmp").mkdir()
+    (tmp_path / "f").write_text("a file where the folder of records would be")
+    for name in ("e.csv", "f.csv"):
+        with pytest.raises(OSError, match=r"\.e\.csv|f"):
+            harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, tmp_path / name, **own())
+    assert counted == []
+
+
+def test_a_task_without_examples_says_so(model, tmp_path, counted, capsys):
+    """Its record has 0 in its name, and so is the same whatever number is asked for."""
+
+    def evaluate(name, fewshot):
+        counted.clear()
+        out = tmp_path / "e.csv"
+        harness.evaluate(model, TOKENIZER, [name], WEIGHTS, out, **own(fewshot=fewshot))
+        return [path.name for path in (tmp_path / "e" / WEIGHTS.folder()).iterdir()]
+
+    assert evaluate("letters", 2) == ["letters_0shot.json"] and counted
+    assert capsys.readouterr().err.startswith("letters never has examples: 0, not 2")
+    assert evaluate("letters", 3) == ["letters_0shot.json"] and not counted
+    assert "letters never has examples: 0, not 3" in capsys.readouterr().err
+    assert evaluate("letters", 0) == ["letters_0shot.json"] and not counted
+    assert "never" not in capsys.readouterr().err
+    assert "capitals_fr_1shot.json" in evaluate("capitals_fr", 1)
+    assert "never" not in capsys.readouterr().err
 
 
 def test_a_model_in_shards_is_not_evaluated(model, tmp_path, monkeypatch):
@@ -359,10 +483,10 @@ def test_which_weights_they_are(folder, tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def run(*args, ranks):
+def run(*args, ranks, script=("-m", "eval.harness")):
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *torchrun, "-m", "eval.harness", *map(str, args)]
+    command = [sys.executable, *torchrun, *script, *map(str, args)]
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
@@ -386,6 +510,34 @@ def test_two_ranks_give_the_scores_of_one(folder, tmp_path, capsys):
         assert one == other
 
 
+FAILS_ON_ONE = """
+import os, sys
+from lm_eval.tasks import TaskManager
+from eval import harness
+from eval.opening import command_line
+
+load = TaskManager.load
+
+def flaky(self, names):
+    if names == ["letters"] and os.environ["RANK"] == "1":
+        raise ConnectionError("no network")
+    return load(self, names)
+
+TaskManager.load = flaky
+sys.exit(command_line("eval.harness", harness.main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_on_one_rank_fails_on_all(folder, tmp_path):
+    (tmp_path / "flaky.py").write_text(FAILS_ON_ONE)
+    args = [folder, "--tasks=letters,passages", "--include-path", TASKS, "--device=cpu", "--out"]
+    done = run(*args, tmp_path / "e.csv", ranks=2, script=[tmp_path / "flaky.py"])
+    assert done.returncode == 1, done.stderr
+    assert "eval.harness: letters: not loaded (ConnectionError: no network)" in done.stderr
+    assert {row["dataset"] for row in scores.read_rows(tmp_path / "e.csv")} == {"passages"}
+
+
 def failed(capsys, *args):
     """The line on stderr of a command that ends with 2."""
     assert command_line("eval.harness", harness.main, [str(arg) for arg in args]) == 2
@@ -394,7 +546,7 @@ def failed(capsys, *args):
     return lines[0]
 
 
-def test_bad_input_is_one_line(model, folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line(model, manager, folder, tmp_path, capsys, monkeypatch):
     common = ["--include-path", TASKS, "--device", "cpu", "--out", tmp_path / "e.csv"]
 
     def line(*args):
@@ -408,7 +560,11 @@ def test_bad_input_is_one_line(model, folder, tmp_path, capsys, monkeypatch):
     assert "/tmp/none: No such file" in line(folder, "--tasks=letters", "--tokenizer=/tmp/none")
     nowhere = ["--include-path", tmp_path / "none"]
     assert "no such folder of tasks" in failed(capsys, folder, "--tasks=a", *nowhere)
-    assert "device cuda:99" in failed(capsys, folder, "--tasks=letters", "--device=cuda:99")
+    here = ["--include-path", TASKS]
+    assert "device cuda:99" in failed(capsys, folder, "--tasks=cities", "--device=cuda:99", *here)
+    with monkeypatch.context() as patch:  # those that lm_eval brings are many
+        patch.setattr(harness, "_tasks_there_are", lambda *given: manager)
+        assert "no task leters" in line("/tmp", "--tasks=leters")  # before weights are looked for
 
     (tmp_path / "e.csv").write_text("step,loss\n1,2\n")
     assert "no table of scores" in line(folder, "--tasks", "letters")
@@ -424,7 +580,7 @@ def test_bad_input_is_one_line(model, folder, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("lm_eval")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "eval.adapter")
-    assert "is missing: pip install lm_eval==" in line(folder, "--tasks", "letters")
+    assert "is missing: pip install -r requirements-eval.txt" in line(folder, "--tasks", "letters")
     assert not (tmp_path / "e.csv").exists()
 
 
@@ -433,7 +589,7 @@ def test_out_of_memory_says_what_to_do(model, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "hidden", full)
-    with pytest.raises(ValueError, match="letters: out of memory, try --batch-tokens=8192"):
+    with pytest.raises(TasksFailed, match="letters: out of memory, try --batch-tokens=8192"):
         harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, tmp_path / "e.csv", **own())
 
 
@@ -447,8 +603,8 @@ def test_names_of_tasks(manager):
     def chosen(asked, fewshot):
         return harness.chosen(asked, manager, fewshot)
 
-    assert names("letters", "capitals", "letters", fewshot=3) == [
-        ("letters", "letters", 3), ("capitals", "capitals", 3),
+    assert names("answers", "capitals", "answers", "letters", fewshot=3) == [
+        ("answers", "answers", 3), ("capitals", "capitals", 3), ("letters", "letters", 0),
     ]  # fmt: skip
     assert ("cities", "capitals_de", None) in names("cities") and len(names("cities")) == 6
     with pytest.raises(ValueError, match=r"no task capitales: .*; did you mean capitals\?"):
@@ -465,6 +621,24 @@ def test_a_task_that_lucie_ran_has_its_examples():
     assert harness.chosen(["arc_challenge"], Index, None) == [Task("openllm", "arc_challenge", 25)]
     for group, tasks in GROUPS.items():
         assert harness.chosen([group], Index, None) == tasks
+
+
+def test_groups_all_of_whose_tasks_have_no_examples():
+    class Entry:
+        def __init__(self, **cfg):
+            self.cfg = cfg
+
+    index = {
+        "a": Entry(task="a", num_fewshot=0),
+        "b": Entry(task="b", num_fewshot=0),
+        "c": Entry(task="c"),
+        "none": Entry(group="none", task=["a", {"group": "in", "task": ["b"]}]),
+        "fixed": Entry(group="fixed", task=["a", {"task": "c", "num_fewshot": 0}]),
+        "some": Entry(group="some", task=["none", "c"]),
+        "set": Entry(group="set", task=[{"task": "a", "num_fewshot": 3}]),
+    }
+    found = {name for name in index if harness._without_examples(name, index)}
+    assert found == {"a", "b", "none", "fixed"}
 
 
 def members(index, name):

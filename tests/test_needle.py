@@ -48,57 +48,83 @@ def rows(folder, stem="en_generate"):
 
 
 def stand_in(monkeypatch, window=10**9, asked=None, picture=False):
-    """In place of the model, one that sees the last `window` tokens of a prompt, and answers the
-    question there from the fact if it is among them."""
+    """In place of the model's passes, those of one that sees the last `window` tokens of a prompt,
+    and answers the question there from the fact if it is among them: ids in, ids out."""
 
-    def make(model, tokenizer, needles):
-        def answer(prompt):
-            if asked is not None:
-                asked.append(prompt)
-            seen = tokenizer.decode(prompt[-window:])
-            place = re.search(r"best thing to do in ([\w ]+)\?\nAnswer:$", seen)[1]
-            fact = re.search(rf"\nThe best thing to do in {place} is (.*)\.\n", seen)
-            return fact[1] if fact else "I have not read of that"
+    def answer(prompt):
+        """(the place asked for, what the fact says of it, or None)."""
+        if asked is not None:
+            asked.append(prompt)
+        seen = BYTES.decode(prompt[-window:])
+        place = re.search(r"best thing to do in ([\w ]+)\?\nAnswer:$", seen)[1]
+        fact = re.search(rf"\nThe best thing to do in {place} is (.*)\.\n", seen)
+        return place, fact[1] if fact else None
 
-        return answer
+    def decode(model, prompts, room, sampling):
+        (prompt,) = prompts
+        assert len(prompt) + room <= model.config.max_position_embeddings
+        assert sampling == Sampling(temperature=0)
+        text = answer(prompt)[1] or "I have not read of that"
+        for token in BYTES.encode_ordinary(f" {text}\nQuestion: and yet")[:room]:
+            yield [(0, token, -1.0)]
 
-    monkeypatch.setitem(needle.SCORINGS, "generate", (make, words_found))
+    def log_probabilities(model, prompt, continuations):
+        """Of what it has not read it takes the answer for another place to be likely."""
+        place, known = answer(prompt)
+        others = [n.answer for n in read_needles("en") if f" {place} " not in n.fact]
+        likely = BYTES.encode_ordinary(f" {known or others[0]}")
+        assert all(
+            len(prompt + ids) <= model.config.max_position_embeddings for ids in continuations
+        )
+        return [(-1.0 if ids == likely else -2.0) * len(ids) for ids in continuations]
+
+    monkeypatch.setattr(needle, "decode", decode)
+    monkeypatch.setattr(needle, "log_probabilities", log_probabilities)
     if not picture:
         monkeypatch.setattr(needle, "draw", lambda *args: None)
 
 
-def test_a_model_that_reads_all_scores_one_everywhere(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
+def test_a_model_that_reads_all_scores_one_everywhere(folder, monkeypatch, capsys, scoring):
     pytest.importorskip("matplotlib")
-    asked = []
+    asked, stem = [], f"en_{scoring}"
     stand_in(monkeypatch, asked=asked, picture=True)
-    assert run(folder) == 0
-    assert [(row["length"], row["depth"]) for row in rows(folder)] == [
+    assert run(folder, "--scoring", scoring) == 0
+    found = rows(folder, stem)
+    assert [(row["length"], row["depth"]) for row in found] == [
         (str(length), str(depth))
         for length in (500, 1000, 1500, 2000)
         for depth in (0, 25, 50, 75, 100)
     ]
-    assert {row["score"] for row in rows(folder)} == {"1.0000"}
-    assert len({row["expected"] for row in rows(folder)}) > 3
+    assert {row["score"] for row in found} == {"1.0000"}
+    assert all(row["answer"] == row["expected"] for row in found)
+    assert len({row["expected"] for row in found}) > 3
     room = room_for_answer(BYTES, read_needles("en"))
-    assert [len(prompt) + room for prompt in asked] == [int(row["length"]) for row in rows(folder)]
+    assert [len(prompt) + room for prompt in asked] == [int(row["length"]) for row in found]
     assert all(prompt[0] == 0 and prompt.count(0) == 1 for prompt in asked)
     out, err = capsys.readouterr()
     assert "retrieval over 0.9 at every length up to 2,000 tokens; mean of the map 1.000" in out
     assert "2,000 tokens at once: the model was trained on 512" in err
-    assert (folder / "out" / "en_generate.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
 @pytest.mark.parametrize("window", [400, 700, 1300])
-def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, window):
+def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, window, scoring):
     stand_in(monkeypatch, window)
-    assert run(folder, lengths=(500, 2500, 6), depths=11) == 0
-    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder)
+    assert run(folder, "--scoring", scoring, lengths=(500, 2500, 6), depths=11) == 0
+    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder, f"en_{scoring}")
+    answers = {n.answer for n in read_needles("en")}
     kept = 0
     for row in found:
         prompt = int(row["length"]) - room
         inside = int(row["position"]) >= prompt - window
-        assert row["answer"] == (row["expected"] if inside else "I have not read of that")
-        assert (float(row["score"]) == 1) if inside else (float(row["score"]) < 0.4)
+        assert (row["answer"] == row["expected"]) == inside
+        if scoring == "likelihood":
+            assert float(row["score"]) == inside and row["answer"] in answers
+        else:
+            assert (float(row["score"]) == 1) if inside else (float(row["score"]) < 0.4)
+            assert inside or row["answer"] == "I have not read of that"
         kept += inside
     assert 0.1 < kept / len(found) < 0.9
 
@@ -276,6 +302,7 @@ def test_a_model_with_more_room_is_one_that_had_it_from_the_start(model):
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, more, message):
     (folder / "empty").mkdir()
+    (folder / "empty" / "a.txt").write_text("")
     assert run(folder, *(part.format(folder) for part in more)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("eval.needle: ") and message in last

@@ -176,6 +176,15 @@ def test_so_many_bytes_of_each_text(folder, capsys):
     assert "trained on 96" in capsys.readouterr().err  # the default window is longer
 
 
+@pytest.mark.parametrize("window", [1, 64, 65])
+def test_a_window_alone_moves_by_half_of_it(folder, window):
+    texts = f"fr={folder}/fr.jsonl"
+    own = ["--stride", max(1, window // 2), "--csv", folder / "a.csv"]
+    assert run(folder, "--texts", texts, "--window", window, *own) == 0
+    assert run(folder, "--texts", texts, "--window", window, "--csv", folder / "b.csv") == 0
+    assert (folder / "a.csv").read_text() == (folder / "b.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -184,12 +193,15 @@ def test_so_many_bytes_of_each_text(folder, capsys):
         (["--texts", "x={}/hf/config.json"], "no field 'text'"),
         (["--texts", "x={}/empty"], "x: no document with 1 tokens"),
         (["--texts", "fr={}/fr.jsonl", "--stride", "5000"], "a stride is 1 to the window's 4,096"),
+        (["--texts", "fr={}/fr.jsonl", "--stride", "0"], "a stride is 1 to the window's 4,096"),
+        (["--texts", "fr={}/fr.jsonl", "--window", "0"], "--window must be at least 1"),
         (["--texts", "fr={}/fr.jsonl", "--bytes", "0"], "must be at least 1"),
         (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "cuda:77 is not to be had"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, given, message):
     (folder / "empty").mkdir()
+    (folder / "empty" / "a.txt").write_text("")
     assert run(folder, *(part.format(folder) for part in given)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("eval.perplexity: ") and message in last

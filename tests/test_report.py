@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY
 from test_curves import COLUMNS, SCHEDULE
 
+from checkpoint import CheckpointError
 from eval import report
 from eval.curves import COLOURS, CurveError
 
@@ -123,8 +124,8 @@ def test_all_parts_tell_what_the_files_hold(page):
             "arc fr",
             "arc_fr",
             "0.7500 ± 0.0100",
-            "1_main",
-            "3_annealing",
+            "main",
+            "annealing",
             "all 3 scores",
         ],
         "needle": ["main, step0000003: fr, generate", "trained on 64 tokens", "1 of older"],
@@ -178,6 +179,58 @@ def test_a_run_that_has_only_begun(runs):
     ):
         assert "None yet" in words[part] and option in words[part]
     assert "9.000" in words["overview"]
+
+
+@pytest.fixture
+def phase(runs, tmp_path):
+    """The first phase again, to be changed."""
+    shutil.copytree(runs / "main", tmp_path / "main")
+    return tmp_path / "main"
+
+
+def a_map(folder, name="fr_generate"):
+    folder.mkdir(parents=True, exist_ok=True)
+    head = "length,depth,score,position,expected,answer"
+    (folder / f"{name}.csv").write_text(f"{head}\n32,0,1.0,0,a,a\n64,0,0.5,0,a,b\n64,5")
+    return folder
+
+
+def test_maps_of_the_newest_checkpoint_alone_are_in_sight(phase):
+    """Also if an older one has more maps, and lies elsewhere; none of a run with a longer name."""
+    a_map(phase / "needle" / "step0000002", "en_likelihood")
+    a_map(phase.parent / "needle" / "main_step0000001")
+    a_map(phase.parent / "needle" / "main_long_step0000009")
+    (phase / "needle" / "step0000003" / "notes.csv").write_text("day,note\n1,a\n")
+    (phase / "needle" / "step0000003" / "es_generate.csv").write_text("length,depth,sco")
+    content = report.needle_maps([report.read(phase)])
+    seen, older = content.split("<details>")
+    maps = re.compile(r'aria-label="needle map of main, (.*?)"')
+    assert maps.findall(seen) == ["step0000003: fr, generate"]
+    assert maps.findall(older) == [
+        "step0000002: en, likelihood", "step0000002: fr, generate",
+        "main_step0000001: fr, generate",
+    ]  # fmt: skip
+    assert "3 of older checkpoints" in older
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("samples.jsonl", '{"prompt": "a"', "samples.jsonl: damaged"),
+        ("samples.jsonl", '{"prompt": "a"}', "samples.jsonl: not completions"),
+        ("samples.jsonl", "7", "samples.jsonl: not completions"),
+        ("needle/a_step1/x.csv", "length,depth,score,position,expected,answer\na,b,c,d,e,f\n",
+         "x.csv: not a needle map"),
+        ("needle/a_step1/x.csv", "length,depth,score,position,expected,answer\n1\n",
+         "x.csv: not a needle map"),
+        ("needle/a_step1/x.csv", "\xff\n", "x.csv: not a needle map"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_one_line(phase, file, content, message):
+    (phase / file).parent.mkdir(parents=True, exist_ok=True)
+    (phase / file).write_text(content, encoding="latin-1")
+    with pytest.raises((CurveError, CheckpointError), match=message):
+        report.page([report.read(phase)], [])
 
 
 def test_bad_input_is_one_line(runs, tmp_path, capsys):

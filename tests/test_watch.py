@@ -1,8 +1,12 @@
+import csv
+import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from checkpoint import CheckpointError
 from completion import Sampling, complete
 from data import tokenizer
 from eval import watch
+from eval.harness import TasksFailed
 from eval.opening import command_line
 from eval.watch import Evaluation
 from loading import open_model
@@ -103,7 +108,7 @@ def test_killed_and_restarted_at_random_each_checkpoint_is_evaluated_once(whole,
     ledger = run / "evaluated.jsonl"
     evaluations = [
         stand_in(results, 0.01),
-        watch.command("tasks", two_tasks, lambda path: [str(path), "--tasks", "a,b"], ledger),
+        watch.command("tasks", two_tasks, lambda path: [str(path)], ["a", "b"], ledger),
     ]
     coming = sorted((whole / "checkpoints").iterdir())
     kills, fork = 0, multiprocessing.get_context("fork")
@@ -199,6 +204,52 @@ def test_trouble_of_another_kind_is_not_passed_over(run, tmp_path):
         watch.watch(run, [plain._replace(run=lambda path: None)], once=True)
 
 
+def test_tasks_that_fail_are_lines_and_tried_at_the_next_start(run, tmp_path, capsys):
+    """They do not stop the other checkpoints, and those are not evaluated twice."""
+    plain, began = stand_in(tmp_path / "r"), []
+
+    def fails(path: Path) -> None:
+        began.append(path.name[-2:])
+        if path.name.endswith(("3", "7")):
+            raise TasksFailed(["letters: not loaded (no network)"], [])
+        plain.run(path)
+
+    flaky = plain._replace(run=fails)
+    for _ in range(2):
+        began.clear()
+        with pytest.raises(CheckpointError, match="tasks of 2 checkpoints failed, see above"):
+            watch.watch(run, [flaky], poll=0.01)
+        assert capsys.readouterr().err.splitlines() == [
+            f"eval.watch: step000000{step}: letters: not loaded (no network)" for step in (3, 7)
+        ]
+        assert began in (["01", "02", "03", "04", "05", "06", "07", "08", "09", "10"], ["03", "07"])
+    assert began == ["03", "07"]
+    watch.watch(run, [plain], poll=0.01)
+    assert sorted((tmp_path / "r").read_text().splitlines()) == sorted(in_order())
+
+
+def test_mistakes_are_told_at_the_start(run, tmp_path, capsys, monkeypatch):
+    """Before any checkpoint: not hours later, when the first one is there."""
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    own = manager(include_path="tests/eval_tasks", include_defaults=False)
+    monkeypatch.setattr(eval.harness, "_tasks_there_are", lambda *given: own)
+
+    def line(*args: object) -> str:
+        assert command_line("eval.watch", watch.main, [str(run), *map(str, args)]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert not (run / "samples.jsonl").exists()
+        return said
+
+    assert "no task leters" in line("--tasks=letters,leters")
+    assert "a.txt: not a folder" in line("--needle", f"--haystack {tmp_path}/a.txt")
+    (tmp_path / "a.txt").write_text("a b")
+    assert "--depths 1 or more" in line("--needle", f"--haystack {tmp_path}/a.txt --depths 0")
+    for name in [name for name in sys.modules if name.startswith("lm_eval")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "eval.adapter", raising=False)
+    assert "pip install -r requirements-eval.txt" in line("--tasks=letters")
+
+
 def test_samples_are_what_the_checkpoint_completes(run, capsys):
     (run / "prompts.txt").write_text("Bonjour\n\nligne 1\\nligne 2\u2028x\n", encoding="utf-8")
     for step in (1, *range(3, LAST)):
@@ -232,6 +283,10 @@ def test_the_commands_that_are_run(run, monkeypatch):
     called = []
     monkeypatch.setattr(eval.harness, "main", lambda args: called.append(("tasks", args)))
     monkeypatch.setattr(eval.needle, "main", lambda args: called.append(("needle", args)))
+    monkeypatch.setattr(eval.harness, "check", lambda *given: None)
+    monkeypatch.chdir(run)
+    for name in ("a.txt", "b c.txt"):
+        (run / name).write_text("a haystack")
     args = [str(run), "--max-new-tokens=1", "--device=cpu", "--tasks=french,arc_easy"]
     watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
     path = str(run / "checkpoints" / f"step{LAST:07d}")
@@ -253,8 +308,16 @@ def test_the_commands_that_are_run(run, monkeypatch):
     assert eval.needle.parse(called[1][1]).haystack == ["a.txt", "b c.txt"]
     watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
     assert len(called) == 2
-    watch.main([*args, "--include-path=mine", "--needle=--haystack a.txt"])  # something else
+    # the same, from elsewhere and on another device
+    monkeypatch.chdir(run.parent)
+    other = ["tiny", "--max-new-tokens=1", "--device=cuda", "--tasks=french,arc_easy"]
+    hay = f"--haystack tiny/a.txt '{run}/b c.txt' --depths 3"
+    watch.main([*other, "--include-path", str(run / "mine"), "--needle", hay])
+    assert len(called) == 2
+    watch.main([*other, "--needle=--haystack tiny/a.txt"])  # something else
     assert len(called) == 3
+    watch.main([*other, "--dtype=bfloat16"])
+    assert len(called) == 4
 
 
 def test_one_watcher_of_a_run(run):
@@ -265,6 +328,61 @@ def test_one_watcher_of_a_run(run):
                 pass
     with watch.only_one(run):
         pass
+
+
+def lines_of(file: Path) -> list[list[str]]:
+    """The rows of a CSV below its header that are whole."""
+    text = file.read_text() if file.exists() else ""
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kills")
+def test_the_command_killed_in_each_part_does_all_once(run, tmp_path):
+    """The real one, with a task and a needle test, over three checkpoints."""
+    pytest.importorskip("lm_eval")
+    for step in range(1, LAST - 2):
+        shutil.rmtree(run / "checkpoints" / f"step{step:07d}")
+    (tmp_path / "hay.txt").write_text("The year opens slowly. The wind turns. " * 40)
+    command = [sys.executable, "-m", "eval.watch", run, "--tasks=letters", "--device=cpu"]
+    command += ["--include-path=tests/eval_tasks", "--max-new-tokens=2", "--needle"]
+    command += [
+        f"--haystack {tmp_path}/hay.txt --lengths 450 900 4 --depths 9 --scoring likelihood"
+    ]
+    names = [f"step{step:07d}" for step in (8, 9, 10)]
+    cells = [run / "needle" / name / "en_likelihood.csv" for name in names]
+    records = [run / "evaluation" / f"tiny_{name}" / "letters.json" for name in names]
+    moments = [  # what is there when the watcher is killed
+        lambda: (run / "samples.jsonl").exists(),
+        lambda: records[0].exists(),
+        lambda: len(lines_of(cells[0])) >= 5,
+        lambda: records[1].parent.exists(),
+        lambda: len(lines_of(cells[2])) >= 20,
+    ]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    path = filter(None, [os.getcwd(), env.get("PYTHONPATH")])
+    env["PYTHONPATH"] = os.pathsep.join(path)
+    for reached in [*moments, None]:
+        with open(tmp_path / "told", "w") as told:
+            process = subprocess.Popen(command, env=env, stdout=told, stderr=told)
+        while process.poll() is None and not (reached and reached()):
+            time.sleep(0.002)
+        killed = process.poll() is None
+        process.kill()
+        assert process.wait(60) == (-9 if reached else 0), (tmp_path / "told").read_text()
+        assert killed == (reached is not None)
+    rows = lines_of(run / "evaluation.csv")
+    assert len(rows) == len({tuple(row[:7]) for row in rows}) == 3 * 2
+    assert {float(row[1]) for row in rows} == {8, 9, 10}
+    for file in cells:
+        found = [tuple(row[:2]) for row in lines_of(file)]
+        assert len(found) == len(set(found)) == 4 * 9
+    said = [
+        (line["checkpoint"], line["prompt"]) for line in watch.read_lines(run / "samples.jsonl")
+    ]
+    assert said == [(name, prompt) for name in names for prompt in watch.PROMPTS]
+    ledger = [(x["checkpoint"], x["command"][0]) for x in watch.read_lines(run / "evaluated.jsonl")]
+    assert ledger == [(name, what) for name in names for what in ("tasks", "needle")]
 
 
 def test_bad_input_is_one_line(run, tmp_path, capsys):
