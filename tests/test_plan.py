@@ -155,7 +155,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("change", CASES.values(), ids=CASES)
+SLOW = {"autocast", "autocast, full"}  # where the processor has no bf16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, c in CASES.items()],
+)
 def test_the_planned_peak_is_the_measured_one(change):
     config = small(**change)
     measured = measure(config)
@@ -167,12 +173,13 @@ def test_the_planned_peak_is_the_measured_one(change):
 
 
 @pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_block_keeps_what_the_plan_says(mode, dtype):
     """The difference of one more block: nothing but what it keeps grows with their number."""
     kept = {}
     for layers in (1, 3):
         change = dict(activation_checkpointing=mode, num_hidden_layers=layers, vocab_size=512)
+        change |= dict(seq_len=128)  # bf16 is slow on processors that have none
         config = small(dtype=dtype, **change)
         kept[layers] = measure(config)["forward"]
     job = plan.Job(config, 1)
