@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import mixture, tokenizer
 from data.cleaning import clean
 from data.dataset import DataError, permute
-from data.reading import LARGEST, SUFFIXES, Source, find_files, read_documents, size_of
+from data.reading import LARGEST, SUFFIXES, Source, files_in, find_files, read_documents, size_of
 from data.tokenizer import PATTERN, byte_characters
 from data.tokenizer_base import SPECIAL_TOKENS, TokenizerError
 from data.unicode_tables import nfc
@@ -96,7 +96,7 @@ def find_texts(pattern: str) -> list[Source]:
     paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     files: list[Source] = []
     for path in map(Path, paths):
-        files += find_files([path]) if path.is_dir() else [path]
+        files += files_in(path) if path.is_dir() else [path]
     if not paths:  # elsewhere, or nowhere
         files = find_files([pattern])
     if not files:

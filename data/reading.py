@@ -67,34 +67,35 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
             found = find_remote(str(given), SUFFIXES)
             files += [f for f in found if f.name.rpartition("/")[2] not in DATASETS_OWN]
         elif path.is_dir():
-            files += _files_in(path)
+            found = files_in(path)
+            if not found:
+                raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in it")
+            files += found
         elif path.is_file() and path.name.endswith(SUFFIXES):
             files.append(path)
         elif not path.exists() and (matches := sorted(glob.glob(str(given), recursive=True))):
-            files += find_files(matches)
+            for match in map(Path, matches):
+                files += files_in(match) if match.is_dir() else find_files([match])
         else:
             raise DataError(f"{path}: not a folder, a glob nor a {', '.join(SUFFIXES)} file")
     return list(dict.fromkeys(files))
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder in forms that are read, those of linked folders too.
-
-    Says how many others there are. Raises DataError for a folder without any.
-    """
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder in forms that are read, those of linked folders too. Says how many
+    others there are."""
     found, others, seen = [], Counter(), set()
     for here, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(here)) in seen:  # a link back to where it came from
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # of two ways to one folder the same is taken everywhere
         for name in names:
             if not name.endswith(SUFFIXES):
                 others[Path(name).suffix or name] += 1
             elif name not in DATASETS_OWN:
                 found.append(Path(here, name))
-    if not found:
-        raise DataError(f"{folder}: no {', '.join(SUFFIXES)} file in it")
     if others:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5))
         print(f"{folder}: not read: {kinds}", file=sys.stderr)

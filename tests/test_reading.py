@@ -290,6 +290,7 @@ def test_folders_by_links_are_read_and_what_is_not_is_said(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none: no \.txt, .* file in it"):
         find_files([tmp_path / "none"])
+    assert len(find_files([f"{tmp_path}/[in]*"])) == 2  # a glob is not to blame for what it meets
 
 
 def test_a_mark_of_byte_order_before_an_array(tmp_path):
