@@ -26,8 +26,7 @@ import quantize
 from checkpoint import CheckpointError
 from completion import Completion, Sampling, add, check_prompt, complete, decode
 from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
-from data.tokenizer import load as load_tokenizer
-from loading import open_model, peak_memory
+from loading import open_model, peak_memory, tokenizer_for
 from model import Lucie
 
 
@@ -199,14 +198,7 @@ def main(argv: list[str]) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, source = open_model(args.model, args.device, dtype, args.quantize == "int4")
-    source = args.tokenizer or source
-    if not source:
-        raise TokenizerError("which vocabulary? --tokenizer=RANKS_FILE, tokenizer.json or folder")
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise TokenizerError(
-            f"{source} has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
-        )
+    tokenizer = tokenizer_for(model, args.tokenizer or source)
     sampling.check(model.config.vocab_size)
     if args.save_quantized:
         quantize.save(model, args.save_quantized, tokenizer)

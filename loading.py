@@ -11,6 +11,8 @@ import torch
 import checkpoint
 import hf_layout
 import quantize
+from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
+from data.tokenizer import load as load_tokenizer
 from model import Lucie
 from tensor_files import CheckpointError
 
@@ -53,6 +55,18 @@ def open_model(
     else:
         model = hf_layout.build(architecture, weights, dtype, device, source)
     return model, tokenizer
+
+
+def tokenizer_for(model: Lucie, source: str) -> Tokenizer | LucieTokenizer:
+    """The tokenizer that lies at `source`. Raises TokenizerError for none or another size."""
+    if not source:
+        raise TokenizerError("which vocabulary? --tokenizer=RANKS_FILE, tokenizer.json or folder")
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise TokenizerError(
+            f"{source} has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
+        )
+    return tokenizer
 
 
 def _config(folder: Path) -> dict:

@@ -11,8 +11,7 @@ import torch
 from checkpoint import CheckpointError
 from data.dataset import DataError
 from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
-from data.tokenizer import load as load_tokenizer
-from loading import open_model
+from loading import open_model, tokenizer_for
 from model import Lucie
 
 
@@ -40,15 +39,7 @@ def open_with_tokenizer(args: argparse.Namespace) -> tuple[Lucie, Tokenizer | Lu
         raise ValueError(f"device {args.device} is not to be had here") from None
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, source = open_model(args.model, args.device, dtype)
-    source = args.tokenizer or source
-    if not source:
-        raise TokenizerError("which vocabulary? --tokenizer=RANKS_FILE, tokenizer.json or folder")
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise TokenizerError(
-            f"{source} has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}"
-        )
-    return model, tokenizer
+    return model, tokenizer_for(model, args.tokenizer or source)
 
 
 def make_room(model: Lucie, length: int) -> None:

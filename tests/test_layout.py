@@ -24,7 +24,7 @@ ALLOWED = {
         "hf_layout", "hf_export",
     },
     "quantize": {"model", "kernels", "data", "hf_layout", "hf_export", "tensor_files"},
-    "loading": {"model", "hf_layout", "quantize", "checkpoint", "tensor_files"},
+    "loading": {"model", "data", "hf_layout", "quantize", "checkpoint", "tensor_files"},
     "start": {"checkpoint", "config", "data", "hf_layout", "model", "parallel"},
     "completion": {"model", "data", "tensor_files"},
 }  # fmt: skip
