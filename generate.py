@@ -26,7 +26,7 @@ import quantize
 from checkpoint import CheckpointError
 from completion import Completion, Sampling, add, check_prompt, complete, decode
 from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
-from loading import open_model, peak_memory, tokenizer_for
+from loading import open_model, peak_memory, tokenizer_for, use_device
 from model import Lucie
 
 
@@ -84,12 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         folder = Path(args.save_quantized)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ValueError(f"{folder}: there is something of this name already")
-    try:
-        torch.empty(1, device=args.device)
-        if args.device.startswith("cuda:"):
-            torch.cuda.set_device(args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {args.device} is not to be had here") from None
+    use_device(args.device)
     return args
 
 

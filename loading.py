@@ -57,6 +57,19 @@ def open_model(
     return model, tokenizer
 
 
+def use_device(device: str) -> None:
+    """Make a GPU that is named by its number the current one, which CUDA graphs are captured on.
+
+    Raises ValueError for a device that is not there.
+    """
+    try:
+        torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device} is not to be had here") from None
+
+
 def tokenizer_for(model: Lucie, source: str) -> Tokenizer | LucieTokenizer:
     """The tokenizer that lies at `source`. Raises TokenizerError for none or another size."""
     if not source:

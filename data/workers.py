@@ -170,7 +170,7 @@ class Part:
             stream.size += result.size
 
     def packed(self, end: tuple[int, int, int], dtype: np.dtype) -> tuple[dict, dict]:
-        """Its record, `end` being the last record's (file, number, position), and its arrays."""
+        """Its record, with `end`, where to go on (see Batch), and its arrays."""
         digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, 16)
         streams, arrays = {}, {"digests": digests}
         for number, (name, stream) in enumerate(self.streams.items()):

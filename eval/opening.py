@@ -11,7 +11,7 @@ import torch
 from checkpoint import CheckpointError
 from data.dataset import DataError
 from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
-from loading import open_model, tokenizer_for
+from loading import open_model, tokenizer_for, use_device
 from model import Lucie
 
 
@@ -31,12 +31,7 @@ def open_with_tokenizer(args: argparse.Namespace) -> tuple[Lucie, Tokenizer | Lu
 
     Raises CheckpointError, TokenizerError, or ValueError for a device that is not there.
     """
-    try:
-        torch.empty(1, device=args.device)
-        if args.device.startswith("cuda:"):
-            torch.cuda.set_device(args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {args.device} is not to be had here") from None
+    use_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, source = open_model(args.model, args.device, dtype)
     return model, tokenizer_for(model, args.tokenizer or source)
