@@ -127,16 +127,24 @@ def drop_gathered(model: nn.Module) -> None:
 
 
 @contextmanager
-def micro_batch(model: nn.Module, last: bool, reduce_each: bool) -> Iterator[None]:
+def micro_batch(
+    model: nn.Module, last: bool, reduce_each: bool, gather_each: bool
+) -> Iterator[None]:
     """Around the forward and backward of one micro-batch of a step; `last` of the step or not.
 
     Copies of the model (ddp, hsdp) exchange gradients at the last one only, which costs nothing.
     Ranks that share a copy reduce them each time, unless reduce_each is False: then each keeps the
-    whole gradient until the last, 4 bytes a parameter, and its traffic is paid once a step.
+    whole gradient until the last, 4 bytes a parameter, and its traffic is paid once a step. A lone
+    rank keeps the whole one anyway, and to it reducing is but copying: it does so once.
+    Weights are gathered for the forward and again for the backward of each, unless gather_each is
+    False: then they stay from the first forward to the last backward, 2 bytes a parameter in bf16.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or reduce_each)
+        model.set_requires_gradient_sync(last or (reduce_each and world_size() > 1))
         model.set_requires_all_reduce(last)
+        if not gather_each:
+            model.set_reshard_after_forward(False)
+            model.set_reshard_after_backward(last)
     waits = isinstance(model, DistributedDataParallel) and not last
     with model.no_sync() if waits else nullcontext():
         yield
@@ -199,22 +207,30 @@ def _kept_operations(products: bool, down_proj: torch.Size) -> Callable:
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `largest` (0: leave them alone).
 
-    Returns the norm before that, fp32 `[1]` on the device. Squares are added in fp64, which rounds
-    to the same fp32 number however the gradients are cut: any number of ranks clips alike. It costs
-    a copy in fp64 of one gradient at a time, when activations are gone.
+    Returns the norm before that, fp32 `[1]` on the device. Rows are never cut among ranks: each is
+    summed in fp32, their squares in fp64, which rounds to the same fp32 number however many ranks
+    the rows are on. So any number of them clips alike.
+    Floor: 12 bytes a parameter, 4 to sum and 8 to scale.
     """
     parameters = list(model.parameters())
     gradients = [local_rows(p.grad)[0] for p in parameters]
-    squares = sum(torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in gradients)
+    squares = (torch.cat(list(map(_norms_of_rows, gradients))).double() ** 2).sum()
     if isinstance(parameters[0], DTensor):
         mesh, shared = parameters[0].device_mesh, _sharded_dim(parameters[0])
         dist.all_reduce(squares, group=mesh.get_group(shared))
     norm = squares.sqrt().float()
     if largest:
         scale = (largest / (norm + 1e-6)).clamp(max=1)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        torch._foreach_mul_(gradients, scale)
     return norm.reshape(1)
+
+
+def _norms_of_rows(gradient: Tensor) -> Tensor:
+    """Of a vector its own, in fp64, for a vector is cut among ranks. (In fp64 alone torch would
+    copy a whole matrix on a GPU, 16 bytes a parameter more.)"""
+    if gradient.ndim == 1:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64).reshape(1)
+    return torch.linalg.vector_norm(gradient, dim=-1)
 
 
 # --- what ranks tell each other ------------------------------------------------------------------

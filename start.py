@@ -20,7 +20,8 @@ from model import Lucie, initial_weight
 
 MAY_CHANGE = {  # on resuming a run; every other option would make it another run
     "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "parallel",
-    "replica_size", "reduce_each_micro_batch", "activation_checkpointing", "micro_batch_size",
+    "replica_size", "reduce_each_micro_batch", "gather_each_micro_batch",
+    "activation_checkpointing", "micro_batch_size",
     "log_every", "eval_every", "eval_samples", "checkpoint_every", "checkpoint_early_every",
     "checkpoint_early_steps", "save_every", "keep_last",
 }  # fmt: skip

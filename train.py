@@ -327,7 +327,9 @@ def gradients(
     loss = to_device(0.0, device)
     for number, (x, y) in enumerate(mine.batches, start=1):
         final = number == len(mine.batches)
-        with parallel.micro_batch(forward, final, config.reduce_each_micro_batch):
+        with parallel.micro_batch(
+            forward, final, config.reduce_each_micro_batch, config.gather_each_micro_batch
+        ):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast(forward, device, dtype):
                 part = forward(x, y, reduction="sum") / targets

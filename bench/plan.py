@@ -64,6 +64,7 @@ class Job:
         self.unwrapped = gpus == 1 and config.device == "cpu"
         # Weights are gathered in the dtype of compute; else they are whole, and cast by autocast.
         self.fsdp = config.parallel != "ddp" and not self.unwrapped
+        self.reduces_each = config.reduce_each_micro_batch and gpus > 1
         # The kernels' definitions run, which make more temporary tensors.
         self.definitions = config.kernels == "torch"
         self.definitions |= config.kernels == "auto" and config.device == "cpu"
@@ -118,7 +119,7 @@ def _gradients(job: Job, done: int) -> float:
         return 4 * job.parameters + accumulates * 4 * rest
     if not accumulates:
         return 4 * done / job.shards
-    if job.fsdp and not job.config.reduce_each_micro_batch:
+    if job.fsdp and not job.reduces_each:
         return 4 * rest + 4 * done / job.shards
     return 4 * job.parameters / job.shards
 
@@ -144,9 +145,13 @@ def _moments(job: Job) -> Iterator[Moment]:
     narrow = tokens * b * c.hidden_size
     cast = b if b < 4 and not job.fsdp else 0  # bytes of a weight in autocast's copies
 
-    def for_compute(unit: int, ahead: int, blocks: int = 0) -> int:
-        """fsdp gathers a unit, and if there are others to gather from, one ahead."""
-        return b * (unit + ahead * (job.shards > 1)) if job.fsdp else cast * block * blocks
+    def for_compute(unit: int, ahead: int, done: int, blocks: int = 0) -> int:
+        """fsdp gathers a unit, and if there are others to gather from, one ahead; or has all."""
+        if not job.fsdp:
+            return cast * block * blocks
+        if not c.gather_each_micro_batch:
+            return b * (job.parameters - done)
+        return b * (unit + ahead * (job.shards > 1))
 
     # The loss makes the gradients of what enters it in its forward already, chunk by chunk. In bf16
     # a chunk's part of the weight's is a tensor of its own before the fp32 one takes it.
@@ -159,14 +164,14 @@ def _moments(job: Job) -> Iterator[Moment]:
         done=0,
         activations=layers * kept + stream + narrow + (stream if cast else 0),
         loss=narrow + 4 * head + chunk + cast * head,
-        weights=for_compute(head, head, layers),
+        weights=for_compute(head, head, 0, layers),
     )
     yield Moment(
         "backward of the loss",  # which scales both gradients into new tensors
         done=0,
         activations=layers * kept + stream,
         loss=2 * narrow + 2 * 4 * head + (b * head if job.fsdp and b < 4 else 0),
-        weights=for_compute(head, block, layers * (mode == "none")),
+        weights=for_compute(head, block, 0, layers * (mode == "none")),
     )
     gates = tokens * b * 2 * c.intermediate_size * (1 + job.definitions)  # gradient of gate|up
     down = c.hidden_size * c.intermediate_size  # a weight whose gradient is there by then
@@ -178,7 +183,7 @@ def _moments(job: Job) -> Iterator[Moment]:
             f"backward of block {i + 1} of {layers}, at its gate",
             done,
             activations=i * kept + recomputed + stream + gates,
-            weights=for_compute(block, ahead, i + 1 if mode == "none" else 1),
+            weights=for_compute(block, ahead, done, i + 1 if mode == "none" else 1),
             buffers=b * down + 4 * reducing if job.fsdp else 4 * down,
         )
         if job.fsdp:
@@ -186,18 +191,16 @@ def _moments(job: Job) -> Iterator[Moment]:
                 f"reduction of block {i + 1} of {layers}",
                 done,
                 activations=i * kept + stream,
-                weights=for_compute(0, ahead),
+                weights=for_compute(0, ahead, done + block),
                 buffers=(4 + max(b, 4 / job.shards)) * block,
             )
     yield Moment(
         "backward of the embedding",
         done=job.parameters - embedding,
         activations=stream,
+        weights=0 if c.gather_each_micro_batch or not job.fsdp else b * embedding,
         buffers=(b + 4 + 4 / job.shards if job.fsdp else 4) * embedding,
     )
-    # The squares are added in fp64, for which torch copies a whole gradient.
-    largest = max(p.numel() for p in job.model.parameters())
-    yield Moment("gradient norm", job.parameters, activations=0, buffers=8 * largest / job.shards)
 
 
 def peak(job: Job) -> tuple[str, dict[str, float]]:
@@ -238,11 +241,13 @@ def traffic(job: Job) -> dict[str, float]:
         return {"all-reduce of gradients": 2 * 4 * p * (job.gpus - 1) / job.gpus}
     embedding, _, head = job.units
     ring = (job.shards - 1) / job.shards
-    reductions = job.micro_batches if job.config.reduce_each_micro_batch else 1
+    reductions = job.micro_batches if job.reduces_each else 1
+    twice = job.config.gather_each_micro_batch  # else once, and for the whole step
+    gatherings = job.micro_batches if twice else 1
     return {
-        "all-gather, forward": job.micro_batches * ring * job.compute * p,
+        "all-gather, forward": gatherings * ring * job.compute * p,
         # the head is still there from the forward, the embedding is not needed
-        "all-gather, backward": job.micro_batches * ring * job.compute * (p - head - embedding),
+        "all-gather, backward": twice * gatherings * ring * job.compute * (p - head - embedding),
         "reduce-scatter": reductions * ring * 4 * p,
         "all-reduce between copies": 2 * 4 * p / job.shards * (copies - 1) / copies,
     }

@@ -106,7 +106,7 @@ def test_two_ranks_are_the_run_of_one_process(tiny_data):
     runs = [
         steps_of(2, name="fsdp-2", activation_checkpointing="selective"),
         steps_of(2, name="ddp-2", parallel="ddp", activation_checkpointing="full"),
-        steps_of(5, name="once-5", reduce_each_micro_batch=False),
+        steps_of(5, name="once-5", reduce_each_micro_batch=False, gather_each_micro_batch=False),
         steps_of(5, name="hsdp-5", parallel="hsdp", replica_size=1),
     ]
     one_after_the_other(tiny_data, 2, runs)
@@ -205,11 +205,16 @@ class Operations(TorchDispatchMode):
         return Counter(self.order)
 
 
-MESSAGES = {  # of three micro-batches, two layers: embedding, blocks and head are four units
-    ("fsdp", True): {"_reduce_scatter_base_": 12, "allreduce_": 0},
-    ("fsdp", False): {"_reduce_scatter_base_": 4, "allreduce_": 0},
-    ("hsdp", True): {"_reduce_scatter_base_": 12, "allreduce_": 4},
-    ("hsdp", False): {"_reduce_scatter_base_": 4, "allreduce_": 4},
+# Of three micro-batches, two layers: embedding, blocks and head are four units. Blocks are gathered
+# for the forward and again for the backward of each, the head once for both, the embedding for the
+# forward alone; or everything once.
+MESSAGES = {
+    ("fsdp", True, True): {"_reduce_scatter_base_": 12, "allreduce_": 0, "_allgather_base_": 18},
+    ("fsdp", False, True): {"_reduce_scatter_base_": 4, "allreduce_": 0, "_allgather_base_": 18},
+    ("fsdp", False, False): {"_reduce_scatter_base_": 4, "allreduce_": 0, "_allgather_base_": 4},
+    ("hsdp", True, True): {"_reduce_scatter_base_": 12, "allreduce_": 4, "_allgather_base_": 18},
+    ("hsdp", False, True): {"_reduce_scatter_base_": 4, "allreduce_": 4, "_allgather_base_": 18},
+    ("hsdp", True, False): {"_reduce_scatter_base_": 12, "allreduce_": 4, "_allgather_base_": 4},
 }
 
 
@@ -234,8 +239,10 @@ def test_the_next_unit_is_on_its_way_before_one_computes(imagined, tiny_config):
 
 
 @pytest.mark.parametrize("imagined", [8], indirect=True)
-@pytest.mark.parametrize("way,reduce_each", MESSAGES)
-def test_gradients_travel_no_more_often_than_they_must(imagined, way, reduce_each, tiny_config):
+@pytest.mark.parametrize("way,reduce_each,gather_each", MESSAGES)
+def test_nothing_travels_more_often_than_it_must(
+    imagined, way, reduce_each, gather_each, tiny_config
+):
     with torch.device("meta"):
         model = Lucie(tiny_config)
     forward = parallel.spread(model, way, 4, torch.device("cpu"), torch.float32)
@@ -244,13 +251,24 @@ def test_gradients_travel_no_more_often_than_they_must(imagined, way, reduce_eac
     tokens = torch.randint(97, (1, 9))
     with Operations() as seen:
         for number in range(3):
-            with parallel.micro_batch(forward, number == 2, reduce_each):
+            with parallel.micro_batch(forward, number == 2, reduce_each, gather_each):
                 forward(tokens, tokens).backward()
-    for name, count in MESSAGES[way, reduce_each].items():
+    for name, count in MESSAGES[way, reduce_each, gather_each].items():
         assert seen.count[name] == count, (name, seen.count)
-    # Blocks are gathered for the forward and again for the backward, the head once for both, the
-    # embedding for the forward alone.
-    assert seen.count["_allgather_base_"] == 3 * (4 + 2)
+
+
+def test_a_lone_rank_copies_its_gradient_once_a_step(alone, tiny_config):
+    with torch.device("meta"):
+        model = Lucie(tiny_config)
+    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
+    for p in model.parameters():
+        parallel.local_rows(p)[0].fill_(0.1)
+    tokens = torch.randint(97, (1, 9))
+    with Operations() as seen:
+        for number in range(3):
+            with parallel.micro_batch(forward, number == 2, True, True):
+                forward(tokens, tokens).backward()
+    assert seen.count["_reduce_scatter_base_"] + seen.count["chunk_cat"] == 4, seen.count
 
 
 def test_ddp_exchanges_gradients_at_the_last_micro_batch(alone, tiny_config):
@@ -270,7 +288,7 @@ def test_ddp_exchanges_gradients_at_the_last_micro_batch(alone, tiny_config):
     forward.register_comm_hook(None, noting)
     tokens = torch.randint(97, (1, 9))
     for number in range(3):
-        with parallel.micro_batch(forward, number == 2, True):
+        with parallel.micro_batch(forward, number == 2, True, True):
             forward(tokens, tokens).backward()
     assert set(sent) == {2}
 

@@ -57,7 +57,9 @@ def prepare(config, device):
         for start in range(0, share, size):
             x = torch.randint(config.vocab_size, (size, config.seq_len), device=device)
             final = start + size == share
-            with parallel.micro_batch(forward, final, config.reduce_each_micro_batch):
+            with parallel.micro_batch(
+                forward, final, config.reduce_each_micro_batch, config.gather_each_micro_batch
+            ):
                 with marked("forward"), train.autocast(forward, device, dtype):
                     loss = forward(x, x, reduction="sum") / (size * config.seq_len)
                 loss.backward()
@@ -216,6 +218,9 @@ RANKS = {
     "sharded, full": dict(activation_checkpointing="full", global_batch_size=4, seq_len=128),
     "two micro-batches": dict(FEW, dtype="bfloat16", global_batch_size=4),
     "reduced once": dict(FEW, global_batch_size=4, reduce_each_micro_batch=False),
+    "gathered once": dict(
+        FEW, global_batch_size=4, gather_each_micro_batch=False, dtype="bfloat16"
+    ),
     "ddp": dict(parallel="ddp", dtype="bfloat16", global_batch_size=8, seq_len=64),
     "a copy each": dict(FEW, parallel="hsdp", replica_size=1, global_batch_size=4),
 }
@@ -337,6 +342,7 @@ def test_traffic_by_hand():
     # fsdp: two micro-batches, of each rank three quarters of everything, bf16 out and fp32 back
     assert sent() == [2 * 0.75 * 2 * p, 2 * 0.75 * 2 * block, 2 * 0.75 * 4 * p, 0]
     assert sent(reduce_each_micro_batch=False)[2] == 0.75 * 4 * p
+    assert sent(gather_each_micro_batch=False)[:2] == [0.75 * 2 * p, 0]
     # hsdp of two pairs: half of everything within a pair, half of the gradient to and fro between
     hybrid = [2 * 0.5 * 2 * p, 2 * 0.5 * 2 * block, 2 * 0.5 * 4 * p, 2 * 0.5 * 4 * p / 2]
     assert sent(parallel="hsdp", replica_size=2) == hybrid
