@@ -43,8 +43,8 @@ class Config:
     # False: gradients are summed over ranks once a step instead of after every micro-batch; each
     # rank then keeps the whole gradient, 4 bytes a parameter (27 GB at 7B). fsdp and hsdp.
     reduce_each_micro_batch: bool = True
-    # False: weights are gathered once a step instead of twice a micro-batch; each rank then keeps all
-    # of them in the dtype of compute, 2 bytes a parameter (13 GB at 7B). fsdp and hsdp.
+    # False: weights are gathered once a step instead of twice a micro-batch; each rank then keeps
+    # all of them in the dtype of compute, 2 bytes a parameter (13 GB at 7B). fsdp and hsdp.
     gather_each_micro_batch: bool = True
     # none | selective (norms, rotation and gate are computed again in the backward) | full (the
     # matrix products too). Attention never is.
