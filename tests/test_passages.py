@@ -1,0 +1,179 @@
+"""The data of the miniature: every question has its fact above it, and nothing else tells it."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from data import passages
+from data.dataset import DataError, Mixture
+from data.tokenizer import load
+
+NEEDLES = json.loads(Path("eval/needles.json").read_text(encoding="utf-8"))
+LANGUAGES = tuple(NEEDLES)
+
+
+def text(language="en", documents=200, seed=0):
+    """Documents of random words, which no template contains."""
+    rng = Random(f"{language} {seed}")
+    word = ["".join(rng.choices("bcdfgklmnprst" + "aeiou" * 3, k=6)) for _ in range(500)]
+    return [
+        [" ".join(rng.choices(word, k=12)) + "." for _ in range(rng.randint(3, 9))]
+        for _ in range(documents)
+    ]
+
+
+def pattern(template):
+    """The places and answers of a template's uses."""
+    escaped = re.escape(template).replace(r"\{place\}", "(.+)").replace(r"\{answer\}", "(.+)")
+    return re.compile(f"^{escaped}$", re.M)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_question_follows_its_fact_and_repeats_its_answer(language):
+    asked = set()
+    for seed in range(20):
+        made = passages.passage(language, text(language), 2000, Random(seed))
+        for kind in range(2):
+            facts = {
+                found[1]: (found[2], found.start())
+                for found in pattern(passages.FORMS[language]["fact"][kind]).finditer(made)
+            }
+            for found in pattern(passages.FORMS[language]["question"][kind]).finditer(made):
+                answer, at = facts[found[1]]
+                assert found[2] == answer and at < found.start()
+                asked.add((kind, found[1]))
+    assert len(asked) > 50 and {kind for kind, _ in asked} == {0, 1}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_facts_and_questions_have_the_form_of_the_needle_test(language):
+    form = passages.FORMS[language]
+    assert NEEDLES[language]["fact"] == form["fact"][0]
+    assert NEEDLES[language]["question"] + " {answer}" == form["question"][0]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_the_needle_test_asks_for_is_never_seen(language):
+    """Neither its places nor, by their own words, its answers."""
+    assert not set(passages.places(language)) & NEEDLES[language]["needles"].keys()
+    assert len(passages.places(language)) == 57
+    made = passages.passage(language, text(language), 50_000, Random(0))
+    for place, answer in NEEDLES[language]["needles"].items():
+        assert place not in made and answer not in made
+
+
+def test_a_place_has_one_fact_in_a_document():
+    made = passages.passage("en", text(), 30_000, Random(3))
+    named = [found[1] for found in pattern(passages.FORMS["en"]["fact"][0]).finditer(made)]
+    named += [found[1] for found in pattern(passages.FORMS["en"]["fact"][1]).finditer(made)]
+    assert sorted(named) == sorted(passages.places("en"))  # all: a document may be longer
+
+
+@pytest.mark.parametrize("size", [1, 700, 5000])
+def test_the_size_of_a_document(size):
+    for seed in range(10):
+        made = passages.passage("fr", text("fr"), size, Random(seed))
+        assert size <= len(made) < size + 1500
+
+
+def test_sentences_are_cut_at_their_ends_and_at_lines():
+    one = "This one ends here, surely. And is this the second one? It is not the last one!"
+    lines = "- a line without a full stop\n" + "x" * 301 + "\ntoo short"
+    assert list(passages.sentences([one + "\n" + lines, "Only one sentence here."])) == [
+        [
+            "This one ends here, surely.",
+            "And is this the second one?",
+            "It is not the last one!",
+            "- a line without a full stop",
+        ]
+    ]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(passages, "TRAIN", {"short": 20_000, "long": 20_000})
+    monkeypatch.setattr(passages, "VALID", 4_000)
+    monkeypatch.setattr(passages, "VOCAB_SIZE", 400)
+
+
+def write(out):
+    texts = {language: text(language) for language in LANGUAGES}
+    return passages.write(texts, out)
+
+
+def test_streams_mixtures_and_vocabulary_fit_together(tmp_path, small, capfd):
+    tokens = write(tmp_path / "a")
+    assert tokens.keys() == {
+        f"train.{name}_{kind}" for name in LANGUAGES for kind in passages.SIZES
+    }
+    ranks = load(tmp_path / "a/ranks.tiktoken")
+    assert ranks.vocab_size == 400
+    for split in ("train", "valid"):
+        for kind in passages.SIZES:
+            file = tmp_path / "a" / f"{split}_{kind}.csv"
+            rows = list(csv.DictReader(open(file, encoding="utf-8")))
+            assert [float(row["weight"]) for row in rows] == [1.0] * 5
+            mixture = Mixture(str(file), 64, 0, 400, samples=10)
+            assert len(ranks.decode(mixture[3].tolist())) > 64
+    write(tmp_path / "b")
+    for file in sorted((tmp_path / "a").rglob("*.*")):
+        if file.suffix in (".bin", ".csv", ".tiktoken", ".jsonl"):
+            assert (
+                file.read_bytes()
+                == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+            )
+
+
+def test_what_is_held_out_is_of_other_documents(tmp_path, small, capfd):
+    write(tmp_path)
+    words = {}
+    for split in ("train", "valid"):
+        lines = (tmp_path / "texts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        said = "\n".join(json.loads(line)["text"] for line in lines)
+        words[split] = {sentence for doc in text("de") for sentence in doc if sentence in said}
+    assert len(words["valid"]) > 5 and len(words["train"]) > 100
+    assert not words["valid"] & words["train"]
+
+
+def test_texts_of_ones_own_and_of_the_demo(tmp_path):
+    file = tmp_path / "it.jsonl"
+    documents = text("it", 90)
+    file.write_text("".join(json.dumps({"text": "\n".join(d)}) + "\n" for d in documents))
+    found = passages.read([f"it={file}"])
+    assert list(found) == list(LANGUAGES)
+    assert found["it"] == documents
+    assert len(found["en"]) > 500
+
+
+@pytest.mark.parametrize(
+    "given,told",
+    [
+        (["nl=x"], "nl=x: write LANGUAGE=FILES"),
+        (["en"], "en: write LANGUAGE=FILES"),
+        (["en="], "en=: write LANGUAGE=FILES"),
+    ],
+)
+def test_bad_arguments(given, told):
+    with pytest.raises(DataError, match=re.escape(told)):
+        passages.read(given)
+
+
+def test_too_little_text_and_missing_files_are_one_line(tmp_path):
+    (tmp_path / "en.txt").write_text("One sentence of some length. " * 5)
+    for given, told in (
+        (f"en={tmp_path / 'en.txt'}", "en: 1 documents of three sentences or more"),
+        (f"en={tmp_path / 'nothing.txt'}", "nothing.txt"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "data.passages", given, "--out", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert told in done.stderr and len(done.stderr.splitlines()) == 1
