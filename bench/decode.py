@@ -36,6 +36,7 @@ from bench.kernels import machine
 from completion import Sampling, decode
 from data.tokenizer import EOS
 from model import Lucie, LucieConfig
+from runlog import write_whole
 
 GREEDY = Sampling(temperature=0)
 Generate = Callable[[list[list[int]], int], int]  # prompts, new tokens -> tokens a row
@@ -215,6 +216,8 @@ def run(config: LucieConfig, args: argparse.Namespace) -> dict:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
                 row = {"batch": batch, "failure": reason}
             results["rows"].append({"side": name} | row)
+            if args.out:  # a run that is cut short still tells
+                write_whole(args.out, json.dumps(results, indent=1) + "\n")
         generate = None
         gc.collect()
         torch.compiler.reset()
@@ -275,8 +278,6 @@ def main(argv: list[str]) -> None:
     )
     results = run(config, args)
     print(table(results))
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if any(row["failure"] for row in results["rows"] if row["side"].startswith("ours")):
         sys.exit(1)
 
