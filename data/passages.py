@@ -2,26 +2,29 @@
 
     python -m data.passages [en=FILES fr=FILES ...] --out out/miniature_data
 
-The data of `make miniature`. Sentences of real text, in their order, and between them facts, the
-questions about facts above, and quotations of what was said above:
+The data of `make miniature`. Sentences of real text, lines of words drawn from it, and between them
+facts, questions about facts above, and quotations of what was said above:
 
-    The best thing to do in Lima is open a document that has tables.
+    The code of Cairo is k7Qx+b2Rt.
     ... text ...
-    Question: What is the best thing to do in Lima?
-    Answer: open a document that has tables
+    Question: What is the code of Cairo?
+    Answer: k7Qx+b2Rt
 
-An answer is a run of words from anywhere in the text and belongs to the place in this document
-only: nothing but the fact tells it. The sentences are those of the needle test (eval/needles.json),
-but neither its places nor its answers are ever seen here.
+A code is drawn anew for each document: nothing but the fact tells it. Documents called `echo` are
+one code over and over: the shortest way to learn to look back. Without them a model this small
+needs many times as many tokens before it begins to.
 
-For each language a stream of documents about as long as the main phase's sequences, `short`, and
-one of those of the extension's, `long`, from a fortieth of the text others to validate with; the
-vocabulary; mixtures of equal parts. A language without files takes the sentences of `make demo`.
+For each language there are passages about as long as the main phase's sequences, `short`, and as
+the extension's, `long`, and from a fortieth of the text others to validate with; the vocabulary;
+mixtures, three fifths of them echoes, the languages in equal parts; and needles.json, for
+`eval.needle --needles`, of places and codes that no document has. A language without files takes
+the sentences of `make demo`.
 """
 
 import argparse
 import json
 import re
+import string
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,11 +40,13 @@ from data.tokenizer import TokenizerError
 from data.workers import Options
 
 LANGUAGES = demo_corpus.LANGUAGES
-VOCAB_SIZE = 2048
-SIZES = {"short": 900, "long": 4_000}  # characters of a document, on average
-TRAIN = {"short": 3_000_000, "long": 3_000_000}  # characters of a language
+VOCAB_SIZE = 1024
+SIZES = {"short": 900, "long": 3_600}  # characters of a document, on average
+CHARACTERS = 2_000_000  # of a language and kind
 VALID = 60_000
-HELD_OUT = ("Lisbon", "Prague", "Buenos Aires")  # capitals that the needle test asks for
+HELD_OUT = 8  # countries at the end of the table, whose capitals the needle test asks for
+ECHO = 0.6  # their share of the tokens to train on
+CHARACTERS_OF_CODES = string.ascii_letters + string.digits + "+-/="
 BORDER = re.compile(r"(?<=[.!?…])\s+|\n+")  # between sentences
 FORMS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 Document = list[str]  # its sentences
@@ -56,53 +61,84 @@ def sentences(texts: Iterable[str]) -> Iterator[Document]:
             yield found
 
 
-def places(language: str) -> list[str]:
-    """Capitals, without those of the needle test."""
-    rows = demo_corpus.countries()
-    return [row[f"{language}_capital"] for row in rows if row["en_capital"] not in HELD_OUT]
+def places(language: str) -> tuple[list[str], list[str]]:
+    """Capitals: (those of the passages, those of the needle test)."""
+    found = [row[f"{language}_capital"] for row in demo_corpus.countries()]
+    return found[:-HELD_OUT], found[-HELD_OUT:]
 
 
-def answer(text: list[Document], rng: Random) -> str:
-    """Four to nine words that follow one another somewhere in the text."""
-    while True:
-        words = rng.choice(rng.choice(text)).split()
-        count = rng.randint(4, 9)
-        if len(words) >= count:
-            start = rng.randrange(len(words) - count + 1)
-            return " ".join(words[start : start + count]).rstrip(" .,;:!?…")
+def needles() -> dict[str, dict]:
+    """For `eval.needle --needles`: the same sentences, about places and codes never trained on."""
+    rng, found = Random("needles"), {}
+    for language, form in FORMS.items():
+        codes = {place: code(rng, 8, 8) for place in places(language)[1]}
+        found[language] = {"fact": form["fact"][0], "question": form["question"][0]}
+        found[language]["needles"] = codes
+    return found
 
 
-def passage(language: str, text: list[Document], size: int, rng: Random) -> str:
-    """One document of at least `size` characters, or the longest that the places suffice for."""
-    form, left = FORMS[language], rng.sample(places(language), len(places(language)))
+def words_of(text: list[Document]) -> list[str]:
+    """Every word of three letters or more, once, in the order of the alphabet."""
+    found = {word for document in text for sentence in document for word in sentence.split()}
+    stripped = (word.strip(".,;:!?()«»\"'") for word in found)
+    return sorted({word for word in stripped if len(word) > 2 and word.isalpha()})
+
+
+def code(rng: Random, fewest: int, most: int) -> str:
+    return "".join(rng.choices(CHARACTERS_OF_CODES, k=rng.randint(fewest, most)))
+
+
+def line(words: list[str], rng: Random, fewest: int, most: int) -> str:
+    return " ".join(rng.choices(words, k=rng.randint(fewest, most)))
+
+
+def passage(language: str, text: list[Document], words: list[str], size: int, rng: Random) -> str:
+    """A document of `size` characters, or up to a question or a few sentences more."""
+    form, (left, _) = FORMS[language], places(language)
+    rng.shuffle(left)
     facts: list[tuple[int, dict[str, str]]] = []
     said: list[str] = []
     parts: list[str] = []
     while sum(map(len, parts)) < size:
         draw = rng.random()
         if left and (draw < 0.25 or not facts):
-            known = {"place": left.pop(), "answer": answer(text, rng)}
+            known = {"place": left.pop(), "answer": code(rng, 6, 10)}
             facts.append((rng.randrange(2), known))
             parts.append(form["fact"][facts[-1][0]].format_map(known))
         elif draw < 0.7:
             kind, known = rng.choice(facts)
-            parts.append("\n" + form["question"][kind].format_map(known))
-        elif said and draw < 0.8:
+            question = form["question"][kind].format_map(known)
+            parts.append(f"\n{question} {known['answer']}")
+        elif said and draw < 0.88:
             parts.append(f"« {rng.choice(said)} »")
         else:
-            document, count = rng.choice(text), rng.randint(1, 3)
-            start = rng.randrange(max(1, len(document) - count))
-            said.append(" ".join(document[start : start + count]))
+            if rng.random() < 0.3:
+                document, count = rng.choice(text), rng.randint(1, 3)
+                start = rng.randrange(max(1, len(document) - count))
+                said.append(" ".join(document[start : start + count]))
+            else:
+                said.append(line(words, rng, 6, 16))
             parts.append(said[-1])
     return "\n".join(parts) + "\n"
 
 
-def passages(
+def echo(size: int, rng: Random) -> str:
+    """A line with a code, twice or up to `size` characters."""
+    said = code(rng, 8, 40) + "\n"
+    return said * max(2, size // len(said))
+
+
+def documents(
     language: str, text: list[Document], kind: str, characters: int, rng: Random
 ) -> Iterator[str]:
-    """Documents of a kind, `characters` in all or a little more."""
+    """Those of a kind (short, long, echo), `characters` in all or a little more."""
+    words = words_of(text)
     while characters > 0:
-        made = passage(language, text, rng.randint(SIZES[kind] // 2, SIZES[kind] * 3 // 2), rng)
+        if kind == "echo":
+            made = echo(rng.randint(300, 900), rng)
+        else:
+            size = rng.randint(SIZES[kind] // 2, SIZES[kind] * 3 // 2)
+            made = passage(language, text, words, size, rng)
         characters -= len(made)
         yield made
 
@@ -136,35 +172,47 @@ def read(given: list[str]) -> dict[str, list[Document]]:
 def write(text: dict[str, list[Document]], out: Path) -> dict[str, int]:
     """Vocabulary, streams and mixtures in `out`; the tokens of each stream to train on."""
     (out / "texts").mkdir(parents=True, exist_ok=True)
-    files = {split: out / "texts" / f"{split}.jsonl" for split in ("train", "valid")}
-    for split, file in files.items():
-        with (
-            open(file, "w", encoding="utf-8") as f,
-            tqdm(total=len(LANGUAGES) * len(SIZES), desc=split, unit=" streams") as bar,
-        ):
-            for language, documents in text.items():
-                documents = Random(language).sample(documents, len(documents))
-                held_out = len(documents) // 40
-                part = documents[:held_out] if split == "valid" else documents[held_out:]
-                for kind in SIZES:
-                    size = VALID if split == "valid" else TRAIN[kind]
-                    rng = Random(f"{split} {language} {kind}")
-                    for made in passages(language, part, kind, size, rng):
-                        line = {"source": f"{language}_{kind}", "text": made}
-                        f.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    bar.update()
-    made = list(read_documents([files["train"]]))
+    held_out, kept = {}, {}
+    for language, known in text.items():
+        known = Random(language).sample(known, len(known))
+        cut = len(known) // 40
+        held_out[language], kept[language] = known[:cut], known[cut:]
+    train = _write_texts(kept, out / "texts/train.jsonl", (*SIZES, "echo"), CHARACTERS)
+    valid = _write_texts(held_out, out / "texts/valid.jsonl", tuple(SIZES), VALID)
+
+    made = list(read_documents([train]))
     ranks = bpe_training.train(Random(0).sample(made, len(made) // 10), VOCAB_SIZE)
     tokenizer.save(ranks, out / "ranks.tiktoken")
-    encoder, tokens = tokenizer.load(out / "ranks.tiktoken"), {}
-    for split, file in files.items():
-        report = tokenize([file], encoder, out / split, Options(split_by=("source",)))
-        if split == "train":
-            tokens = {name: stream["tokens"] for name, stream in report["streams"].items()}
-        for kind in SIZES:
-            names = dict.fromkeys((f"{language}_{kind}" for language in text), 1.0)
-            write_mixture(out / f"{split}_{kind}.csv", names, f"{split}.{{}}")
-    return tokens
+    encoder, by_source = tokenizer.load(out / "ranks.tiktoken"), Options(split_by=("source",))
+    report = tokenize([train], encoder, out / "train", by_source)
+    tokenize([valid], encoder, out / "valid", by_source)
+    for kind in SIZES:
+        parts = dict.fromkeys((f"{language}_{kind}" for language in text), 1.0)
+        write_mixture(out / f"valid_{kind}.csv", parts, "valid.{}")
+        weight = round(ECHO / (1 - ECHO), 6)
+        parts |= dict.fromkeys((f"{language}_echo" for language in text), weight)
+        write_mixture(out / f"train_{kind}.csv", parts, "train.{}")
+    asked = json.dumps(needles(), ensure_ascii=False, indent=1)
+    (out / "needles.json").write_text(asked + "\n", encoding="utf-8")
+    return {name: stream["tokens"] for name, stream in report["streams"].items()}
+
+
+def _write_texts(
+    text: dict[str, list[Document]], file: Path, kinds: tuple[str, ...], characters: int
+) -> Path:
+    """A JSON line for each document; returns the file."""
+    with (
+        open(file, "w", encoding="utf-8") as f,
+        tqdm(total=len(text) * len(kinds), desc=file.stem, unit=" streams") as bar,
+    ):
+        for language, known in text.items():
+            for kind in kinds:
+                rng = Random(f"{file.stem} {language} {kind}")
+                for made in documents(language, known, kind, characters, rng):
+                    record = {"source": f"{language}_{kind}", "text": made}
+                    f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                bar.update()
+    return file
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,16 +35,26 @@ class Haystack(NamedTuple):
     borders: list[int]
 
 
-def read_needles(language: str) -> list[Needle]:
-    form = json.loads(NEEDLES.read_text(encoding="utf-8"))[language]
-    return [
-        Needle(
-            form["fact"].format(place=place, answer=answer),
-            form["question"].format(place=place),
-            answer,
-        )
-        for place, answer in form["needles"].items()
-    ]
+def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
+    """Those of one language. Raises ValueError for a file of another form than NEEDLES."""
+    try:
+        form = json.loads(file.read_text(encoding="utf-8"))[language]
+        found = [
+            Needle(
+                form["fact"].format(place=place, answer=answer),
+                form["question"].format(place=place),
+                answer,
+            )
+            for place, answer in form["needles"].items()
+        ]
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file}: not of the form of eval/needles.json ({what})") from None
+    if not found:
+        raise ValueError(f"{file}: no needles in {language}")
+    return found
 
 
 def continuation(tokenizer: Tokenizer | LucieTokenizer, text: str) -> list[int]:

@@ -211,6 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--depths", type=int, default=10, help="how many, from 0 to 100 %%")
     parser.add_argument("--language", choices=("en", "fr", "de", "es", "it"), default="en")
+    parser.add_argument("--needles", type=Path, default=NEEDLES, help="of the form of the default")
     parser.add_argument("--scoring", choices=tuple(SCORINGS), default="generate")
     parser.add_argument("--seed", type=int, default=42, help="which needle a cell gets")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/needle/CHECKPOINT")
@@ -225,7 +226,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     lengths = np.linspace(*args.lengths).round().astype(int).tolist()
     depths = np.linspace(0, 100, args.depths).round().astype(int).tolist()
-    files, needles = find_files(args.haystack), read_needles(args.language)
+    files, needles = find_files(args.haystack), read_needles(args.language, args.needles)
     model, tokenizer = open_with_tokenizer(args)
     trained, room = model.config.max_position_embeddings, room_for_answer(tokenizer, needles)
     make_room(model, lengths[-1])
@@ -239,7 +240,7 @@ def main(argv: list[str]) -> None:
         "weights": fingerprint(model),
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
         "haystack": [[Path(str(file)).name, size_of(file)] for file in files],
-        "needles": hashlib.sha256(NEEDLES.read_bytes()).hexdigest()[:16],
+        "needles": hashlib.sha256(args.needles.read_bytes()).hexdigest()[:16],
         "seed": args.seed,
     }
     stem = f"{args.language}_{args.scoring}"

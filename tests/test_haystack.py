@@ -128,6 +128,26 @@ def test_a_short_haystack_is_repeated_and_that_is_said(capsys):
             read_haystack(nothing, BYTES, 50)
 
 
+def test_needles_of_ones_own(tmp_path):
+    file = tmp_path / "needles.json"
+    form = {
+        "fact": "{place}: {answer}.",
+        "question": "{place}?",
+        "needles": {"Oslo": "7", "Rome": "9"},
+    }
+    file.write_text(json.dumps({"fr": form}), encoding="utf-8")
+    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7"), ("Rome: 9.", "Rome?", "9")]
+    with pytest.raises(ValueError, match=r"needles.json: not of the form .*\(no 'en'\)"):
+        read_needles("en", file)
+    for other in ("[1]", "{", '{"fr": {"fact": "", "question": "", "needles": [1]}}'):
+        file.write_text(other)
+        with pytest.raises(ValueError, match=r"needles.json: not of the form"):
+            read_needles("fr", file)
+    file.write_text('{"fr": {"fact": "", "question": "", "needles": {}}}')
+    with pytest.raises(ValueError, match=r"needles.json: no needles in fr"):
+        read_needles("fr", file)
+
+
 def test_a_length_without_room_is_refused_and_the_shortest_is_not():
     haystack, (needle, *_) = Haystack(list(range(4, 200)), [0]), read_needles("it")
     with pytest.raises(ValueError, match=r"length 20 is too short: .* take \d+ tokens") as error:

@@ -296,6 +296,7 @@ def test_a_model_with_more_room_is_one_that_had_it_from_the_start(model):
         (["--lengths", "50", "100", "2"], "length 50 is too short"),
         (["--lengths", "100", "50", "2"], "--lengths is MIN to MAX"),
         (["--depths", "0"], "--depths 1 or more"),
+        (["--needles", "{}/nowhere.json"], "nowhere.json: No such file"),
         (["--tokenizer", "{}/nowhere"], "nowhere: No such file"),
         (["--lengths", "1000", "100000000000", "2"], "their keys and values take"),
     ],

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,8 +13,8 @@ from data import passages
 from data.dataset import DataError, Mixture
 from data.tokenizer import load
 
-NEEDLES = json.loads(Path("eval/needles.json").read_text(encoding="utf-8"))
-LANGUAGES = tuple(NEEDLES)
+LANGUAGES = passages.LANGUAGES
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def text(language="en", documents=200, seed=0):
@@ -38,47 +37,57 @@ def pattern(template):
 def test_a_question_follows_its_fact_and_repeats_its_answer(language):
     asked = set()
     for seed in range(20):
-        made = passages.passage(language, text(language), 2000, Random(seed))
+        made = passages.passage(language, text(language), WORDS, 2000, Random(seed))
         for kind in range(2):
+            form = passages.FORMS[language]
             facts = {
                 found[1]: (found[2], found.start())
-                for found in pattern(passages.FORMS[language]["fact"][kind]).finditer(made)
+                for found in pattern(form["fact"][kind]).finditer(made)
             }
-            for found in pattern(passages.FORMS[language]["question"][kind]).finditer(made):
+            for found in pattern(form["question"][kind] + " {answer}").finditer(made):
                 answer, at = facts[found[1]]
                 assert found[2] == answer and at < found.start()
                 asked.add((kind, found[1]))
-    assert len(asked) > 50 and {kind for kind, _ in asked} == {0, 1}
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_facts_and_questions_have_the_form_of_the_needle_test(language):
-    form = passages.FORMS[language]
-    assert NEEDLES[language]["fact"] == form["fact"][0]
-    assert NEEDLES[language]["question"] + " {answer}" == form["question"][0]
+    assert len(asked) > 40 and {kind for kind, _ in asked} == {0, 1}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_what_the_needle_test_asks_for_is_never_seen(language):
-    """Neither its places nor, by their own words, its answers."""
-    assert not set(passages.places(language)) & NEEDLES[language]["needles"].keys()
-    assert len(passages.places(language)) == 57
-    made = passages.passage(language, text(language), 50_000, Random(0))
-    for place, answer in NEEDLES[language]["needles"].items():
-        assert place not in made and answer not in made
+    """Neither its places nor its codes; and its sentences are those of the passages."""
+    form, asked = passages.FORMS[language], passages.needles()[language]
+    assert asked["fact"] == form["fact"][0] and asked["question"] == form["question"][0]
+    assert len(asked["needles"]) == len(set(asked["needles"].values())) == 8
+    assert not set(passages.places(language)[0]) & asked["needles"].keys()
+    made = passages.passage(language, text(language), WORDS, 50_000, Random(0))
+    for place, code in asked["needles"].items():
+        assert place not in made and code not in made
 
 
 def test_a_place_has_one_fact_in_a_document():
-    made = passages.passage("en", text(), 30_000, Random(3))
+    made = passages.passage("en", text(), WORDS, 30_000, Random(3))
     named = [found[1] for found in pattern(passages.FORMS["en"]["fact"][0]).finditer(made)]
     named += [found[1] for found in pattern(passages.FORMS["en"]["fact"][1]).finditer(made)]
-    assert sorted(named) == sorted(passages.places("en"))  # all: a document may be longer
+    assert sorted(named) == sorted(passages.places("en")[0])  # all: a document may be longer
+
+
+def test_an_echo_is_one_code_again_and_again():
+    for size in (1, 300, 2000):
+        for seed in range(10):
+            first, *others = passages.echo(size, Random(seed)).splitlines()
+            assert others and set(others) == {first}
+            assert 8 <= len(first) <= 40 and " " not in first
+            assert (1 + len(others)) * (len(first) + 1) <= max(size, 2 * (len(first) + 1))
+
+
+def test_words_are_those_of_the_text_once():
+    known = [['The cat, the "cat" and an 8-bit ox.', "(Zebra) naïve!"]]
+    assert passages.words_of(known) == ["The", "Zebra", "and", "cat", "naïve", "the"]
 
 
 @pytest.mark.parametrize("size", [1, 700, 5000])
 def test_the_size_of_a_document(size):
     for seed in range(10):
-        made = passages.passage("fr", text("fr"), size, Random(seed))
+        made = passages.passage("fr", text("fr"), WORDS, size, Random(seed))
         assert size <= len(made) < size + 1500
 
 
@@ -97,7 +106,7 @@ def test_sentences_are_cut_at_their_ends_and_at_lines():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(passages, "TRAIN", {"short": 20_000, "long": 20_000})
+    monkeypatch.setattr(passages, "CHARACTERS", 20_000)
     monkeypatch.setattr(passages, "VALID", 4_000)
     monkeypatch.setattr(passages, "VOCAB_SIZE", 400)
 
@@ -110,15 +119,20 @@ def write(out):
 def test_streams_mixtures_and_vocabulary_fit_together(tmp_path, small, capfd):
     tokens = write(tmp_path / "a")
     assert tokens.keys() == {
-        f"train.{name}_{kind}" for name in LANGUAGES for kind in passages.SIZES
+        f"train.{name}_{kind}" for name in LANGUAGES for kind in ("short", "long", "echo")
     }
+    needles = json.loads((tmp_path / "a/needles.json").read_text(encoding="utf-8"))
+    assert needles == passages.needles()
     ranks = load(tmp_path / "a/ranks.tiktoken")
     assert ranks.vocab_size == 400
     for split in ("train", "valid"):
         for kind in passages.SIZES:
             file = tmp_path / "a" / f"{split}_{kind}.csv"
             rows = list(csv.DictReader(open(file, encoding="utf-8")))
-            assert [float(row["weight"]) for row in rows] == [1.0] * 5
+            weights = {row["name"]: float(row["weight"]) for row in rows}
+            echoes = sum(w for name, w in weights.items() if name.endswith("_echo"))
+            assert echoes / sum(weights.values()) == pytest.approx(0.6 * (split == "train"))
+            assert len(set(weights.values())) == 1 + (split == "train")
             mixture = Mixture(str(file), 64, 0, 400, samples=10)
             assert len(ranks.decode(mixture[3].tolist())) > 64
     write(tmp_path / "b")
@@ -137,7 +151,7 @@ def test_what_is_held_out_is_of_other_documents(tmp_path, small, capfd):
         lines = (tmp_path / "texts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         said = "\n".join(json.loads(line)["text"] for line in lines)
         words[split] = {sentence for doc in text("de") for sentence in doc if sentence in said}
-    assert len(words["valid"]) > 5 and len(words["train"]) > 100
+    assert len(words["valid"]) >= 5 and len(words["train"]) > 20
     assert not words["valid"] & words["train"]
 
 
