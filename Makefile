@@ -7,7 +7,7 @@ PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale d
 INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
 STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
 
-.PHONY: demo test lint static gpu bench clean
+.PHONY: demo miniature test lint static gpu bench clean
 
 # Lucie's recipe in miniature: data, three phases, a completion, what it knows, the curves.
 demo: .venv/installed
@@ -23,6 +23,25 @@ demo: .venv/installed
 	@echo
 	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --smooth 9 --png out/demo_curves.png
 	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
+
+# A model so small that it learns to retrieve on a CPU: needle maps of the three phases, in five
+# languages, drawn. The text is the demo's, or your own: make miniature TEXTS="en=FILES fr=FILES".
+TEXTS :=
+miniature: .venv/installed
+	@date +%s > .venv/miniature_started
+	$(RUN) -m data.passages $(TEXTS) --out out/miniature_data
+	@for phase in pretrain extension annealing; do \
+		$(RUN) train.py config/miniature_$$phase.py || exit; \
+		for language in en fr de es it; do \
+			$(RUN) -m eval.needle out/miniature_$$phase --language $$language \
+				--scoring likelihood --needles out/miniature_data/needles.json \
+				--haystack out/miniature_data/haystack/$$language.txt \
+				--lengths 64 832 13 --out out/miniature_$$phase/needle || exit; \
+		done; \
+	done
+	$(RUN) -m eval.curves out/miniature_pretrain out/miniature_extension out/miniature_annealing \
+		--smooth 9 --png out/miniature_curves.png
+	@echo "the miniature took $$(( $$(date +%s) - $$(cat .venv/miniature_started) )) seconds"
 
 # One test process a core, up to four: each test computes with one thread.
 test: .venv/installed_eval

@@ -16,7 +16,7 @@ validation = "out/miniature_data/valid_short.csv"
 seq_len = 128
 rope_theta = 10_000.0
 
-samples = 80_000  # 10 M tokens
+samples = 56_000  # 7 M tokens
 global_batch_size = 8
 learning_rate = 1e-3
 min_learning_rate = 1e-4

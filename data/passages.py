@@ -11,14 +11,14 @@ facts, questions about facts above, and quotations of what was said above:
     Answer: k7Qx+b2Rt
 
 A code is drawn anew for each document: nothing but the fact tells it. Documents called `echo` are
-one code over and over: the shortest way to learn to look back. Without them a model this small
-needs many times as many tokens before it begins to.
+a code over and over, or several in any order: the shortest way to learn to look back. Without them
+a model this small needs many times as many tokens before it begins to.
 
 For each language there are passages about as long as the main phase's sequences, `short`, and as
 the extension's, `long`, and from a fortieth of the text others to validate with; the vocabulary;
-mixtures, three fifths of them echoes, the languages in equal parts; and needles.json, for
-`eval.needle --needles`, of places and codes that no document has. A language without files takes
-the sentences of `make demo`.
+mixtures, three fifths of them echoes, the languages in equal parts; and for `eval.needle`
+needles.json, of places and codes that no document has, and haystack/LANGUAGE.txt, text that was
+held out. A language without files takes the sentences of `make demo`.
 """
 
 import argparse
@@ -123,9 +123,11 @@ def passage(language: str, text: list[Document], words: list[str], size: int, rn
 
 
 def echo(size: int, rng: Random) -> str:
-    """A line with a code, twice or up to `size` characters."""
-    said = code(rng, 8, 40) + "\n"
-    return said * max(2, size // len(said))
+    """Lines of one code, or of two to four in any order, up to `size` characters."""
+    codes, made = [code(rng, 6, 20) for _ in range(rng.choice((1, 1, 1, 2, 3, 4)))], ""
+    while len(made) < size:
+        made += rng.choice(codes) + "\n"
+    return made
 
 
 def documents(
@@ -192,6 +194,10 @@ def write(text: dict[str, list[Document]], out: Path) -> dict[str, int]:
         weight = round(ECHO / (1 - ECHO), 6)
         parts |= dict.fromkeys((f"{language}_echo" for language in text), weight)
         write_mixture(out / f"train_{kind}.csv", parts, "train.{}")
+    (out / "haystack").mkdir(exist_ok=True)
+    for language, known in held_out.items():
+        hay = "\n\n".join(" ".join(document) for document in known)
+        (out / "haystack" / f"{language}.txt").write_text(hay + "\n", encoding="utf-8")
     asked = json.dumps(needles(), ensure_ascii=False, indent=1)
     (out / "needles.json").write_text(asked + "\n", encoding="utf-8")
     return {name: stream["tokens"] for name, stream in report["streams"].items()}
