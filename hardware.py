@@ -71,4 +71,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((card.flops for card in CARDS.values() if card.part_of_name in name), None)
+    known = (card.flops for card in CARDS.values() if card.part_of_name in name)
+    return None if "NVL" in name else next(known, None)

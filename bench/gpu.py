@@ -12,6 +12,7 @@ Exit code 1 where anything of ours was wrong, failed, or was not proven right in
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -52,6 +53,11 @@ class Part:
 # --- what each tells ------------------------------------------------------------------------------
 
 
+def in_processes() -> list[str]:
+    """Four at a time where pytest-xdist is: compiling takes most of the time of these tests."""
+    return ["-n", "4"] if importlib.util.find_spec("xdist") else []
+
+
 def tests_headline(out: Path) -> list[str]:
     text = (out / "tests.log").read_text(encoding="utf-8", errors="replace")
     found = re.findall(r"^(?:=+ )?((?:\d+ \w+,? ?)+(?:in .*?s)?\b.*?)(?: =+)?$", text, re.M)
@@ -85,9 +91,10 @@ def step_headline(out: Path) -> list[str]:
         if not profiled["failure"]:
             worst = profiled["lossiest"]
             lines.append(
-                f"{profiled['seq_len']:,} tokens: most is lost in {worst['group']}, "
+                f"{profiled['title']}: most is lost in {worst['group']}, "
                 f"{worst['lost_ms']:,.1f} ms, {worst['of_step']:.1%} of the step"
             )
+    lines += [f"{name}: {error}" for name, error in results["errors"].items()]
     failures = {
         f"{row['side']}: {row['failure']}"
         for row in results["rows"]
@@ -138,7 +145,7 @@ PARTS = [
     Part(
         "tests",
         0.2,
-        lambda out, minutes: ["-m", "pytest", "-q", "-m", "gpu and not slow"],
+        lambda out, minutes: ["-m", "pytest", "-q", "-m", "gpu and not slow", *in_processes()],
         lambda out, minutes: ["-m", "pytest", "-q", "-m", "not slow", "tests/test_swiglu.py"],
         tests_headline,
         "one file of them, in Triton's interpreter; those marked gpu cannot run here",

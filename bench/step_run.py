@@ -62,6 +62,7 @@ class Bench:
             "checks": {},
             "rows": [],
             "profiles": [],
+            "errors": {},
             "stopped": None,
             "not_begun": [],
         }
@@ -80,12 +81,20 @@ class Bench:
                 if self.late():
                     break
                 bar.set_description(name)
-                tasks[name]()
+                try:
+                    tasks[name]()
+                except GPULost:
+                    raise
+                except Exception as error:  # in the measuring itself: the others go on
+                    self.results["errors"][name] = describe(error)
+                    self.clear()
                 left.remove(name)
         except KeyboardInterrupt:
             self.results["stopped"] = "by hand"
         except GPULost as error:  # what followed would be no verdict on anybody
             self.results["stopped"] = f"with the GPU: {error}"
+        except Exception as error:  # no processes, no ceilings
+            self.results["stopped"] = f"at the start: {describe(error)}"
         self.results["not_begun"] = left
         self.write()
         return self.results
@@ -101,7 +110,15 @@ class Bench:
                     name = f"{OURS} at {config.seq_len:,}, micro-batches of {size}"
                     tasks[name] = partial(self.ours, replace(config, micro_batch_size=size))
         peers = [name for name in self.sides if name != OURS]
-        for name in sorted(peers, key=lambda name: "compiled" in name):  # those take their time
+        compiled = [name for name in peers if "compiled" in name]  # those take their time
+        eager = [name for name in peers if name not in compiled]
+        for name in eager:
+            for config in self.phases:
+                tasks[f"{name} at {config.seq_len:,}"] = partial(self.best, name, config)
+        for config in self.phases:
+            task = partial(self.fewer_layers, config, [OURS, *eager])
+            tasks[f"fewer layers at {config.seq_len:,}"] = task
+        for name in compiled:
             for config in self.phases:
                 tasks[f"{name} at {config.seq_len:,}"] = partial(self.best, name, config)
         for config in self.phases:
@@ -111,8 +128,9 @@ class Bench:
             else:  # accumulating takes its memory, too
                 more = replace(config, global_batch_size=2)
                 tasks[f"{where}, accumulating"] = partial(self.ours, more)
-        for config in self.phases:
-            tasks[f"fewer layers at {config.seq_len:,}"] = partial(self.fewer_layers, config)
+        for config in self.phases if compiled else ():
+            task = partial(self.fewer_layers, config, list(self.sides))
+            tasks[f"fewer layers at {config.seq_len:,}, compiled too"] = task
         return tasks
 
     def late(self) -> bool:
@@ -178,18 +196,21 @@ class Bench:
                 self.broken.add(name)
         return False
 
-    def fewer_layers(self, config: Config) -> None:
-        """Everybody once more, with as many layers as fit those that did not fit with all."""
-        failing = [name for name in self.sides if self.too_large_for(name, config)]
+    def fewer_layers(self, config: Config, names: list[str]) -> None:
+        """These once more, with as many layers as fit those of them that did not fit with all."""
+        failing = [name for name in names if name in self.sides]
+        failing = [name for name in failing if self.too_large_for(name, config)]
         layers = [self.layers_of(name, config) for name in failing]
         if not layers or not min(layers):
             return
         fewer = replace(config, num_hidden_layers=min(layers))
-        for name in self.sides:
-            if name != OURS:
-                self.best(name, fewer)
-            elif not any(row["failure"] is None for row in self.rows_of(OURS, fewer)):
+        for name in names:
+            if self.late() or any(row["failure"] is None for row in self.rows_of(name, fewer)):
+                continue
+            if name == OURS:
                 self.ours(fewer)
+            else:
+                self.best(name, fewer)
 
     def too_large_for(self, name: str, config: Config) -> bool:
         rows = self.rows_of(name, config)
@@ -269,9 +290,10 @@ class Bench:
         events = self.out / f"step_{config.seq_len}.trace.json.gz"
         wall = step_profile.record(step, self.device, events)
         parameters = plan.Job(config, 1).parameters
-        found = step_profile.analyse(
-            step_profile.read(events), shapes, self.results["ceilings"], parameters, wall
-        )
+        recorded = step_profile.read(events)
+        if self.device.type == "cuda" and not any(e.get("cat") == "kernel" for e in recorded):
+            raise RuntimeError("no kernel was recorded: is CUPTI to be had here?")
+        found = step_profile.analyse(recorded, shapes, self.results["ceilings"], parameters, wall)
         title = (
             f"a step of {shapes.micro_batches} x {config.micro_batch_size} x {config.seq_len:,} "
             f"tokens, {config.num_hidden_layers} layers, recomputed "

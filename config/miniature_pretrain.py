@@ -1,4 +1,7 @@
-"""The miniature, phase 1: a model so small that it learns to look back, on short sequences."""
+"""The miniature, phase 1: so small a model, on so short sequences, learns to look back on a CPU.
+
+`make miniature` runs it after `python -m data.passages` has made its data.
+"""
 
 name = "miniature_pretrain"
 

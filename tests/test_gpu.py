@@ -173,12 +173,12 @@ def test_the_step_in_a_few_lines(tmp_path):
     rows.append(row | {"side": "liger", "failure": "No module"})
     rows.append(row | {"side": "liger", "failure": "out of memory", "memory": True})
     worst = {"group": "gaps", "lost_ms": 123.4, "of_step": 0.05}
-    profiles = [{"seq_len": 4096, "failure": None, "lossiest": worst}, {"failure": "x"}]
+    profiles = [{"seq_len": 4096, "failure": None, "lossiest": worst, "title": "a step"}, {"failure": "x"}]
     results = {"rows": rows, "profiles": profiles, "checks": {}, "stopped": "by hand"}
-    (tmp_path / "step.json").write_text(json.dumps(results | {"not_begun": ["a", "b"]}))
+    (tmp_path / "step.json").write_text(json.dumps(results | {"not_begun": ["a", "b"], "errors": {}}))
     assert gpu.step_headline(tmp_path) == [
         "8 x 4,096 tokens, 32 layers: 12,000 tokens/s; 1.50 x transformers, the fastest peer",
-        "4,096 tokens: most is lost in gaps, 123.4 ms, 5.0% of the step",
+        "a step: most is lost in gaps, 123.4 ms, 5.0% of the step",
         "liger: No module",
         "stopped by hand; not begun: a, b",
     ]

@@ -216,6 +216,32 @@ def test_an_interruption_leaves_what_is_known(right, tmp_path):
     assert "stopped by hand; not begun: ours at 160" in step_report.table(results)
 
 
+def test_an_error_of_the_measuring_itself_stops_nobody_else(right, tmp_path, monkeypatch):
+    best = Bench.best
+
+    def fails(self, name, config):
+        if name == "transformers":
+            raise ZeroDivisionError("by nothing")
+        best(self, name, config)
+
+    monkeypatch.setattr(Bench, "best", fails)
+    results = run(tmp_path, {"ours": Side(), "transformers": Side(), "liger": Side()})
+    assert results["errors"] == {"transformers at 64": "ZeroDivisionError: by nothing"}
+    assert {row["side"] for row in results["rows"]} == {"ours", "liger"}
+    assert results["stopped"] is None and results["not_begun"] == []
+
+
+def test_a_start_that_fails_is_told(right, tmp_path, monkeypatch):
+    def fails(device):
+        raise RuntimeError("no process group")
+
+    monkeypatch.setattr(step_peers, "start", fails)
+    results = run(tmp_path, {"ours": Side()})
+    assert results["stopped"] == "at the start: RuntimeError: no process group"
+    assert json.loads((tmp_path / "step.json").read_text())["stopped"] == results["stopped"]
+    assert "no process group" in step_report.table(results)
+
+
 def test_the_file_is_whole_after_every_row(right, tmp_path):
     seen = []
 
@@ -394,7 +420,10 @@ def test_the_verdict_is_against_the_fastest_peer_in_the_same_step():
 )
 def test_what_counts_as_a_failure(rows, expected):
     columns = ("side", "failure", "memory")
-    assert step.ours_ran({"rows": [dict(zip(columns, row)) for row in rows]}) == expected
+    rows = [dict(zip(columns, row)) for row in rows]
+    assert step.ours_ran({"rows": rows, "errors": {}}) == expected
+    assert step.ours_ran({"rows": rows, "errors": {"liger at 64": "x"}}) == expected
+    assert not step.ours_ran({"rows": rows, "errors": {"ours at 64": "x"}})
 
 
 # --- the 7B, planned ------------------------------------------------------------------------------
