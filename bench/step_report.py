@@ -110,6 +110,7 @@ def table(results: dict) -> str:
         else:
             lines += ["", step_profile.table(profiled, profiled["title"])]
     lines += ["", *map(verdict_line, verdicts(results))]
+    lines += [f"{task}: {error}" for task, error in results["errors"].items()]
     if results["stopped"]:
         lines.append(f"stopped {results['stopped']}; not begun: {', '.join(results['not_begun'])}")
     return "\n".join(lines)

@@ -173,9 +173,14 @@ def test_the_step_in_a_few_lines(tmp_path):
     rows.append(row | {"side": "liger", "failure": "No module"})
     rows.append(row | {"side": "liger", "failure": "out of memory", "memory": True})
     worst = {"group": "gaps", "lost_ms": 123.4, "of_step": 0.05}
-    profiles = [{"seq_len": 4096, "failure": None, "lossiest": worst, "title": "a step"}, {"failure": "x"}]
+    profiles = [
+        {"seq_len": 4096, "failure": None, "lossiest": worst, "title": "a step"},
+        {"failure": "x"},
+    ]
     results = {"rows": rows, "profiles": profiles, "checks": {}, "stopped": "by hand"}
-    (tmp_path / "step.json").write_text(json.dumps(results | {"not_begun": ["a", "b"], "errors": {}}))
+    (tmp_path / "step.json").write_text(
+        json.dumps(results | {"not_begun": ["a", "b"], "errors": {}})
+    )
     assert gpu.step_headline(tmp_path) == [
         "8 x 4,096 tokens, 32 layers: 12,000 tokens/s; 1.50 x transformers, the fastest peer",
         "a step: most is lost in gaps, 123.4 ms, 5.0% of the step",

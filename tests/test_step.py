@@ -227,6 +227,7 @@ def test_an_error_of_the_measuring_itself_stops_nobody_else(right, tmp_path, mon
     monkeypatch.setattr(Bench, "best", fails)
     results = run(tmp_path, {"ours": Side(), "transformers": Side(), "liger": Side()})
     assert results["errors"] == {"transformers at 64": "ZeroDivisionError: by nothing"}
+    assert "transformers at 64: ZeroDivisionError: by nothing" in step_report.table(results)
     assert {row["side"] for row in results["rows"]} == {"ours", "liger"}
     assert results["stopped"] is None and results["not_begun"] == []
 
