@@ -49,11 +49,8 @@ class Bench:
         """room: bytes of memory; most: steps timed in a row."""
         self.phases, self.sides, self.device, self.out, self.room = phases, sides, device, out, room
         self.deadline = time.monotonic() + 60 * minutes
-        self.minutes, self.most, self.broken = (
-            minutes,
-            most,
-            set(),
-        )  # the broken: sides that cannot run
+        self.minutes, self.most = minutes, most
+        self.broken: set[str] = set()  # sides that cannot run
         self.results = machine(device.type) | {
             "transformers": version("transformers"),
             "peak_flops": hardware.peak_flops(device),
@@ -222,9 +219,10 @@ class Bench:
         if name == OURS:
             return self.layers_planned(config)
         few = max(1, config.num_hidden_layers // 16)
-        small = (few, 2 * few)
         peaks = {}
-        for layers in small:
+        for layers in (few, 2 * few):
+            if self.late():
+                break
             choice = replace(
                 config,
                 num_hidden_layers=layers,

@@ -99,6 +99,22 @@ def test_a_rank_without_a_row_takes_part(tiny_data):
     same_run(tiny_data, "three", "one", exactly=False)
 
 
+def test_the_options_of_a_micro_batch_reach_it(tiny_data, monkeypatch):
+    seen, known = [], parallel.micro_batch
+
+    def noting(model, *flags):
+        seen.append(flags)
+        return known(model, *flags)
+
+    monkeypatch.setattr(parallel, "micro_batch", noting)
+    for reduce_each, gather_each in ((True, False), (False, True)):
+        name = f"{reduce_each}-{gather_each}"
+        change = dict(reduce_each_micro_batch=reduce_each, gather_each_micro_batch=gather_each)
+        train.main(options(tiny_data, name=name, **steps_of(2, **change)))
+        assert seen == 20 * [(False, reduce_each, gather_each), (True, reduce_each, gather_each)]
+        seen.clear()
+
+
 def test_two_ranks_are_the_run_of_one_process(tiny_data):
     """The short form: uneven batches, gradients reduced each time or once, every checkpointing."""
     train.main(options(tiny_data, name="one-2", **steps_of(2)))
@@ -205,6 +221,16 @@ class Operations(TorchDispatchMode):
         return Counter(self.order)
 
 
+def spread(way, config, replica_size=0):
+    """What to call of a model in fp32 whose weights are all alike."""
+    with torch.device("meta"):
+        model = Lucie(config)
+    forward = parallel.spread(model, way, replica_size, torch.device("cpu"), torch.float32)
+    for p in model.parameters():
+        parallel.local_rows(p)[0].data.fill_(0.1)
+    return forward
+
+
 # Of three micro-batches, two layers: embedding, blocks and head are four units. Blocks are gathered
 # for the forward and again for the backward of each, the head once for both, the embedding for the
 # forward alone; or everything once.
@@ -220,11 +246,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("imagined", [8], indirect=True)
 def test_the_next_unit_is_on_its_way_before_one_computes(imagined, tiny_config):
-    with torch.device("meta"):
-        model = Lucie(tiny_config)
-    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
-    for p in model.parameters():
-        parallel.local_rows(p)[0].fill_(0.1)
+    forward = spread("fsdp", tiny_config)
     tokens = torch.randint(97, (1, 9))
     with Operations() as seen:
         forward(tokens, tokens)
@@ -243,11 +265,7 @@ def test_the_next_unit_is_on_its_way_before_one_computes(imagined, tiny_config):
 def test_nothing_travels_more_often_than_it_must(
     imagined, way, reduce_each, gather_each, tiny_config
 ):
-    with torch.device("meta"):
-        model = Lucie(tiny_config)
-    forward = parallel.spread(model, way, 4, torch.device("cpu"), torch.float32)
-    for p in model.parameters():
-        parallel.local_rows(p)[0].fill_(0.1)
+    forward = spread(way, tiny_config, 4)
     tokens = torch.randint(97, (1, 9))
     with Operations() as seen:
         for number in range(3):
@@ -258,11 +276,7 @@ def test_nothing_travels_more_often_than_it_must(
 
 
 def test_a_lone_rank_copies_its_gradient_once_a_step(alone, tiny_config):
-    with torch.device("meta"):
-        model = Lucie(tiny_config)
-    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
-    for p in model.parameters():
-        parallel.local_rows(p)[0].fill_(0.1)
+    forward = spread("fsdp", tiny_config)
     tokens = torch.randint(97, (1, 9))
     with Operations() as seen:
         for number in range(3):
@@ -272,11 +286,7 @@ def test_a_lone_rank_copies_its_gradient_once_a_step(alone, tiny_config):
 
 
 def test_ddp_exchanges_gradients_at_the_last_micro_batch(alone, tiny_config):
-    with torch.device("meta"):
-        model = Lucie(tiny_config)
-    forward = parallel.spread(model, "ddp", 0, torch.device("cpu"), torch.float32)
-    for p in model.parameters():
-        p.data.fill_(0.1)
+    forward = spread("ddp", tiny_config)
     sent = []
 
     def noting(_, bucket):
@@ -310,6 +320,16 @@ def test_clipping_equals_torchs(tiny_config, largest):
     assert float(expected) == pytest.approx(float(norm), rel=1e-6)
     for ours, theirs in zip(*(m.parameters() for m in models)):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
+def test_rows_have_the_same_norms_on_any_number_of_ranks():
+    """Or the sum would not have the same bits; rows are what is never cut."""
+    gradient = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    whole = parallel._norms_of_rows(gradient)
+    assert torch.allclose(whole.double(), gradient.double().norm(dim=1), rtol=1e-6)
+    for cut in range(8):
+        parts = [parallel._norms_of_rows(part) for part in (gradient[:cut], gradient[cut:])]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_clipping_shards_equals_clipping_the_whole(alone, tiny_config):

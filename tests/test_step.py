@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import hardware
 from bench import plan, step, step_peers, step_report, step_run
 from bench.report import BenchError
 from bench.step_run import Bench, layers_that_fit, settings
@@ -214,6 +215,40 @@ def test_an_interruption_leaves_what_is_known(right, tmp_path):
     assert results["not_begun"][0] == "ours at 160" and len(results["not_begun"]) == 9
     assert list(tmp_path.iterdir()) == [tmp_path / "step.json"]  # no half of one beside it
     assert "stopped by hand; not begun: ours at 160" in step_report.table(results)
+
+
+def test_a_time_table_without_a_kernel_is_none(tmp_path, monkeypatch):
+    """On a GPU; the host's operations alone would be held against its floors."""
+    bench = Bench([SHORT], {}, torch.device("cpu"), tmp_path, 1e9, 1)
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(step_run.step_profile, "record", lambda *_: 1.0)
+    for category in ("cpu_op", "cuda_runtime"):
+        monkeypatch.setattr(step_run.step_profile, "read", lambda _, c=category: [{"cat": c}])
+        with pytest.raises(RuntimeError, match="no kernel was recorded"):
+            bench.profile(SHORT, lambda: None, 1.0)
+
+
+def test_a_setting_that_torch_does_not_have_ends_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", seen.append, raising=False)
+    assert step.set_allocator("a:True") == "a:True" and seen == ["a:True"]
+    monkeypatch.delattr(torch.cuda.memory, "_set_allocator_settings")
+    assert step.set_allocator("a:True").startswith("not a:True: ")
+
+
+@pytest.mark.parametrize(
+    "card,flops",
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_the_peak_is_of_the_card(monkeypatch, card, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
+    assert hardware.peak_flops(torch.device("cuda")) == flops
 
 
 def test_an_error_of_the_measuring_itself_stops_nobody_else(right, tmp_path, monkeypatch):
