@@ -11,7 +11,7 @@ import checkpoint
 from completion import Sampling
 from data.tokenizer import EOS, save
 from eval import needle
-from eval.haystack import continuation, read_needles, room_for_answer
+from eval.haystack import NEEDLES, continuation, read_needles, room_for_answer
 from eval.needle import generator, log_probabilities, picker, words_found
 from eval.opening import command_line, make_room
 from model import Lucie, LucieConfig
@@ -178,7 +178,7 @@ def test_goes_on_where_it_stopped(folder, monkeypatch, capsys):
     assert "2,500" in shown and "   500" not in shown
 
 
-@pytest.mark.parametrize("other", ["weights", "haystack", "seed"])
+@pytest.mark.parametrize("other", ["weights", "haystack", "needles", "seed"])
 def test_a_csv_of_something_else_is_refused(folder, monkeypatch, capsys, other):
     stand_in(monkeypatch)
     assert run(folder) == 0
@@ -189,6 +189,11 @@ def test_a_csv_of_something_else_is_refused(folder, monkeypatch, capsys, other):
         (folder / "new" / "model.safetensors").replace(folder / "hf" / "model.safetensors")
     elif other == "haystack":
         (folder / "essays" / "00.txt").write_text("Another text.")
+    elif other == "needles":
+        own = json.loads(NEEDLES.read_text(encoding="utf-8"))
+        own["en"]["needles"].popitem()
+        (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
+        more = ["--needles", folder / "own.json"]
     else:
         more = ["--seed", "7"]
     capsys.readouterr()
