@@ -1,7 +1,6 @@
 # Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 on.
 PYTHON ?= python3
 RUN := .venv/bin/python
-PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?
 
 # A Python that has the requirements already may be given, as in `make gpu RUN=python3`.
 INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
@@ -9,20 +8,29 @@ STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
 
 .PHONY: demo miniature test lint static gpu bench clean
 
-# Lucie's recipe in miniature: data, three phases, a completion, what it knows, the curves.
+# Lucie's recipe in miniature: data, three phases, what each of them taught, the curves. Another seed
+# or dtype, in a folder of its own: make demo RUNS=out/seed_1 OPTIONS="--seed=1 --dtype=float32"
+RUNS ?= out
+PHASES := $(RUNS)/demo_pretrain $(RUNS)/demo_extension $(RUNS)/demo_annealing
+TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS)
 demo: .venv/installed
 	@date +%s > .venv/demo_started
 	$(RUN) -m data.prepare demo --out out/demo_data
-	$(RUN) train.py config/demo_pretrain.py
-	$(RUN) train.py config/demo_extension.py
-	$(RUN) train.py config/demo_annealing.py
+	$(call TRAIN,demo_pretrain)
+	$(call TRAIN,demo_extension,demo_pretrain)
+	$(call TRAIN,demo_annealing,demo_extension)
 	@echo
-	$(RUN) generate.py out/demo_annealing --temperature 0 --max-new-tokens 40 --prompt "$(PROMPT)"
+	$(RUN) -m eval.capitals $(PHASES)
 	@echo
-	$(RUN) -m eval.capitals out/demo_annealing --at-least 0.9
+	$(RUN) -m eval.curves $(PHASES) --smooth 9 --png $(RUNS)/demo_curves.png
 	@echo
-	$(RUN) -m eval.curves out/demo_pretrain out/demo_extension out/demo_annealing --smooth 9 --png out/demo_curves.png
 	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
+	@echo
+	@echo "What to do next, after: source .venv/bin/activate"
+	@echo "  ask it yourself        python generate.py $(RUNS)/demo_annealing --temperature 0 --interactive"
+	@echo "  train on your own text README.md, 'Train on your own text'"
+	@echo "  the real recipe        torchrun --nproc-per-node=8 train.py config/pretrain.py (README.md, 'Train Lucie-7B')"
+	@echo "  the kernels            make static, without a GPU; make gpu on one (README.md, 'Kernels')"
 
 # A model so small that it learns to retrieve on a CPU: needle maps of the three phases, in five
 # languages, drawn. The text is the demo's, or your own: make miniature TEXTS="en=FILES fr=FILES".

@@ -1,32 +1,33 @@
-"""The demo, phase 2: twice as long sequences and a larger theta, at a constant rate."""
+"""The demo, phase 2: sequences 8 times as long, theta 40 times as large, as in Lucie."""
 
 name = "demo_extension"
 init_from = "out/demo_pretrain"
 
 hidden_size = 256
 intermediate_size = 768
-num_hidden_layers = 6
-num_attention_heads = 4
-num_key_value_heads = 1
+num_hidden_layers = 3
+num_attention_heads = 8
+num_key_value_heads = 2
 vocab_size = 4096
 
 tokenizer = "out/demo_data/ranks.tiktoken"
 mixture = "out/demo_data/extension.csv"
 validation = "out/demo_data/validation.csv"
 seq_len = 512
-rope_theta = 40_000.0
+rope_theta = 400_000.0
 
-samples = 160  # 82 k tokens
-global_batch_size = 4
-learning_rate = 3e-4  # where the cosine of phase 1 ended
-min_learning_rate = 3e-4
+samples = 80  # 41 k tokens
+global_batch_size = 2
+learning_rate = 2e-4  # constant, where the cosine of phase 1 ended
+min_learning_rate = 2e-4
 warmup_samples = 0
 lr_decay = "constant"
+beta2 = 0.99
 eps = 1e-8
 
-micro_batch_size = 4
+micro_batch_size = 2
 log_every = 2
-eval_every = 10
+eval_every = 20
 eval_samples = 16
 checkpoint_every = 0
 checkpoint_prefix = "extension_"

@@ -42,7 +42,7 @@ VALID_KILOBYTES = 40
 PAIRS = (("fr", "en"), ("de", "fr"), ("es", "en"), ("it", "en"))
 OTHER_TOPICS = ("reverse", "language", "currency", "continent", "year")
 ALL_TOPICS = ("capital", *OTHER_TOPICS)
-FACTS_TOPICS = 8 * ("capital",) + OTHER_TOPICS
+FACTS_TOPICS = 16 * ("capital",) + OTHER_TOPICS
 SUM_STYLES = ("digits", "sentence", "ask in digits", "ask in words", "story")
 DAYS_IN_MONTH = {1: 31, 3: 31, 4: 30, 5: 31, 6: 30, 7: 31, 8: 31, 9: 30, 10: 31, 11: 30, 12: 31}
 SKIPPED_FOLDERS = "test tests idlelib lib2to3 encodings turtledemo pydoc_data __pycache__".split()
@@ -314,7 +314,7 @@ def page(blocks: Lines, rng: Random, title: str = "") -> str:
 
 def pages(language: str, rng: Random) -> Lines:
     """Endless documents of all kinds, most of them questions, most of those on capitals."""
-    kinds = 6 * (capital_lines,) + 2 * (question_lines,)
+    kinds = 10 * (capital_lines,) + 2 * (question_lines,)
     kinds += (portraits, dialogue, lists, comparisons, calendar, sums)
     pick, titles = deck(rng), templates(language)["titles"]
     while True:

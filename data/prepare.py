@@ -58,8 +58,11 @@ PUBLISHED = {
 DEMO_MIXTURES = {
     "pretraining": PUBLISHED,
     "extension": PUBLISHED,
-    "annealing": {"facts": 0.78, "arithmetic": 0.05, "en": 0.08, "fr": 0.03, "code": 0.06},
-}
+    "annealing": {
+        "facts": 0.82, "arithmetic": 0.03, "code": 0.03, "en": 0.02, "fr": 0.02, "de": 0.02,
+        "es": 0.02, "it": 0.04,
+    },
+}  # fmt: skip
 
 
 def tokenize(
