@@ -238,9 +238,17 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
 
 def length(curve: Curve) -> str:
     """How long a phase has been trained, in words."""
-    hours = [curve.x[key][-1] for key in ("time", "gpu-hours")]
-    time, gpus = (f"{h:,.0f}" if h >= 100 else f"{h:.3g}" for h in hours)
-    return f"{magnitude(curve.tokens[-1])} tokens, {time} h, {gpus} GPU h"
+    words = [f"{magnitude(curve.tokens[-1])} tokens", duration(curve.x["time"][-1])]
+    if curve.x["gpu-hours"][-1] != curve.x["time"][-1]:
+        words.append(duration(curve.x["gpu-hours"][-1]).replace(" ", " GPU "))
+    return ", ".join(words)
+
+
+def duration(hours: float) -> str:
+    """`2.5 min`, `3.21 h`, `1,190 h`."""
+    if hours < 1:
+        return f"{60 * hours:.3g} min"
+    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
 
 
 def scale_of(number: float) -> tuple[float, str]:

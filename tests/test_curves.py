@@ -53,6 +53,12 @@ def test_a_row_cut_short_is_left_out(runs):
     assert curves.read(runs / "main").loss == [8, 6, 4]
 
 
+def test_how_long_a_phase_took(phases):
+    assert curves.length(phases[0]) == "100.00 tokens, 45 min, 3 GPU h"
+    phases[0].x.update({"time": [0.02], "gpu-hours": [0.02]})
+    assert curves.length(phases[0]) == "100.00 tokens, 1.2 min"
+
+
 def test_smoothing_is_a_mean_around_each_row():
     values = [10.0, 1, 4, 7, 1, 1, 40]
     assert curves.smoothed(values, 1) == values
@@ -93,6 +99,12 @@ def test_each_phase_has_a_column_and_a_scale_of_its_own(phases):
     assert rate.get_xlabel() == "GPU hours" and rate.get_yscale() == "log"
     assert [list(line.get_ydata()) for line in rate.get_lines()] == [[1e-3] * 2, [1e-3] * 3]
     assert [axes.get_title(loc="left") for axes in (loss, other_loss)] == ["main", "annealing"]
+
+
+def test_how_long_a_phase_took(phases):
+    assert curves.length(phases[0]) == "100.00 tokens, 45 min, 3 GPU h"
+    phases[0].x.update({"time": [0.02], "gpu-hours": [0.02]})
+    assert curves.length(phases[0]) == "100.00 tokens, 1.2 min"
 
 
 def test_smoothing_is_stated_and_the_rows_stay(phases):
