@@ -101,12 +101,6 @@ def test_each_phase_has_a_column_and_a_scale_of_its_own(phases):
     assert [axes.get_title(loc="left") for axes in (loss, other_loss)] == ["main", "annealing"]
 
 
-def test_how_long_a_phase_took(phases):
-    assert curves.length(phases[0]) == "100.00 tokens, 45 min, 3 GPU h"
-    phases[0].x.update({"time": [0.02], "gpu-hours": [0.02]})
-    assert curves.length(phases[0]) == "100.00 tokens, 1.2 min"
-
-
 def test_smoothing_is_stated_and_the_rows_stay(phases):
     loss = curves.draw(phases[:1], smooth=3).axes[0]
     assert [list(line.get_ydata()) for line in loss.get_lines()[:2]] == [[8, 6, 4], [8, 6, 4]]
