@@ -1,7 +1,6 @@
 """Who may import whom: the code stays readable in one direction."""
 
 import ast
-import re
 from pathlib import Path
 
 ALLOWED = {
@@ -47,13 +46,3 @@ def test_imports_go_one_way():
         imported = (imported & ours) - {part}
         assert imported <= ALLOWED.get(part, ours), f"{path} imports {imported}"
         assert not imported & LEAVES, f"{path} imports {imported & LEAVES}: those are leaves"
-
-
-def test_the_readme_counts_the_lines_of_files_right():
-    """Of the file in the first column, or of all Python files of a folder."""
-    rows = re.findall(r"^\| \[.*?\]\(([\w/.]+)\) \| (\d+) \|", Path("README.md").read_text(), re.M)
-    assert len(rows) > 20
-    for name, count in rows:
-        files = [Path(name)] if Path(name).is_file() else Path(name).glob("*.py")
-        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-        assert int(count) == lines, f"{name} has {lines} lines"
