@@ -1,13 +1,18 @@
-# Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 on.
+# Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 to 3.14.
 PYTHON ?= python3
+# Which build of torch: on Linux the default one brings gigabytes of CUDA, so where there is no NVIDIA
+# driver it is the one for CPUs. make TORCH=cpu or TORCH=default decides otherwise, on a fresh .venv.
+DRIVER := $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*)
+TORCH ?= $(if $(DRIVER),default,$(if $(filter Linux,$(shell uname -s)),cpu,default))
 RUN := .venv/bin/python
 PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?
 
 # A Python that has the requirements already may be given, as in `make gpu RUN=python3`.
 INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
 STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
+PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo miniature test lint static gpu bench clean
+.PHONY: demo miniature test test_slow test_all lint static gpu bench clean
 
 # Lucie's recipe in miniature: data, three phases, a completion, what it knows, the curves.
 demo: .venv/installed
@@ -43,9 +48,15 @@ miniature: .venv/installed
 		--smooth 9 --png out/miniature_curves.png
 	@echo "the miniature took $$(( $$(date +%s) - $$(cat .venv/miniature_started) )) seconds"
 
-# One test process a core, up to four: each test computes with one thread.
-test: .venv/installed_eval
-	$(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
+# Every day, in minutes. One test process a core, up to four: each computes with one thread.
+test: .venv/installed
+	$(PYTEST) -m "not slow"
+
+# What is slow, exhaustive, or needs the benchmarks' packages.
+test_slow: .venv/installed_eval
+	$(PYTEST) -m slow
+
+test_all: test test_slow
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
@@ -70,9 +81,21 @@ bench: .venv/installed
 clean:
 	rm -rf .venv .venv-triton-* out
 
+# The build for CPUs comes from where pip is told to look, such as a folder of wheels, or else from
+# PyTorch's own index, since PyPI does not have it. Everything else comes from where pip looks.
+define venv
+$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 14) or sys.exit( \
+	'Python 3.11 to 3.14 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.12' % sys.version_info[:2])"
+$(PYTHON) -m venv $(1)
+@$(if $(filter default,$(TORCH)),true,$(if $(filter cpu,$(TORCH)),,$(error TORCH is cpu or default))\
+	wheel=$$(grep ^torch== requirements.txt)+cpu; pip="$(1)/bin/python -m pip install -q --no-deps $$wheel"; \
+	echo "$$wheel has no CUDA: TORCH=default takes the build that has"; \
+	$$pip 2> $(1)/log || $$pip --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 || \
+	{ cat $(1)/log; echo "$$wheel is not available: make TORCH=default"; exit 1; })
+endef
+
 .venv/installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
+	$(call venv,.venv)
 	$(RUN) -m pip install -q -r requirements-dev.txt
 	touch $@
 
@@ -81,7 +104,7 @@ clean:
 	touch $@
 
 .venv-triton-%/installed: requirements.txt
-	$(PYTHON) -m venv .venv-triton-$*
+	$(call venv,.venv-triton-$*)
 	.venv-triton-$*/bin/pip install -q $$(grep -E '^(torch|numpy|tqdm)==' requirements.txt)
 	.venv-triton-$*/bin/pip install -q triton==$*
 	touch $@
