@@ -29,7 +29,7 @@ from test_chaos import (
     undisturbed,
     until,
 )
-from test_train import options, patched
+from test_train import options
 
 import checkpoint
 import tensor_files
@@ -38,6 +38,8 @@ from data.prepare import StreamWriter
 pytestmark = needs_fork
 
 ONE_STEP = dict(max_minutes=1e-6)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def after_update(number: int, act: Callable) -> None:
@@ -364,9 +366,7 @@ def test_a_second_signal_stops_what_hangs(tiny_data):
 @pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
     """The signal goes to the whole process group, and torchrun passes it on again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py"]
-    command += options(tiny_data, samples=8000, validation="")
+    command = [*TORCHRUN, "train.py", *options(tiny_data, samples=8000, validation="")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, start_new_session=True) as job:
         try:
@@ -428,7 +428,8 @@ def test_a_rank_that_dies_in_the_last_save_is_missed(tiny_data, victim):
 
 
 DYING = """
-import time
+import os, signal, sys, time, torch, train
+rank = int(os.environ["RANK"])
 update, count = torch.optim.AdamW.step, [0]
 def dying(self, *args):
     update(self, *args)
@@ -439,6 +440,7 @@ def dying(self, *args):
         open(os.environ["DIED"], "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 torch.optim.AdamW.step = dying
+train.command_line(sys.argv[1:])
 """
 
 
@@ -450,7 +452,10 @@ def test_torchrun_ends_quickly_without_a_rank_or_starts_all_again(tiny_data, mon
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("DIED", str(tiny_data / "died"))
     monkeypatch.setenv("SAVED", str(tiny_data / "out/run/checkpoints/step0000010"))
-    done = patched(tiny_data, DYING, 2, save_every=5)
+    (tiny_data / "dying.py").write_text(DYING)
+    command = [*TORCHRUN, tiny_data / "dying.py", *options(tiny_data, save_every=5)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if restarts:
         assert done.returncode == 0, done.stderr
         undisturbed(tiny_data, 2)
