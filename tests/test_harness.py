@@ -35,6 +35,7 @@ from eval.scores import Weights
 from eval.tasks import GROUPS, PUBLISHED, Task, spelt
 from model import Lucie, LucieConfig
 
+pytestmark = pytest.mark.slow  # and of packages that only benchmarks need
 TASKS = "tests/eval_tasks"
 ROOM = 128  # two solved examples and a question are longer in some languages
 MERGES = [b"la", b" la", b"es", b" d", b" de", b"al", b"it", b"ital", b"\n\n", b" M"]

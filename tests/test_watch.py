@@ -228,6 +228,7 @@ def test_tasks_that_fail_are_lines_and_tried_at_the_next_start(run, tmp_path, ca
     assert sorted((tmp_path / "r").read_text().splitlines()) == sorted(in_order())
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_at_the_start(run, tmp_path, capsys, monkeypatch):
     """Before any checkpoint: not hours later, when the first one is there."""
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
