@@ -5,7 +5,6 @@ Run as a script this file is one rank that measures: `test_plan.py '[{"seq_len":
 
 import gc
 import json
-import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -399,8 +398,7 @@ def test_what_cannot_be_is_told_in_a_line(arguments, told):
 
 
 def test_the_exit_code_is_2():
-    command = [sys.executable, "-m", "bench.step", "--plan", "--gpus", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = launch("bench.step", "--plan", "--gpus", "0")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "bench.step: --gpus must be at least 1, not 0\n"
 

@@ -1,12 +1,11 @@
 import json
 import random
-import subprocess
-import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, launch, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 from text_cases import code_points, hard_strings, lucie_json
@@ -290,10 +289,7 @@ def test_batches_are_bounded_by_their_characters():
 def test_the_commands_train_and_compare(tmp_path, texts):
     pytest.importorskip("tokenizers")
 
-    def command(*args):
-        line = [sys.executable, "-m", "data.tokenizer", *map(str, args)]
-        return subprocess.run(line, capture_output=True, text=True)
-
+    command = partial(launch, "data.tokenizer")
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
     ranks = tmp_path / "new/r.tiktoken"
