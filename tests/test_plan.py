@@ -156,12 +156,9 @@ CASES = {
 }
 
 
-SLOW = {"autocast", "autocast, full"}  # where the processor has no bf16
-
-
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, c in CASES.items()],
+    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n != "state")) for n, c in CASES.items()],
 )
 def test_the_planned_peak_is_the_measured_one(change):
     config = small(**change)
@@ -173,8 +170,9 @@ def test_the_planned_peak_is_the_measured_one(change):
     assert parts["parameters"] + parts["optimizer"] == pytest.approx(measured["state"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_block_keeps_what_the_plan_says(mode, dtype):
     """The difference of one more block: nothing but what it keeps grows with their number."""
     kept = {}

@@ -518,6 +518,7 @@ def test_on_a_cpu_the_demo_model_takes_turns(monkeypatch):
     assert dtypes == ["float32", "bfloat16"] and rounds == 3
 
 
+@pytest.mark.slow
 def test_pictures(right, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     sides = {"ours": Side(), "transformers": Side(), "liger": Side()}

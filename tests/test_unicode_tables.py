@@ -24,6 +24,7 @@ def test_word_characters_are_those_of_the_library():
     assert ours.sub("", everything) == theirs.normalize_str(everything)
 
 
+@pytest.mark.slow
 def test_every_character_composes_as_in_the_library():
     # Between marks of the highest class and the lowest: whatever has a class moves.
     # (U+0345 is of class 240, U+0334 of class 1.)
