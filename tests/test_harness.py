@@ -14,7 +14,7 @@ import torch
 from conftest import SHARED, TINY, needs_shared
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before datasets and transformers are imported
-pytest.importorskip("lm_eval", reason="needs lm_eval")
+pytest.importorskip("lm_eval", reason="harness without lm_eval: make test_slow")
 pytest.importorskip("transformers")
 
 import lm_eval.tasks

@@ -173,6 +173,7 @@ def test_a_server_that_tells_no_size_is_not_without_the_file(tiny_data, store, m
             Mixture(tiny_data / "remote.csv", 7, 42, 97, partial=partial_too)
 
 
+@pytest.mark.slow
 def test_pythons_own_web_server(tiny_data):
     """It sends whole files, whatever range it is asked for."""
     pytest.importorskip("fsspec")
