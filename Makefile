@@ -4,6 +4,7 @@ PYTHON ?= python3
 # driver it is the one for CPUs. make TORCH=cpu or TORCH=default decides otherwise, on a fresh .venv.
 DRIVER := $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*)
 TORCH ?= $(if $(DRIVER),default,$(if $(filter Linux,$(shell uname -s)),cpu,default))
+$(if $(filter-out cpu default,$(TORCH)),$(error TORCH is cpu or default, not $(TORCH)))
 RUN := .venv/bin/python
 PROMPT := Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?
 
@@ -81,17 +82,21 @@ bench: .venv/installed
 clean:
 	rm -rf .venv .venv-triton-* out
 
-# The build for CPUs comes from where pip is told to look, such as a folder of wheels, or else from
-# PyTorch's own index, since PyPI does not have it. Everything else comes from where pip looks.
 define venv
 $(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 14) or sys.exit( \
 	'Python 3.11 to 3.14 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.12' % sys.version_info[:2])"
 $(PYTHON) -m venv $(1)
-@$(if $(filter default,$(TORCH)),true,$(if $(filter cpu,$(TORCH)),,$(error TORCH is cpu or default))\
-	wheel=$$(grep ^torch== requirements.txt)+cpu; pip="$(1)/bin/python -m pip install -q --no-deps $$wheel"; \
-	echo "$$wheel has no CUDA: TORCH=default takes the build that has"; \
+$(if $(filter cpu,$(TORCH)),$(cpu_torch))
+endef
+
+# It comes from where pip is told to look, such as a folder of wheels, or else from PyTorch's own
+# index, since PyPI does not have it. Everything else comes from where pip looks.
+define cpu_torch
+@wheel=$$(grep ^torch== requirements.txt)+cpu; \
+	echo "$$wheel has no CUDA: make TORCH=default takes the build that has"; \
+	pip="$(1)/bin/python -m pip install -q --no-deps $$wheel"; \
 	$$pip 2> $(1)/log || $$pip --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 || \
-	{ cat $(1)/log; echo "$$wheel is not available: make TORCH=default"; exit 1; })
+	{ cat $(1)/log; echo "$$wheel is not available: make TORCH=default"; exit 1; }
 endef
 
 .venv/installed: requirements.txt requirements-dev.txt
