@@ -108,7 +108,7 @@ if os.name != "nt":
 def fork(function: Callable, *args: object) -> multiprocessing.Process:
     """A process that runs function(*args), both of which can be pickled."""
     tests = Path(__file__).parent
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # as torchrun has it
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests)))
     process = SERVER.Process(target=function, args=args)
     with mock.patch.dict(os.environ, environment):  # of the one it is forked off, which starts now
@@ -130,7 +130,7 @@ def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
         command = list(map(str, (script, *args)))
-        common = os.environ | {"PYTHONPATH": os.getcwd()}
+        common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         each = [common | one for one in environments(ranks)]
         processes = [fork(_run, command, environment, said) for environment in each]
         until = time.monotonic() + timeout
