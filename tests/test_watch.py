@@ -354,10 +354,7 @@ def test_the_command_killed_in_each_part_does_all_once(run, tmp_path):
     cells = [run / "needle" / name / "en_likelihood.csv" for name in names]
     records = [run / "evaluation" / f"tiny_{name}" / "letters.json" for name in names]
     moments = [  # what is there when the watcher is killed
-        lambda: (run / "samples.jsonl").exists(),
         lambda: records[0].exists(),
-        lambda: len(lines_of(cells[0])) >= 5,
-        lambda: records[1].parent.exists(),
         lambda: len(lines_of(cells[2])) >= 20,
     ]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
