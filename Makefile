@@ -1,12 +1,18 @@
-# Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 on.
+# Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 to 3.14.
 PYTHON ?= python3
+# Which build of torch: on Linux the default one brings gigabytes of CUDA, so where there is no NVIDIA
+# driver it is the one for CPUs. make TORCH=cpu or TORCH=default decides otherwise, on a fresh .venv.
+DRIVER := $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*)
+TORCH ?= $(if $(DRIVER),default,$(if $(filter Linux,$(shell uname -s)),cpu,default))
+$(if $(filter-out cpu default,$(TORCH)),$(error TORCH is cpu or default, not $(TORCH)))
 RUN := .venv/bin/python
 
 # A Python that has the requirements already may be given, as in `make gpu RUN=python3`.
 INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
 STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
+PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo miniature test lint static gpu bench clean
+.PHONY: demo miniature test test_slow test_all lint static gpu bench clean
 
 # Lucie's recipe in miniature: data, three phases, what each of them taught, the curves. Another seed
 # or dtype, in a folder of its own: make demo RUNS=out/seed_1 OPTIONS="--seed=1 --dtype=float32"
@@ -51,9 +57,15 @@ miniature: .venv/installed
 		--smooth 9 --png out/miniature_curves.png
 	@echo "the miniature took $$(( $$(date +%s) - $$(cat .venv/miniature_started) )) seconds"
 
-# One test process a core, up to four: each test computes with one thread.
-test: .venv/installed_eval
-	$(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
+# Every day, in minutes. One test process a core, up to four: each computes with one thread.
+test: .venv/installed
+	$(PYTEST) -m "not slow"
+
+# What is slow, exhaustive, or needs the benchmarks' packages.
+test_slow: .venv/installed_eval
+	$(PYTEST) -m slow
+
+test_all: test test_slow
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
@@ -78,9 +90,25 @@ bench: .venv/installed
 clean:
 	rm -rf .venv .venv-triton-* out
 
+define venv
+$(PYTHON) -c "import sys; (3, 11) <= sys.version_info[:2] <= (3, 14) or sys.exit( \
+	'Python 3.11 to 3.14 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.12' % sys.version_info[:2])"
+$(PYTHON) -m venv $(1)
+$(if $(filter cpu,$(TORCH)),$(cpu_torch))
+endef
+
+# It comes from where pip is told to look, such as a folder of wheels, or else from PyTorch's own
+# index, since PyPI does not have it. Everything else comes from where pip looks.
+define cpu_torch
+@wheel=$$(grep ^torch== requirements.txt)+cpu; \
+	echo "$$wheel has no CUDA: make TORCH=default takes the build that has"; \
+	pip="$(1)/bin/python -m pip install -q --no-deps $$wheel"; \
+	$$pip 2> $(1)/log || $$pip --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 || \
+	{ cat $(1)/log; echo "$$wheel is not available: make TORCH=default"; exit 1; }
+endef
+
 .venv/installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
+	$(call venv,.venv)
 	$(RUN) -m pip install -q -r requirements-dev.txt
 	touch $@
 
@@ -89,7 +117,7 @@ clean:
 	touch $@
 
 .venv-triton-%/installed: requirements.txt
-	$(PYTHON) -m venv .venv-triton-$*
+	$(call venv,.venv-triton-$*)
 	.venv-triton-$*/bin/pip install -q $$(grep -E '^(torch|numpy|tqdm)==' requirements.txt)
 	.venv-triton-$*/bin/pip install -q triton==$*
 	touch $@

@@ -2,13 +2,25 @@
 
 On a machine with a CUDA device the kernels are tested on it. On any other Triton's interpreter runs
 them, repaired by gpuless/interpreter.py, which has to be asked for before triton is imported.
+
+A test that compares bit for bit computes both sides here: that holds for one machine, one build of
+torch and one number of threads. Any other tolerance is above rounding, on every processor.
 """
 
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 # Tiny tensors gain nothing from a second thread, which waits busily where cores are shared. To be
 # set before torch is imported; processes that tests start inherit it.
@@ -18,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from tqdm import tqdm
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -86,15 +99,65 @@ def chip(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     kernels.use("auto")
 
 
+# Processes are forked off one that has imported all they need and computed nothing.
+SERVER = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+if os.name != "nt":
+    SERVER.set_forkserver_preload(["test_faults", "torch.utils.tensorboard"])
+
+
+def fork(function: Callable, *args: object) -> multiprocessing.Process:
+    """A process that runs function(*args), both of which can be pickled."""
+    tests = Path(__file__).parent
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # as torchrun has it
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests)))
+    process = SERVER.Process(target=function, args=args)
+    with mock.patch.dict(os.environ, environment):  # of the one it is forked off, which starts now
+        process.start()
+    return process
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun adds to the environment of each rank; nothing for one process without ranks."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [group | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)] or [{}]
+
+
 def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
-    """A Python script as a process of its own, or as so many under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *(torchrun if ranks else []), script, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=env, timeout=timeout
-    )
+    """A Python script, or a module of ours, as a process of its own, or as several ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, name) for name in ("stdout", "stderr")]
+        command = list(map(str, (script, *args)))
+        common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        each = [common | one for one in environments(ranks)]
+        processes = [fork(_run, command, environment, said) for environment in each]
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
+            process.kill()
+            process.join()
+        out, err = (path.read_text(encoding="utf-8") for path in said)
+        assert not late, f"{len(late)} of {len(processes)} do not end: {err}"
+        code = next((p.exitcode for p in processes if p.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+
+def _run(command: list[str], environment: dict[str, str], said: list[Path]) -> None:
+    for number, path in enumerate(said, 1):
+        with open(path, "a") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(environment["PYTHONPATH"])
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    warnings.filterwarnings("ignore", module="runpy")  # what has been imported already
+    sys.argv = command
+    run = runpy.run_path if command[0].endswith(".py") else runpy.run_module
+    run(command[0], run_name="__main__")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -103,6 +166,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if CUDA and {"chip", "device"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("gpu")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line says how many tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"{len(skipped)} skipped: {why}")
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:

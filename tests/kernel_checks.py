@@ -50,6 +50,15 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return view
 
 
+every_layout = pytest.mark.parametrize("shift", range(len(LAYOUTS)))
+
+
+def all_laid_out(tensors: list[Tensor], shift: int) -> list[Tensor]:
+    """Each in another layout; over all shifts, each in every one."""
+    names = list(LAYOUTS)
+    return [laid_out(x, names[(i + shift) % len(names)]) for i, x in enumerate(tensors)]
+
+
 def assert_as_good(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
     """Our error against fp64 is at most twice that of plain torch in the same dtype."""
     assert ours.dtype == eager.dtype and ours.shape == exact.shape

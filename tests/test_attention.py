@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import relative_error
-from kernel_checks import DTYPES, LAYOUTS, assert_as_good, check, gradients, laid_out
+from kernel_checks import DTYPES, all_laid_out, assert_as_good, check, every_layout, gradients
 
 from kernels import attention
 from kernels.launch import gpu
@@ -151,16 +151,16 @@ def poison():
 
 
 @both_chips
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "queries, heads, kv_heads, head_dim",
+    "dtype, queries, heads, kv_heads, head_dim",
     [
-        (2, 2, 2, 128),
-        (15, 8, 1, 64),
-        (63, 4, 1, 128),
-        (127, 2, 2, 64),
-        (128, 4, 1, 64),
-        (129, 8, 1, 64),
+        (torch.float32, 2, 2, 2, 128),
+        (torch.float16, 15, 8, 1, 64),
+        (torch.bfloat16, 63, 4, 1, 128),
+        (torch.float16, 127, 2, 2, 128),
+        (torch.bfloat16, 128, 4, 1, 64),
+        (torch.float32, 129, 4, 1, 64),
+        (torch.bfloat16, 129, 8, 1, 64),
     ],
 )
 def test_kernels_match_fp64(chip, poison, dtype, queries, heads, kv_heads, head_dim):
@@ -185,8 +185,16 @@ def test_kernels_with_one_token(chip, poison, dtype):
 
 
 @both_chips
-@pytest.mark.parametrize("queries, keys", [(1, 65), (70, 198), (70, 100), (129, 131), (3, 259)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, queries, keys",
+    [
+        (torch.bfloat16, 1, 65),
+        (torch.float32, 70, 198),
+        (torch.bfloat16, 70, 100),
+        (torch.bfloat16, 129, 131),
+        (torch.float32, 3, 259),
+    ],
+)
 def test_kernels_with_more_keys_than_queries(chip, poison, dtype, queries, keys):
     """A chunk of prompt, against a cache whose tail holds NaN; nothing leaks from there."""
     q, k, v, dy = draw(chip, dtype, 2, queries, keys, 2, 1, 64)
@@ -235,12 +243,12 @@ def check_others_untouched(chip, value, cu_seqlens, document, end=None):
     assert not torch.equal(old[0], new[0])
 
 
-@pytest.mark.parametrize("document", [(0, 40), (40, 130), (130, 131), (140, 170)])
+@pytest.mark.parametrize("document", [(0, 40), (40, 130), (130, 131)])
 def test_a_changed_document_leaves_the_others_bit_equal(chip, document):
     check_others_untouched(chip, 9.0, [0, 40, 130, 131, 131, 140, 170, 300], document)
 
 
-@pytest.mark.parametrize("document", [(0, 128), (128, 256), (384, 512)])
+@pytest.mark.parametrize("document", [(0, 128), (128, 256)])
 def test_blocks_of_other_documents_are_skipped(chip, document):
     """Masked, NaN would spread: 0 times NaN. What a block over the border takes in is spared."""
     block_m, block_n, *_ = A.LAUNCH[gpu().kind]["forward"]
@@ -276,12 +284,9 @@ def test_kernels_with_large_scores(chip, poison, dtype):
 
 
 @both_chips
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["q", "k", "v", "dy"])
-def test_kernels_take_any_layout(chip, poison, which, layout):
-    tensors = dict(zip(["q", "k", "v", "dy"], draw(chip, torch.bfloat16, 2, 20, 20, 4, 2, 64)))
-    tensors[which] = laid_out(tensors[which], layout)
-    q, k, v, dy = tensors.values()
+@every_layout
+def test_kernels_take_any_layout(chip, poison, shift):
+    q, k, v, dy = all_laid_out(draw(chip, torch.bfloat16, 2, 20, 20, 4, 2, 64), shift)
     before = dy.clone()
     ours = gradients(attention, [q, k, v], dy)
     assert torch.equal(dy, before)

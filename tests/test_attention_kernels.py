@@ -48,11 +48,10 @@ def check_decoding(chip, dtype, keys, heads, kv_heads, head_dim):
 
 @pytest.mark.usefixtures("poison")
 @both_chips
+@pytest.mark.parametrize("dtype, shape", zip(DTYPES, SHAPES))
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
-def test_decoding_matches_fp64(chip, keys, heads, kv_heads, head_dim):
-    for dtype in DTYPES:
-        check_decoding(chip, dtype, keys, heads, kv_heads, head_dim)
+def test_decoding_matches_fp64(chip, keys, dtype, shape):
+    check_decoding(chip, dtype, keys, *shape)
 
 
 def check_ragged_decoding(chip, dtype, positions, heads, kv_heads, head_dim):
@@ -69,10 +68,9 @@ def check_ragged_decoding(chip, dtype, positions, heads, kv_heads, head_dim):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
-def test_ragged_decoding_matches_fp64(chip, heads, kv_heads, head_dim):
-    for dtype in DTYPES:
-        check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], heads, kv_heads, head_dim)
+@pytest.mark.parametrize("dtype, shape", zip(DTYPES, SHAPES))
+def test_ragged_decoding_matches_fp64(chip, dtype, shape):
+    check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], *shape)
 
 
 def test_a_row_does_not_depend_on_the_others(chip):
@@ -127,20 +125,20 @@ def test_no_split_of_the_keys_is_empty(chip, monkeypatch):
 def test_operators_keep_their_promises(chip):
     """Schema, fake results and autograd registration agree with what the operators do."""
     ops = torch.ops.nanolucie
-    q, k, v, dy = draw(chip, torch.float32, 2, 5, 5, 4, 2, 64)
-    for bounds in ((None, None), A._bounds(torch.tensor([0, 3, 10], device=chip), 2, 5)):
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(ops.attention.default, (*inputs, *bounds))
-        saved = ops.attention(q, k, v, *bounds)
-        torch.library.opcheck(ops.attention_backward.default, (dy, q, k, v, *saved, *bounds))
-    for positions in (None, torch.tensor([1, 4], device=chip)):
-        torch.library.opcheck(ops.attention_decode.default, (q[:, :1], k, v, positions))
+    q, k, v, dy = draw(chip, torch.float32, 2, 5, 5, 2, 1, 64)
+    bounds = A._bounds(torch.tensor([0, 3, 10], device=chip), 2, 5)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.attention.default, (*inputs, *bounds))
+    saved = ops.attention(q, k, v, *bounds)
+    torch.library.opcheck(ops.attention_backward.default, (dy, q, k, v, *saved, *bounds))
+    positions = torch.tensor([1, 4], device=chip)
+    torch.library.opcheck(ops.attention_decode.default, (q[:, :1], k, v, positions))
 
 
 def test_one_graph_for_all_lengths(chip):
-    calls = [draw(chip, torch.float32, 2, n, n, 2, 1, 64)[:3] for n in (3, 5, 17, 40)]
+    calls = [draw(chip, torch.float32, 1, n, n, 2, 1, 64)[:3] for n in (3, 5, 17)]
     assert count_graphs(lambda *qkv: attention(*qkv).square().sum(), calls) == 1
-    bounds = [torch.tensor([0, 2, 3, 2 * n], device=chip) for n in (3, 5, 17, 40)]
+    bounds = [torch.tensor([0, 2, 3, n], device=chip) for n in (3, 5, 17)]
     calls = [[*qkv, cu_seqlens] for qkv, cu_seqlens in zip(calls, bounds)]
     assert count_graphs(lambda *inputs: attention(*inputs).square().sum(), calls) == 1
 

@@ -12,6 +12,7 @@ from model import LucieConfig
 TINY = ["--layers=2", "--hidden=128", "--vocab=300", "--prompt=7", "--new=3", "--rounds=1"]
 
 
+@pytest.mark.slow
 def test_every_side_generates_and_is_held_against_its_floor(tmp_path, capsys):
     pytest.importorskip("transformers")
     decode.main([*TINY, "--batch", "1", "3", "--device=cpu", f"--out={tmp_path / 'f.json'}"])
@@ -36,6 +37,7 @@ def test_every_side_generates_and_is_held_against_its_floor(tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_told_and_the_others_go_on(monkeypatch, capsys):
     def failing(*args):
         raise RuntimeError("out of luck")

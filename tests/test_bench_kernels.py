@@ -108,6 +108,7 @@ def test_files(rehearsal):
     assert memory["y_value_50"] == "nan"  # a CPU has no such meter
 
 
+@pytest.mark.slow
 def test_replot(rehearsal, tmp_path, capsys):
     """A saved run is shown again, without a GPU: a table and a picture for each operation."""
     image = pytest.importorskip("matplotlib.image")
@@ -219,6 +220,7 @@ def test_floors_in_flops():
     assert floor["full"] == floor["forward"] + floor["backward"]
 
 
+@pytest.mark.slow
 def test_lucie_shapes():
     suite = bench.SUITES["lucie"]
     assert suite.tokens == (4096, 8192, 16384, 32000)
@@ -401,6 +403,7 @@ def peers_of(name):
     return OPS[name].providers
 
 
+@pytest.mark.slow
 def test_a_timed_backward_repeats(tmp_path):
     """torch.compile's, too, which by default gives its saved tensors away the first time."""
     results = rehearse(

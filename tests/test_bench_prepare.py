@@ -99,6 +99,7 @@ def test_what_is_missing_is_one_line(folder, capsys, monkeypatch):
         assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(folder, capsys):
     pytest.importorskip("datasets")
     run(folder, "--processes=1", "--repeats=1")

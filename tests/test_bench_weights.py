@@ -25,6 +25,7 @@ print(json.dumps(measure(config, Path("{0}/second"))))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+@pytest.mark.slow
 def test_memory_holds_one_tensor_to_write_and_the_model_and_one_to_read(tmp_path):
     (tmp_path / "measured.py").write_text(MEASURED.format(tmp_path))
     done = launch(tmp_path / "measured.py")

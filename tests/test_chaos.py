@@ -1,21 +1,19 @@
 """A run that is killed and stopped at random moments, and restarted each time, is the undisturbed
 run. A life is a process of its own, which SIGKILL ends for good; to begin one costs no imports."""
 
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from conftest import environments, fork
 from test_train import log_of, options, results, weights_of
 from tqdm import tqdm
 
@@ -24,11 +22,6 @@ import train
 
 needs_fork = pytest.mark.skipif(os.name == "nt", reason="needs fork and POSIX signals")
 pytestmark = needs_fork
-
-# Lives are forked off a process that has imported all they need and computed nothing.
-if os.name != "nt":
-    SERVER = multiprocessing.get_context("forkserver")
-    SERVER.set_forkserver_preload(["test_chaos", "test_faults", "torch.utils.tensorboard"])
 
 # 6 MB of checkpoint, so that writing one takes a good part of a step.
 LARGE = dict(hidden_size=128, intermediate_size=512, micro_batch_size=8, save_every=3)
@@ -40,34 +33,15 @@ def start(data: Path, ranks: int = 0, hook: Callable | None = None, **change) ->
     hook, if any, is called in each before train.py begins. What they print goes to data/errors.
     """
     (data / "errors").write_text("")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks or 1):
-        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-        names |= dict(MASTER_ADDR="localhost", MASTER_PORT=port)
-        arguments = options(data, **change)
-        processes.append(fork(_life, arguments, data / "errors", names if ranks else {}, hook))
-    return processes
+    arguments = options(data, **change)
+    return [fork(_life, arguments, data / "errors", names, hook) for names in environments(ranks)]
 
 
-def fork(function: Callable, *args: object) -> multiprocessing.Process:
-    """A process that runs function(*args), both of which can be pickled."""
-    tests = Path(__file__).parent
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tests.parent, tests)))
-    process = SERVER.Process(target=function, args=args)
-    with mock.patch.dict(os.environ, environment):  # of the one it is forked off, which starts now
-        process.start()
-    return process
-
-
-def _life(arguments: list[str], errors: Path, names: dict[str, int], hook: Callable | None) -> None:
+def _life(arguments: list[str], errors: Path, names: dict[str, str], hook: Callable | None) -> None:
     with open(errors, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(names)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     if hook:
         hook()
@@ -147,7 +121,7 @@ def same_as_undisturbed(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kills,stops", [(6, 2), pytest.param(30, 10, marks=pytest.mark.slow)], ids=["short", "long"]
+    "kills,stops", [(3, 1), pytest.param(20, 6, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, stops):
     """Moments: a random step of the run, and up to the length of a start later.
@@ -197,10 +171,10 @@ def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, s
         f"{kills} kills and {stops} stops, {in_save} in a save, {in_start} where the life before "
         f"had ended, {lost} steps done again"
     )
-    assert kills < 30 or (in_save and lost)
+    assert kills < 20 or (in_save and lost)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_when_one_of_two_ranks_is_killed_the_other_ends_and_both_go_on(tiny_data, kills):
     chance = random.Random(kills)
     steps = 8 * kills + 40

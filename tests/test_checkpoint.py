@@ -5,13 +5,11 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, launch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -173,12 +171,7 @@ for k in range(1, 100):
 
 def test_killed_at_any_file_boundary_leaves_a_sound_one(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    path = os.pathsep.join((os.getcwd(), os.path.join(os.getcwd(), "tests")))
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launch(tmp_path / "killed.py", tmp_path)
     assert done.returncode == 0, done.stderr
     deaths = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(deaths) > 10 and deaths[-1][1:] == (0, 4)

@@ -277,7 +277,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, ranks, capfd):
     assert "shard-00001.safetensors: cut short" in refused("export", run, "--to", to)
     with pytest.raises(SystemExit, match="2"):
         checkpoint.main(["export", run])
-    done = launch("-m", "checkpoint", "inspect", f"{tmp_path}/nowhere")
+    done = launch("checkpoint", "inspect", f"{tmp_path}/nowhere")
     line = f"checkpoint: {tmp_path}/nowhere/config.json: No such file or directory\n"
     assert (done.returncode, done.stderr) == (2, line)
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "to"))]

@@ -50,13 +50,12 @@ def test_shares_of_140_sources_hold_at_every_prefix(exponents):
             assert np.abs(count - exact).max() <= max(dataset._deviations(tree, 0.0).values())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_million_prefixes_are_within_one_sample(seed):
-    rng = random.Random(seed)
+def test_many_prefixes_are_within_one_sample():
+    rng = random.Random(0)
     weights = shares([10 ** rng.uniform(-8, np.log10(0.05)) for _ in range(140)])
     worst = 0.0
     for start in (0, 762_000_000):
-        n = np.arange(start, start + 500_000)
+        n = np.arange(start, start + 50_000)
         for source, count in counts_at(huffman(weights), n).items():
             worst = max(worst, np.abs(count - weights[source] * n).max())
     print(f"largest deviation from the exact share: {worst:.3f} samples")

@@ -29,7 +29,7 @@ from test_chaos import (
     undisturbed,
     until,
 )
-from test_train import options, patched
+from test_train import options
 
 import checkpoint
 import tensor_files
@@ -38,6 +38,8 @@ from data.prepare import StreamWriter
 pytestmark = needs_fork
 
 ONE_STEP = dict(max_minutes=1e-6)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def after_update(number: int, act: Callable) -> None:
@@ -152,6 +154,7 @@ def fill(folder: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_the_log(tiny_data, disk):
     life, keeper, folder, seen = disk
     change = dict(samples=800, validation="")
@@ -194,7 +197,7 @@ def limit(size: int, ranks: str = "01") -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("ranks,limited", [(0, "0"), (2, "1")])
+@pytest.mark.parametrize("ranks,limited", [pytest.param(0, "0", marks=pytest.mark.slow), (2, "1")])
 def test_a_checkpoint_that_one_rank_cannot_write(tiny_data, ranks, limited):
     assert not any(end(start(tiny_data, ranks, **ONE_STEP)))
     lives = start(tiny_data, ranks, hook=partial(limit, 100_000, limited), save_every=5)
@@ -207,6 +210,7 @@ def test_a_checkpoint_that_one_rank_cannot_write(tiny_data, ranks, limited):
     same_as_undisturbed(tiny_data)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_noticed_before_the_next(tiny_data):
     change = dict(samples=8000, validation="", save_every=400, log_every=20)
     assert end(start(tiny_data, hook=partial(limit, 100_000), **change)) == [2]
@@ -215,6 +219,7 @@ def test_a_save_that_fails_is_noticed_before_the_next(tiny_data):
     assert 400 <= logged(tiny_data) < 700
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_grow(tiny_data):
     change = dict(samples=800, validation="")
     assert end(start(tiny_data, **change, **ONE_STEP)) == [0]
@@ -253,6 +258,7 @@ def copy_of_its_own(folder: Path, vanishing: bool) -> None:
         after_update(4, partial(os.remove, "a.bin"))
 
 
+@pytest.mark.slow
 def test_data_that_vanishes_on_one_of_two_ranks(tiny_data):
     for rank in "01":
         shutil.copytree(tiny_data, tiny_data / rank, ignore=lambda *_: ("0", "1"))
@@ -312,7 +318,11 @@ def test_an_error_of_the_system_on_another_rank_is_told(tiny_data):
 
 
 @pytest.mark.parametrize(
-    "first,second", [(signal.SIGTERM, signal.SIGINT), (signal.SIGUSR1, signal.SIGTERM)]
+    "first,second",
+    [
+        (signal.SIGTERM, signal.SIGINT),
+        pytest.param(signal.SIGUSR1, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_second_signal_stops_at_once(tiny_data, first, second):
     """While the first one waits for its checkpoint, on a disk that does not answer."""
@@ -364,9 +374,7 @@ def test_a_second_signal_stops_what_hangs(tiny_data):
 @pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
     """The signal goes to the whole process group, and torchrun passes it on again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py"]
-    command += options(tiny_data, samples=8000, validation="")
+    command = [*TORCHRUN, "train.py", *options(tiny_data, samples=8000, validation="")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, start_new_session=True) as job:
         try:
@@ -378,14 +386,16 @@ def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
     stands(tiny_data / "out/run", logged(tiny_data))
 
 
-@pytest.mark.parametrize("rank,number", [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "rank,number", [pytest.param(0, signal.SIGUSR1, marks=pytest.mark.slow), (1, signal.SIGTERM)]
+)
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tiny_data, rank, number):
-    change = dict(samples=320, validation="")
+    change = dict(samples=240, validation="")
     ranks = start(tiny_data, 2, **change)
     until(lambda: logged(tiny_data) > 2, ranks)
     os.kill(ranks[rank].pid, number)
     assert end(ranks) == [0, 0] and not said(tiny_data)
-    assert 2 < logged(tiny_data) < 40
+    assert 2 < logged(tiny_data) < 30
     stands(tiny_data / "out/run", logged(tiny_data))
     assert end(start(tiny_data, 2, **change)) == [0, 0]
     undisturbed(tiny_data, 2, **change)
@@ -413,7 +423,7 @@ def die_in_a_save(rank: str) -> None:
         tensor_files.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_in_the_last_save_is_missed(tiny_data, victim):
     """The other one has nothing left to do but wait for the save."""
     assert end(start(tiny_data, 2, **ONE_STEP)) == [0, 0]
@@ -428,7 +438,8 @@ def test_a_rank_that_dies_in_the_last_save_is_missed(tiny_data, victim):
 
 
 DYING = """
-import time
+import os, signal, sys, time, torch, train
+rank = int(os.environ["RANK"])
 update, count = torch.optim.AdamW.step, [0]
 def dying(self, *args):
     update(self, *args)
@@ -439,6 +450,7 @@ def dying(self, *args):
         open(os.environ["DIED"], "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 torch.optim.AdamW.step = dying
+train.command_line(sys.argv[1:])
 """
 
 
@@ -450,7 +462,10 @@ def test_torchrun_ends_quickly_without_a_rank_or_starts_all_again(tiny_data, mon
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("DIED", str(tiny_data / "died"))
     monkeypatch.setenv("SAVED", str(tiny_data / "out/run/checkpoints/step0000010"))
-    done = patched(tiny_data, DYING, 2, save_every=5)
+    (tiny_data / "dying.py").write_text(DYING)
+    command = [*TORCHRUN, tiny_data / "dying.py", *options(tiny_data, save_every=5)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if restarts:
         assert done.returncode == 0, done.stderr
         undisturbed(tiny_data, 2)

@@ -46,7 +46,7 @@ def test_one_that_fails_stops_none_after_it(tmp_path, capfd):
 
 @pytest.mark.slow  # so much time that each is under way when it is interrupted
 def test_one_that_hangs_is_interrupted_and_then_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "GRACE", 5)
     tells = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('what is known')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(300)"
     begin = time.monotonic()

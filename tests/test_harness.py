@@ -14,7 +14,7 @@ import torch
 from conftest import SHARED, TINY, needs_shared
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before datasets and transformers are imported
-pytest.importorskip("lm_eval", reason="needs lm_eval")
+pytest.importorskip("lm_eval", reason="harness without lm_eval: make test_slow")
 pytest.importorskip("transformers")
 
 import lm_eval.tasks
@@ -35,6 +35,7 @@ from eval.scores import Weights
 from eval.tasks import GROUPS, PUBLISHED, Task, spelt
 from model import Lucie, LucieConfig
 
+pytestmark = pytest.mark.slow  # and of packages that only benchmarks need
 TASKS = "tests/eval_tasks"
 ROOM = 128  # two solved examples and a question are longer in some languages
 MERGES = [b"la", b" la", b"es", b" d", b" de", b"al", b"it", b"ital", b"\n\n", b" M"]

@@ -57,7 +57,7 @@ def weights_in(folder):
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [0, 3, 5, 6])  # theta, shards and dtype in pairs
 def test_logits_are_those_of_transformers_and_the_way_back_is_bit_equal(tmp_path, seed):
     config, sharded = random_config(seed), seed // 2 % 2
     dtype = (torch.float32, torch.bfloat16)[seed // 4 % 2]

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from conftest import relative_error
 from kernel_checks import (
     DTYPES,
-    LAYOUTS,
+    all_laid_out,
     assert_as_good,
     compiled_variants,
     count_graphs,
+    every_layout,
     far_apart,
     gpu,
     gradients,
     interpreted,
-    laid_out,
     mutant,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,15 +217,10 @@ def test_kernel_matches_fp64(chip, dtype, tokens, vocab):
         assert_as_good(*triple)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["hidden", "weight"])
-def test_kernel_takes_any_layout(chip, which, layout):
+@every_layout
+def test_kernel_takes_any_layout(chip, shift):
     h, w, t = (x.detach() for x in make(10, 24, 50, torch.bfloat16, chip))
-    w = w.bfloat16()
-    if which == "hidden":
-        h = laid_out(h, layout)
-    else:
-        w = laid_out(w, layout)
+    h, w = all_laid_out([h, w.bfloat16()], shift)
     exact = gradients(eager64, [h.double(), w.double(), t])
     ours, plain = gradients(linear_cross_entropy, [h, w, t]), gradients(eager, [h, w, t])
     for triple in zip(ours, plain, exact):

@@ -91,22 +91,22 @@ def random_ids(pair, rng):
     return out
 
 
-def test_ids_and_texts_of_5000_hard_strings(pair):
-    strings = list(hard_strings(5000))
+def test_ids_and_texts_of_hard_strings(pair):
+    strings = list(hard_strings(1000))
     pair.check_ids(strings)
     for text in strings:
         pair.check_text(pair.ours.encode(text))
 
 
 @given(st.text())
-@settings(max_examples=1000)
+@settings(max_examples=200)
 def test_any_text(best, text):
     check_all(best, [text])
 
 
 @pytest.mark.slow
-def test_ids_and_texts_of_100000_hard_strings(best):
-    assert check_all(best, hard_strings(100_000, seed=1)) == 100_000
+def test_ids_and_texts_of_many_hard_strings(best):
+    assert check_all(best, hard_strings(10_000, seed=1)) == 10_000
 
 
 def test_code_points_in_context(best):
@@ -121,8 +121,8 @@ def test_every_code_point_in_context(best):
 
 
 @pytest.mark.slow
-def test_every_code_point_alone(best):
-    check_all(best, code_points())
+def test_code_points_alone(best):
+    check_all(best, code_points()[::16])
 
 
 def in_context(characters):
@@ -299,19 +299,20 @@ def corpus():
 
 @needs_shared
 def test_the_released_file_on_real_documents(best):
-    assert check_all(best, islice(corpus(), 300)) == 300
+    assert check_all(best, islice(corpus(), 100)) == 100
 
 
 @needs_shared
 @pytest.mark.slow
-def test_the_released_file_on_all_documents_and_lines(best):
-    assert check_all(best, corpus()) > 1000
-    assert check_all(best, (line for text in corpus() for line in text.splitlines(True))) > 10_000
+def test_the_released_file_on_many_documents_and_lines(best):
+    texts = list(islice(corpus(), 0, None, 8))
+    assert check_all(best, texts) > 100
+    assert check_all(best, (line for text in texts for line in text.splitlines(True))) > 1000
 
 
 @needs_shared
 @pytest.mark.slow
 def test_the_released_file_on_the_standard_library(best):
-    sources = sorted(Path(os.__file__).parent.rglob("*.py"))
+    sources = sorted(Path(os.__file__).parent.rglob("*.py"))[::16]
     texts = (p.read_text("utf-8", "replace") for p in sources if "site-packages" not in p.parts)
-    assert check_all(best, texts) > 1000
+    assert check_all(best, texts) > 30

@@ -3,11 +3,10 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from random import Random
 
 import pytest
+from conftest import launch
 
 from data import passages
 from data.dataset import DataError, Mixture
@@ -193,10 +192,6 @@ def test_too_little_text_and_missing_files_are_one_line(tmp_path):
         (f"en={tmp_path / 'en.txt'}", "en: 1 documents of three sentences or more"),
         (f"en={tmp_path / 'nothing.txt'}", "nothing.txt"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "data.passages", given, "--out", str(tmp_path / "out")],
-            capture_output=True,
-            text=True,
-        )
+        done = launch("data.passages", given, "--out", tmp_path / "out")
         assert done.returncode == 2
         assert told in done.stderr and len(done.stderr.splitlines()) == 1

@@ -5,7 +5,6 @@ Run as a script this file is one rank that measures: `test_plan.py '[{"seq_len":
 
 import gc
 import json
-import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -157,12 +156,9 @@ CASES = {
 }
 
 
-SLOW = {"autocast", "autocast, full"}  # where the processor has no bf16
-
-
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, c in CASES.items()],
+    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n != "state")) for n, c in CASES.items()],
 )
 def test_the_planned_peak_is_the_measured_one(change):
     config = small(**change)
@@ -174,8 +170,9 @@ def test_the_planned_peak_is_the_measured_one(change):
     assert parts["parameters"] + parts["optimizer"] == pytest.approx(measured["state"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_block_keeps_what_the_plan_says(mode, dtype):
     """The difference of one more block: nothing but what it keeps grows with their number."""
     kept = {}
@@ -399,8 +396,7 @@ def test_what_cannot_be_is_told_in_a_line(arguments, told):
 
 
 def test_the_exit_code_is_2():
-    command = [sys.executable, "-m", "bench.step", "--plan", "--gpus", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = launch("bench.step", "--plan", "--gpus", "0")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "bench.step: --gpus must be at least 1, not 0\n"
 

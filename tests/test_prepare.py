@@ -14,6 +14,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from conftest import launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -130,7 +131,7 @@ def test_output_does_not_depend_on_processes_or_parts(tmp_path):
     files = write_lines(tmp_path / "t.jsonl", texts)
     options = Options(validation=0.1, deduplicate=True, split_length=300)
     written = []
-    for workers, part_size in ((1, 1 << 26), (1, 3000), (2, 3000), (4, 100_000)):
+    for workers, part_size in ((1, 1 << 26), (1, 3000), (2, 50_000)):
         report = tokenize(files, OURS, tmp_path / "x", options, workers, part_size=part_size)
         written.append(bytes_of(tmp_path / "x"))
         add_up(report)
@@ -483,12 +484,8 @@ def test_an_error_in_a_finished_part_stops_the_next_run_too(tmp_path, monkeypatc
         tokenize(files, OURS, tmp_path / "x", part_size=6000)
 
 
-def command(*args, **more):
-    line = [sys.executable, "-m", "data.prepare", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, **more)
-
-
-def killed_and_restarted(tmp_path, kills):
+@pytest.mark.slow
+def test_killed_and_restarted(tmp_path, kills=6):
     """A run that is killed so many times, its processes with it, ends as one that is not."""
     rng = random.Random(1)
     words = [rng.randbytes(4).hex() for _ in range(5000)]
@@ -539,15 +536,6 @@ def killed_and_restarted(tmp_path, kills):
         same = whole.read_text().replace("whole", "cut") if named else None
         assert (cut.read_bytes() == whole.read_bytes()) if same is None else cut.read_text() == same
     assert not (tmp_path / "cut.parts").exists() and not list(tmp_path.glob("*.tmp"))
-
-
-def test_killed_and_restarted(tmp_path):
-    killed_and_restarted(tmp_path, 2)
-
-
-@pytest.mark.slow
-def test_killed_and_restarted_ten_times(tmp_path):
-    killed_and_restarted(tmp_path, 10)
 
 
 VALUES = st.recursive(
@@ -642,7 +630,7 @@ def fuzz(folder, cases):
             assert per_file[str(folder / name)] >= 1
 
 
-QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 
 
 @QUIET
@@ -652,7 +640,7 @@ def test_broken_input_is_counted(tmp_path, cases):
 
 
 @pytest.mark.slow
-@settings(QUIET, max_examples=1500)
+@settings(QUIET, max_examples=400)
 @given(st.lists(FILE, min_size=1, max_size=3))
 def test_broken_input_is_counted_at_length(tmp_path, cases):
     fuzz(tmp_path, cases)
@@ -684,16 +672,18 @@ def test_command_line(tmp_path):
     # The output lies in the folder that is read, and is not read when it is made once more.
     args = ("tokens", tmp_path, "--tokenizer", ranks, "--out", tmp_path / "d")
     for _ in range(2):
-        done = command(*args, "--validation=0.2", "--workers=2", "--on-error=skip")
+        done = launch("data.prepare", *args, "--validation=0.2", "--workers=2", "--on-error=skip")
         assert done.returncode == 0, done.stderr
         assert "documents 300 of 300; left out: error 0" in done.stdout
         assert "d.valid: documents" in done.stdout and "peak memory" in done.stdout
     assert len(documents_of(tmp_path / "d.valid")) + len(documents_of(tmp_path / "d")) == 300
     with open(tmp_path / "t.jsonl", "a") as f:
         f.write('{"text": "sans langue"}\n')
-    done = command(*args, "--split-by=language", "--min-characters=3", "--workers=1")
+    done = launch("data.prepare", *args, "--split-by=language", "--min-characters=3", "--workers=1")
     assert done.returncode == 2 and "t.jsonl, line 301: no field 'language'" in done.stderr
-    done = command(*args, "--split-by=language", "--on-error=skip", "--split-length=9")
+    done = launch(
+        "data.prepare", *args, "--split-by=language", "--on-error=skip", "--split-length=9"
+    )
     assert done.returncode == 0 and "left out: " in done.stderr, done.stderr
     assert "d.fr.long: documents 300" in done.stdout and "left out: error 1," in done.stdout
 

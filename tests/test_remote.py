@@ -305,6 +305,7 @@ def test_without_the_package_it_is_named(hub, monkeypatch, tmp_path, missing):
         tokenize([HubDataset("me/texts", None, "fr")], OURS, tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_the_real_package_gives_the_same(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     for n in range(3):

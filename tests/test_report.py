@@ -2,7 +2,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -15,8 +14,6 @@ from eval import report
 from eval.curves import COLOURS, CurveError
 
 matplotlib = pytest.importorskip("matplotlib")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 OPTIONS = TINY | SCHEDULE | {"seq_len": 64, "rope_theta": 1e4, "tokenizer": "<r>.tiktoken"}
 OPTIONS["mixture"] = "a_long_name_without_a_break/" * 3  # wider than a phone
 PARTS = "overview learning speed benchmarks needle samples configuration versions".split()
@@ -239,72 +236,3 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CurveError, match="damaged"):
         report.main([str(tmp_path)])
-
-
-# --- in a browser --------------------------------------------------------------------------------
-
-
-def browse(page, *args):
-    """What Chromium prints of a page: (its DOM, the messages on its console)."""
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={page.parent}/profile",
-        *args, page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@needs_browser
-def test_no_error_on_the_console(page, tmp_path):
-    assert browse(page, "--dump-dom")[1] == []
-    broken = tmp_path / "broken.html"  # it would be heard of
-    broken.write_text(page.read_text(encoding="utf-8").replace('<path d="M ', '<path d="Z ', 1))
-    assert any("attribute d" in line for line in browse(broken, "--dump-dom")[1])
-
-
-MEASURE = """<script>
-const size = e => { const b = e.getBoundingClientRect(); return [b.width, b.height] };
-const found = {page: [innerWidth, document.documentElement.scrollWidth],
-  ink: getComputedStyle(document.querySelector("svg text")).fill};
-for (const part of document.querySelectorAll("section")) found[part.id] = [size(part),
-  ...[...part.querySelectorAll("svg, table")].map(size)];
-document.title = JSON.stringify(found);
-</script></body>"""
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [500, 1200])  # 500: the narrowest that Chromium opens
-def test_all_parts_are_shown(page, tmp_path, width):
-    measured = tmp_path / "measured.html"
-    measured.write_text(page.read_text(encoding="utf-8").replace("</body>", MEASURE))
-    dom = browse(measured, "--dump-dom", f"--window-size={width},2000")[0]
-    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
-    assert found["page"] == [width, width]  # only pictures and tables scroll sideways
-    for part in PARTS:
-        (across, high), *inside = found[part]
-        assert across > 0.9 * width - 80 and high > 60 and inside, part
-        for w, h in inside[:1]:  # the first is never folded
-            assert w > 100 and h > 20, (part, inside)
-
-
-@needs_browser
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_screenshot_by_day_and_by_night(page, tmp_path, dark):
-    file = tmp_path / "shot.png"
-    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    browse(page, f"--screenshot={file}", "--window-size=1000,4000", scheme)
-    image = matplotlib.image.imread(file)[..., :3]
-    assert image.shape[:2] == (4000, 1000)
-    paper, edge = (0x14, 0x17, 0x1B) if dark else (255, 255, 255), image[0, 0] * 255
-    assert abs(edge - paper).max() < 2
-
-    def drawn(colour):
-        wanted = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-        return (abs(image - wanted).sum(-1) < 0.03).sum()
-
-    assert drawn(COLOURS[0]) > 300 and drawn(COLOURS[1]) > 300  # the curves of both phases
-    assert drawn("#2fa36b") > 5000 and drawn("#d64550") > 5000  # found and not found, in the map
-    ink = image.min(-1) > 0.8 if dark else image.max(-1) < 0.3
-    assert ink.sum() > 5000  # words

@@ -4,16 +4,16 @@ import torch.nn.functional as F
 from conftest import relative_error
 from kernel_checks import (
     DTYPES,
-    LAYOUTS,
+    all_laid_out,
     assert_as_good,
     check,
     compiled_variants,
     count_graphs,
+    every_layout,
     far_apart,
     gpu,
     gradients,
     interpreted,
-    laid_out,
     mutant,
 )
 
@@ -116,15 +116,10 @@ def test_kernels_match_fp64(chip, dtype, shape):
     check(ours_add, eager_add, [x, residual, weight], dy, d_total)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["x", "residual", "weight", "dy", "d_total"])
-def test_kernels_take_any_layout(chip, which, layout):
-    names = ["x", "residual", "weight", "dy", "d_total"]
-    tensors = dict(zip(names, draw(chip, torch.bfloat16, (6, 40), (6, 40), 40, (6, 40), (6, 40))))
-    if which == "weight" and layout == "column slice":
-        layout = "row slice"
-    tensors[which] = laid_out(tensors[which], layout)
-    *inputs, dy, d_total = tensors.values()
+@every_layout
+def test_kernels_take_any_layout(chip, shift):
+    tensors = draw(chip, torch.bfloat16, (6, 40), (6, 40), 40, (6, 40), (6, 40))
+    *inputs, dy, d_total = all_laid_out(tensors, shift)
     before = dy.clone(), d_total.clone()
     check(ours_add, eager_add, inputs, dy, d_total)
     assert torch.equal(dy, before[0]) and torch.equal(d_total, before[1])

@@ -5,11 +5,12 @@ import pytest
 import torch
 from kernel_checks import (
     DTYPES,
-    LAYOUTS,
+    all_laid_out,
     assert_as_good,
     check,
     compiled_variants,
     count_graphs,
+    every_layout,
     far_apart,
     gpu,
     gradients,
@@ -116,13 +117,10 @@ def test_kernel_matches_fp64(chip, dtype, batch, tokens, heads, kv_heads, head_d
     check(lambda q, k: rope(q, k, cos, sin), eager(cos, sin), [q, k], dq, dk)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["q", "k", "dq", "dk"])
-def test_kernel_takes_any_layout(chip, which, layout):
-    shapes = {"q": (2, 5, 4, 16), "k": (2, 5, 2, 16), "dq": (2, 5, 4, 16), "dk": (2, 5, 2, 16)}
-    tensors = dict(zip(shapes, draw(chip, torch.bfloat16, *shapes.values())))
-    tensors[which] = laid_out(tensors[which], layout)
-    q, k, dq, dk = tensors.values()
+@every_layout
+def test_kernel_takes_any_layout(chip, shift):
+    shapes = 2 * [(2, 5, 4, 16), (2, 5, 2, 16)]
+    q, k, dq, dk = all_laid_out(draw(chip, torch.bfloat16, *shapes), shift)
     before = dq.clone(), dk.clone()
     cos, sin = tables(chip, 16, 5)
     check(lambda q, k: rope(q, k, cos, sin), eager(cos, sin), [q, k], dq, dk)

@@ -108,6 +108,7 @@ def test_mistyped_options_start_nothing(tiny_data, cluster):
     assert "did you mean 'samples'?" in (cluster / "log").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_error_is_passed_on_and_not_queued_again(tiny_data, cluster):
     store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # without it torchrun's restarts fail
     (cluster / "srun").write_text(f'#!/bin/bash\necho store=${store} "$@"\nexit 7\n')
@@ -119,6 +120,7 @@ def test_an_error_is_passed_on_and_not_queued_again(tiny_data, cluster):
     assert command.split(" train.py ")[1].split("\n")[0].split() == given
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_after_some_steps_is_queued_again(tiny_data, cluster):
     """A machine that broke breaks the job, not the chain; the same error again at once ends it."""
     steps = tiny_data / "out" / "run" / "checkpoints"

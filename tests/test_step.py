@@ -6,13 +6,12 @@ steps in test_step_peers.py and test_gpu.py.
 
 import gc
 import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import launch
 from torch import nn
 
 import hardware
@@ -502,8 +501,7 @@ def test_what_cannot_be_is_told_in_a_line(arguments, told):
 
 
 def test_the_exit_code_is_2():
-    command = [sys.executable, "-m", "bench.step", "--replot", "nowhere.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = launch("bench.step", "--replot", "nowhere.json")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "bench.step: nowhere.json: No such file or directory\n"
     with pytest.raises(ConfigError, match="nowhere"):
@@ -520,6 +518,7 @@ def test_on_a_cpu_the_demo_model_takes_turns(monkeypatch):
     assert dtypes == ["float32", "bfloat16"] and rounds == 3
 
 
+@pytest.mark.slow
 def test_pictures(right, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     sides = {"ours": Side(), "transformers": Side(), "liger": Side()}

@@ -195,8 +195,10 @@ def test_the_step_is_that_of_a_plain_loop(size, gather_each, clip):
         optimizer.step()
     for name, parameter in plain.named_parameters():
         moved = (parameter - start[name]).norm()
-        assert moved > 0
-        assert (end[name] - parameter).norm() < 2e-3 * moved, name
+        # Each of both loops rounds a weight twice, by half a unit in its last place at most.
+        rounding = 2 * torch.finfo(torch.float32).eps * parameter.norm()
+        assert moved > 2 * rounding
+        assert (end[name] - parameter).norm() < 2e-3 * moved + rounding, name
 
 
 def test_only_the_last_micro_batch_is_said_to_be(monkeypatch):

@@ -4,15 +4,15 @@ import torch.nn.functional as F
 from conftest import relative_error
 from kernel_checks import (
     DTYPES,
-    LAYOUTS,
+    all_laid_out,
     check,
     compiled_variants,
     count_graphs,
+    every_layout,
     far_apart,
     gpu,
     gradients,
     interpreted,
-    laid_out,
     mutant,
 )
 
@@ -61,14 +61,9 @@ def test_kernels_match_fp64(chip, dtype, shape):
     check(swiglu, eager, [x], dy)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("which", ["x", "dy"])
-def test_kernels_take_any_layout(chip, which, layout):
-    x, dy = draw(chip, torch.bfloat16, (6, 80), (6, 40))
-    if which == "x":
-        x = laid_out(x, layout)
-    else:
-        dy = laid_out(dy, layout)
+@every_layout
+def test_kernels_take_any_layout(chip, shift):
+    x, dy = all_laid_out(draw(chip, torch.bfloat16, (6, 80), (6, 40)), shift)
     before = dy.clone()
     check(swiglu, eager, [x], dy)
     assert torch.equal(dy, before)

@@ -1,12 +1,11 @@
 import json
 import random
-import subprocess
-import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, launch, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 from text_cases import code_points, hard_strings, lucie_json
@@ -110,10 +109,10 @@ def check_ids(ours, theirs, texts):
 
 def test_the_library_gives_our_ids_with_our_tokenizer_json(texts, trained, exported):
     check_ids(trained, exported, [*texts, SAMPLE, "", "<s> a</s>", "x" * 10_000])
-    check_ids(trained, exported, hard_strings(5000))
+    check_ids(trained, exported, hard_strings(1000))
 
 
-@pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [64, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_library_gives_our_ids_for_every_code_point(trained, exported, step):
     characters = code_points()[::step]
     for start in range(0, len(characters), 512):
@@ -123,8 +122,8 @@ def test_the_library_gives_our_ids_for_every_code_point(trained, exported, step)
 
 
 @pytest.mark.slow
-def test_the_library_gives_our_ids_for_100000_hard_strings(trained, exported):
-    check_ids(trained, exported, hard_strings(100_000, seed=1))
+def test_the_library_gives_our_ids_for_many_hard_strings(trained, exported):
+    check_ids(trained, exported, hard_strings(30_000, seed=1))
 
 
 def random_ids(rng, size):
@@ -183,7 +182,7 @@ def test_a_folder_is_read_by_transformers_and_by_load(tmp_path, texts, trained):
     transformers = pytest.importorskip("transformers")
     tokenizer.save_folder(trained, tmp_path / "new")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
-    for text in [*texts, SAMPLE, "<s> a</s>", *hard_strings(500)]:
+    for text in [*texts, SAMPLE, "<s> a</s>", *hard_strings(100)]:
         assert theirs(text).input_ids == trained.encode(text), repr(text)
         assert theirs.decode(trained.encode(text), skip_special_tokens=True) == trained.decode(
             trained.encode(text)
@@ -210,7 +209,7 @@ def test_lucies_folder_is_read_by_transformers_and_by_load(tmp_path):
     tokenizer.save_folder(ours, tmp_path / "new")
     assert (tmp_path / "new" / "tokenizer.json").read_bytes() == content
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
-    for text in [SAMPLE, "<s> a</s>", *hard_strings(500)]:
+    for text in [SAMPLE, "<s> a</s>", *hard_strings(100)]:
         assert theirs(text).input_ids == ours.encode(text), repr(text)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 3)
 
@@ -290,10 +289,7 @@ def test_batches_are_bounded_by_their_characters():
 def test_the_commands_train_and_compare(tmp_path, texts):
     pytest.importorskip("tokenizers")
 
-    def command(*args):
-        line = [sys.executable, "-m", "data.tokenizer", *map(str, args)]
-        return subprocess.run(line, capture_output=True, text=True)
-
+    command = partial(launch, "data.tokenizer")
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
     ranks = tmp_path / "new/r.tiktoken"

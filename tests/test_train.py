@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SHARED, TINY, launch, needs_shared
+from conftest import SHARED, TINY, fork, launch, needs_shared
 
 import checkpoint
 import train
@@ -149,15 +149,16 @@ def test_validation_leaves_the_training_alone(tiny_data):
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 5e-3)])
 def test_the_triton_kernels_train_like_the_definitions(tiny_data, chip, dtype, tolerance):
-    wide = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, samples=24)
+    wide = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, samples=16)
     wide |= dict(warmup_samples=0, learning_rate=2e-3, dtype=dtype, device=chip.type)
+    wide |= dict(num_hidden_layers=1, global_batch_size=4, micro_batch_size=2, validation="")
     logs = {
         mode: train_here(tiny_data, name=mode, kernels=mode, **wide) for mode in ("triton", "torch")
     }
     for ours, reference in zip(logs["triton"], logs["torch"]):
         for column in ("training_loss", "grad_norm"):
             assert float(ours[column]) == pytest.approx(float(reference[column]), rel=tolerance)
-    assert len(logs["triton"]) == 3
+    assert len(logs["triton"]) == 4
     assert float(logs["triton"][-1]["training_loss"]) < float(logs["triton"][0]["training_loss"])
 
 
@@ -182,18 +183,16 @@ def test_compiled_blocks_train_like_the_others(tiny_data):
 def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
     whole = train_here(tiny_data, name="whole", validation="")
     change = dict(name="killed", validation="", checkpoint_every=5)
-    arguments = options(tiny_data, **change)
-    code = (
-        "import os, sys, torch, train\n"
-        "update, count = torch.optim.AdamW.step, [0]\n"
-        "def dying(self, *a):\n"
-        "    update(self, *a); count[0] += 1\n"
-        "    if count[0] == 13: os._exit(9)\n"
-        "torch.optim.AdamW.step = dying\n"
-        "train.main(sys.argv[1:])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
-    assert done.returncode == 9
+    code = """
+update, count = torch.optim.AdamW.step, [0]
+def dying(self, *args):
+    update(self, *args)
+    count[0] += 1
+    if count[0] == 13:
+        os._exit(9)
+torch.optim.AdamW.step = dying
+"""
+    assert patched(tiny_data, code, 0, **change).returncode == 9
     left = checkpoint.latest(tiny_data / "out/killed")
     assert left.name in ("step0000005", "step0000010")  # the latter may have been in work yet
     assert results(train_here(tiny_data, **change)) == results(whole)
@@ -593,14 +592,15 @@ def test_one_gpu_follows_the_cpu(tiny_data):
 
 def test_ctrl_c_saves_and_exits_cleanly(tiny_data):
     args = options(tiny_data, samples=8_000_000, validation="")
-    process = subprocess.Popen([sys.executable, "train.py", *args], stderr=subprocess.DEVNULL)
+    process = fork(train.command_line, args)
     log = tiny_data / "out/run/log.csv"
     for _ in range(600):
         if log.is_file() and len(log.read_text().splitlines()) > 5:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 0
     step = int(log_of(tiny_data)[-1]["training_steps"])
     assert checkpoint.read_state(checkpoint.latest(tiny_data / "out/run"))["step"] == step
 

@@ -228,6 +228,7 @@ def test_tasks_that_fail_are_lines_and_tried_at_the_next_start(run, tmp_path, ca
     assert sorted((tmp_path / "r").read_text().splitlines()) == sorted(in_order())
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_at_the_start(run, tmp_path, capsys, monkeypatch):
     """Before any checkpoint: not hours later, when the first one is there."""
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
@@ -353,10 +354,7 @@ def test_the_command_killed_in_each_part_does_all_once(run, tmp_path):
     cells = [run / "needle" / name / "en_likelihood.csv" for name in names]
     records = [run / "evaluation" / f"tiny_{name}" / "letters.json" for name in names]
     moments = [  # what is there when the watcher is killed
-        lambda: (run / "samples.jsonl").exists(),
         lambda: records[0].exists(),
-        lambda: len(lines_of(cells[0])) >= 5,
-        lambda: records[1].parent.exists(),
         lambda: len(lines_of(cells[2])) >= 20,
     ]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
