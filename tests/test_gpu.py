@@ -47,7 +47,9 @@ def test_one_that_fails_stops_none_after_it(tmp_path, capfd):
 @pytest.mark.slow  # so much time that each is under way when it is interrupted
 def test_one_that_hangs_is_interrupted_and_then_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 5)
-    tells = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('what is known')"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job's is not
+    tells = f"import signal, time; {heard}\ntry: time.sleep(300)\n"
+    tells += "except KeyboardInterrupt: print('what is known')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(300)"
     begin = time.monotonic()
     found = run(
