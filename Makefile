@@ -18,7 +18,8 @@ PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 # or dtype, in a folder of its own: make demo RUNS=out/seed_1 OPTIONS="--seed=1 --dtype=float32"
 RUNS ?= out
 PHASES := $(RUNS)/demo_pretrain $(RUNS)/demo_extension $(RUNS)/demo_annealing
-TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS)
+TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS) || \
+	{ echo "if $(RUNS) holds a run of other options: make demo RUNS=out/another"; exit 1; }
 demo: .venv/installed
 	@date +%s > .venv/demo_started
 	$(RUN) -m data.prepare demo --out out/demo_data
@@ -32,11 +33,11 @@ demo: .venv/installed
 	@echo
 	@echo "the demo took $$(( $$(date +%s) - $$(cat .venv/demo_started) )) seconds"
 	@echo
-	@echo "What to do next, after: source .venv/bin/activate"
-	@echo "  ask it yourself        python generate.py $(RUNS)/demo_annealing --temperature 0 --interactive"
-	@echo "  train on your own text README.md, 'Train on your own text'"
-	@echo "  the real recipe        torchrun --nproc-per-node=8 train.py config/pretrain.py (README.md, 'Train Lucie-7B')"
-	@echo "  the kernels            make static, without a GPU; make gpu on one (README.md, 'Kernels')"
+	@echo "What next? (first run: source .venv/bin/activate)"
+	@echo "  Ask it yourself:         python generate.py $(RUNS)/demo_annealing --temperature 0 --interactive"
+	@echo "  Train on your own text:  README.md, 'Train on your own text'"
+	@echo "  The real recipe:         torchrun --nproc-per-node=8 train.py config/pretrain.py"
+	@echo "  The kernels:             make static (no GPU needed), make gpu (on one)"
 
 # A model so small that it learns to retrieve on a CPU: needle maps of the three phases, in five
 # languages, drawn. The text is the demo's, or your own: make miniature TEXTS="en=FILES fr=FILES".
@@ -101,10 +102,10 @@ endef
 # index, since PyPI does not have it. Everything else comes from where pip looks.
 define cpu_torch
 @wheel=$$(grep ^torch== requirements.txt)+cpu; \
-	echo "$$wheel has no CUDA: make TORCH=default takes the build that has"; \
+	echo "installing $$wheel, without CUDA (the build with CUDA: rm -r $(1), then make TORCH=default)"; \
 	pip="$(1)/bin/python -m pip install -q --no-deps $$wheel"; \
 	$$pip 2> $(1)/log || $$pip --index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15 || \
-	{ cat $(1)/log; echo "$$wheel is not available: make TORCH=default"; exit 1; }
+	{ cat $(1)/log; echo "$$wheel is not available: rm -r $(1), then make TORCH=default"; exit 1; }
 endef
 
 .venv/installed: requirements.txt requirements-dev.txt
@@ -114,6 +115,7 @@ endef
 
 .venv/installed_eval: .venv/installed requirements-eval.txt
 	$(RUN) -m pip install -q -r requirements-eval.txt
+	$(RUN) -m pip install -q --no-deps megatron-core==0.14.0  # its requirements ask for an older numpy
 	touch $@
 
 .venv-triton-%/installed: requirements.txt

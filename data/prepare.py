@@ -50,7 +50,7 @@ QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 DEMO_VOCAB_SIZE = 4096
 # Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
-# mathematics, science, encyclopedia and dialogue of the real one.
+# mathematics, science, encyclopedia and dialogue of the real one, and more of the rarest language.
 PUBLISHED = {
     "en": 0.332, "fr": 0.324, "code": 0.147, "de": 0.069, "es": 0.066, "it": 0.038,
     "parallel": 0.025,

@@ -10,6 +10,7 @@ way ("transferred"). An answer counts if greedy decoding gives it token for toke
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _cells(texts: object) -> list[str]:
+def _cells(texts: Iterable[str]) -> list[str]:
     """Texts of one width, those that are longer cut."""
     short = (text if len(text) <= WIDTH else text[: WIDTH - 3] + "..." for text in texts)
     return [f" {text:{WIDTH}}" for text in short]

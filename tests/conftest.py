@@ -99,7 +99,7 @@ def chip(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     kernels.use("auto")
 
 
-# Processes are forked off one that has imported all they need and computed nothing.
+# Processes are forked from a server that has imported everything and computed nothing.
 SERVER = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 if os.name != "nt":
     SERVER.set_forkserver_preload(["test_faults", "torch.utils.tensorboard"])
@@ -125,14 +125,27 @@ def environments(ranks: int) -> list[dict[str, str]]:
     return [group | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)] or [{}]
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The command that a script is added to."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return command + ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+
+
 def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
     """A Python script, or a module of ours, as a process of its own, or as several ranks."""
+    if CUDA:  # the server has no GPU, nor does what is forked from it
+        python = torchrun(ranks) if ranks else [sys.executable]
+        command = [*python, *([] if str(script).endswith(".py") else ["-m"]), script, *args]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=env, timeout=timeout
+        )
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder, name) for name in ("stdout", "stderr")]
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         command = list(map(str, (script, *args)))
         common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         each = [common | one for one in environments(ranks)]
-        processes = [fork(_run, command, environment, said) for environment in each]
+        processes = [fork(_run, command, environment, outputs) for environment in each]
         until = time.monotonic() + timeout
         for process in processes:
             process.join(max(0, until - time.monotonic()))
@@ -140,14 +153,15 @@ def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
         for process in late:
             process.kill()
             process.join()
-        out, err = (path.read_text(encoding="utf-8") for path in said)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
         assert not late, f"{len(late)} of {len(processes)} do not end: {err}"
         code = next((p.exitcode for p in processes if p.exitcode), 0)
         return subprocess.CompletedProcess(command, code, out, err)
 
 
-def _run(command: list[str], environment: dict[str, str], said: list[Path]) -> None:
-    for number, path in enumerate(said, 1):
+def _run(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    """In a forked process: the command, with its environment, stdout and stderr in files."""
+    for number, path in enumerate(outputs, 1):
         with open(path, "a") as file:
             os.dup2(file.fileno(), number)
     os.environ.clear()

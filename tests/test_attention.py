@@ -157,6 +157,8 @@ def poison():
         (torch.float32, 2, 2, 2, 128),
         (torch.float16, 15, 8, 1, 64),
         (torch.bfloat16, 63, 4, 1, 128),
+        (torch.bfloat16, 15, 8, 1, 128),
+        (torch.float16, 63, 2, 2, 64),
         (torch.float16, 127, 2, 2, 128),
         (torch.bfloat16, 128, 4, 1, 64),
         (torch.float32, 129, 4, 1, 64),

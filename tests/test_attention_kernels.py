@@ -1,6 +1,7 @@
 """More of the Triton kernels of attention: decoding, memory, compilation, deliberate faults."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from gpuless.interpreter import MemoryFault
 from kernels import attention
 
 SHAPES = [(4, 4, 64), (4, 1, 128), (8, 1, 64)]  # heads, heads of keys, head_dim
+every_pair = pytest.mark.parametrize("dtype, shape", [*product(DTYPES, SHAPES)])
 
 
 # Decoding
@@ -48,7 +50,7 @@ def check_decoding(chip, dtype, keys, heads, kv_heads, head_dim):
 
 @pytest.mark.usefixtures("poison")
 @both_chips
-@pytest.mark.parametrize("dtype, shape", zip(DTYPES, SHAPES))
+@every_pair
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 1000])
 def test_decoding_matches_fp64(chip, keys, dtype, shape):
     check_decoding(chip, dtype, keys, *shape)
@@ -68,7 +70,7 @@ def check_ragged_decoding(chip, dtype, positions, heads, kv_heads, head_dim):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype, shape", zip(DTYPES, SHAPES))
+@every_pair
 def test_ragged_decoding_matches_fp64(chip, dtype, shape):
     check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], *shape)
 
@@ -126,8 +128,9 @@ def test_operators_keep_their_promises(chip):
     """Schema, fake results and autograd registration agree with what the operators do."""
     ops = torch.ops.nanolucie
     q, k, v, dy = draw(chip, torch.float32, 2, 5, 5, 2, 1, 64)
-    bounds = A._bounds(torch.tensor([0, 3, 10], device=chip), 2, 5)
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.attention.default, (*inputs, None, None))
+    bounds = A._bounds(torch.tensor([0, 3, 10], device=chip), 2, 5)
     torch.library.opcheck(ops.attention.default, (*inputs, *bounds))
     saved = ops.attention(q, k, v, *bounds)
     torch.library.opcheck(ops.attention_backward.default, (dy, q, k, v, *saved, *bounds))

@@ -121,7 +121,7 @@ def same_as_undisturbed(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kills,stops", [(3, 1), pytest.param(20, 6, marks=pytest.mark.slow)], ids=["short", "long"]
+    "kills,stops", [(3, 1), pytest.param(30, 10, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, stops):
     """Moments: a random step of the run, and up to the length of a start later.
@@ -171,7 +171,7 @@ def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, s
         f"{kills} kills and {stops} stops, {in_save} in a save, {in_start} where the life before "
         f"had ended, {lost} steps done again"
     )
-    assert kills < 20 or (in_save and lost)
+    assert kills < 30 or (in_save and lost)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])

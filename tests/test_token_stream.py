@@ -12,6 +12,7 @@ import pytest
 from data.dataset import Mixture
 from data.inspection import Index
 from data.mixture import read
+from data.stream_writer import StreamWriter
 from data.token_stream import DataError, TokenStream, failures, read_bytes, size_of
 
 # --- the format, by writers that are not ours
@@ -38,6 +39,12 @@ def write_from_the_description(path, documents, code, dtype):
         f.write(
             struct.pack(f"<{len(counts) + 1}q", *(sum(counts[:k]) for k in range(len(counts) + 1)))
         )
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    """Megatron's own writer and reader, which make test_slow installs."""
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
 
 def random_documents(vocab_size):
@@ -76,6 +83,38 @@ def test_streams_written_from_the_description(tmp_path, code, dtype, vocab_size)
     documents = random_documents(vocab_size)
     write_from_the_description(tmp_path / "m", documents, code, dtype)
     check_reading(tmp_path / "m", documents, vocab_size, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code, dtype, vocab_size", CASES)
+def test_streams_written_by_megatron(tmp_path, megatron, code, dtype, vocab_size):
+    documents = random_documents(vocab_size)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype)
+    for document in documents:
+        builder.add_document([*chain(*document)], [len(sequence) for sequence in document])
+    builder.finalize(str(tmp_path / "m.idx"))
+    check_reading(tmp_path / "m", documents, vocab_size, dtype)
+    write_from_the_description(tmp_path / "d", documents, code, dtype)
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"m.{kind}").read_bytes() == (tmp_path / f"d.{kind}").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code, dtype, vocab_size", CASES)
+@pytest.mark.parametrize("mmap", [True, False])
+def test_megatron_reads_our_streams(tmp_path, megatron, code, dtype, vocab_size, mmap):
+    documents = [[*chain(*document)] for document in random_documents(vocab_size)]
+    with StreamWriter(tmp_path / "ours", vocab_size) as stream:
+        lengths = [len(document) for document in documents[:9]]
+        stream.add_many(np.array([*chain(*documents[:9])]), np.array(lengths))
+        for document in documents[9:]:
+            stream.add(np.array(document, np.int64))
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"), mmap=mmap)
+    assert theirs.index.dtype == dtype and megatron.DType.optimal_dtype(vocab_size) == dtype
+    assert [theirs[k].tolist() for k in range(len(theirs))] == documents
+    assert theirs.document_indices.tolist() == list(range(31))
+    longest = max(range(30), key=lambda k: len(documents[k]))
+    assert theirs.get(longest, offset=3, length=5).tolist() == documents[longest][3:8]
 
 
 # --- streams in an object store

@@ -123,7 +123,7 @@ def test_the_library_gives_our_ids_for_every_code_point(trained, exported, step)
 
 @pytest.mark.slow
 def test_the_library_gives_our_ids_for_many_hard_strings(trained, exported):
-    check_ids(trained, exported, hard_strings(30_000, seed=1))
+    check_ids(trained, exported, hard_strings(100_000, seed=1))
 
 
 def random_ids(rng, size):
