@@ -18,8 +18,7 @@ PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 # or dtype, in a folder of its own: make demo RUNS=out/seed_1 OPTIONS="--seed=1 --dtype=float32"
 RUNS ?= out
 PHASES := $(RUNS)/demo_pretrain $(RUNS)/demo_extension $(RUNS)/demo_annealing
-TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS) || \
-	{ echo "if $(RUNS) holds a run of other options: make demo RUNS=out/another"; exit 1; }
+TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS)
 demo: .venv/installed
 	@date +%s > .venv/demo_started
 	$(RUN) -m data.prepare demo --out out/demo_data
