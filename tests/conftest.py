@@ -25,8 +25,8 @@ from unittest import mock
 # Tiny tensors gain nothing from a second thread, which waits busily where cores are shared. To be
 # set before torch is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# torch.compile's cache does not tell processors apart that torch only imitates: it would load code of
-# one into another, which can crash.
+# torch.compile's cache does not tell apart the processors that torch imitates: it would run code of
+# one on another, which can crash.
 if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
     cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{isa}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
