@@ -1,7 +1,7 @@
 # Each target does all its own set-up in .venv. PYTHON is any Python from 3.11 to 3.14.
 PYTHON ?= python3
 # Which build of torch: on Linux the default one brings gigabytes of CUDA, so where there is no NVIDIA
-# driver it is the one for CPUs. make TORCH=cpu or TORCH=default decides otherwise, on a fresh .venv.
+# driver it is the one for CPUs. make TORCH=cpu or TORCH=default decides otherwise, after rm -r .venv.
 DRIVER := $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*)
 TORCH ?= $(if $(DRIVER),default,$(if $(filter Linux,$(shell uname -s)),cpu,default))
 $(if $(filter-out cpu default,$(TORCH)),$(error TORCH is cpu or default, not $(TORCH)))

@@ -10,7 +10,6 @@ way ("transferred"). An answer counts if greedy decoding gives it token for toke
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -88,9 +87,10 @@ def main(argv: list[str]) -> None:
         tokenizer = tokenizers.load(config["tokenizer"])
         columns.append((Path(run).name, first_lines(model, tokenizer, prompts)))
     prompt_width = max(map(len, prompts))
-    print(f"{'greedy completion after':{prompt_width}}", *_cells(name for name, _ in columns))
-    for row, prompt in enumerate(prompts):
-        print(f"{prompt:{prompt_width}}", *_cells(lines[row] for _, lines in columns))
+    table = [["greedy completion after", *(name for name, _ in columns)]]
+    table += [[prompt, *(lines[row] for _, lines in columns)] for row, prompt in enumerate(prompts)]
+    for prompt, *cells in table:
+        print("  ".join([f"{prompt:{prompt_width}}", *map(_cell, cells)]).rstrip())
 
     print(f"\n{'capitals answered right':{prompt_width}}  recalled  transferred")
     shares, asked = examine(model, tokenizer), len(demo_corpus.countries())
@@ -106,10 +106,9 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _cells(texts: Iterable[str]) -> list[str]:
-    """Texts of one width, those that are longer cut."""
-    short = (text if len(text) <= WIDTH else text[: WIDTH - 3] + "..." for text in texts)
-    return [f" {text:{WIDTH}}" for text in short]
+def _cell(text: str) -> str:
+    """A text as wide as a column; what is longer is cut."""
+    return f"{text if len(text) <= WIDTH else text[: WIDTH - 3] + '...':{WIDTH}}"
 
 
 if __name__ == "__main__":

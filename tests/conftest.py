@@ -164,15 +164,20 @@ def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
         return subprocess.CompletedProcess(command, code, out, err)
 
 
-def _run(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    """In a forked process: the command, with its environment, stdout and stderr in files."""
-    for number, path in enumerate(outputs, 1):
+def begin(environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """In a forked process: what it adds to the environment, and files for what it prints."""
+    for number, path in enumerate((stdout, stderr), 1):
         with open(path, "a") as file:
             os.dup2(file.fileno(), number)
-    os.environ.clear()
     os.environ.update(environment)
-    os.chdir(environment["PYTHONPATH"])
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+
+
+def _run(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    """In a forked process: the command, with its environment, stdout and stderr in files."""
+    os.environ.clear()
+    begin(environment, *outputs)
+    os.chdir(environment["PYTHONPATH"])
     warnings.filterwarnings("ignore", module="runpy")  # what has been imported already
     sys.argv = command
     run = runpy.run_path if command[0].endswith(".py") else runpy.run_module

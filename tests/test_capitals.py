@@ -102,7 +102,8 @@ def test_a_completion_is_shown_to_the_end_of_its_line(monkeypatch):
     found = [Completion("", [], text=text) for text in (" Pékin\nQuelle", " none ends")]
     monkeypatch.setattr(capitals, "complete", lambda *args: found)
     assert capitals.first_lines(None, None, ["a", "b"]) == ["Pékin", "none ends"]
-    assert capitals._cells(["Pékin", "x" * 25]) == [f" {'Pékin':24}", " " + 21 * "x" + "..."]
+    assert capitals._cell("Pékin") == f"{'Pékin':24}"
+    assert capitals._cell("x" * 25) == 21 * "x" + "..."
 
 
 @pytest.mark.slow

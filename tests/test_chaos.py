@@ -4,7 +4,6 @@ run. A life is a process of its own, which SIGKILL ends for good; to begin one c
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environments, fork
+from conftest import begin, environments, fork
 from test_train import log_of, options, results, weights_of
-from tqdm import tqdm
 
 import checkpoint
 import train
@@ -38,11 +36,7 @@ def start(data: Path, ranks: int = 0, hook: Callable | None = None, **change) ->
 
 
 def _life(arguments: list[str], errors: Path, names: dict[str, str], hook: Callable | None) -> None:
-    with open(errors, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(names)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
+    begin(names, errors, errors)
     if hook:
         hook()
     train.command_line(arguments)
