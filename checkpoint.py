@@ -1,92 +1,426 @@
-"""Checkpoints: written whole or not at all, in the background, read back on any number of ranks.
+"""Checkpoints: complete or absent, written in the background, loadable on any number of ranks.
 
     out/NAME/checkpoints/step0005000/
         shard-00001.safetensors ...   of each rank: model.NAME, exp_avg.NAME, exp_avg_sq.NAME
         state.json                    step, samples and tokens consumed, seconds, config, versions
         manifest.json                 the size and SHA-256 of every file above
 
-A directory with its final name was written whole, and whatever happens to it later is found by its
-manifest. A checkpoint of 512 ranks loads on one: Torch's Distributed Checkpoint decides which rank
-reads what. No format here can hold code, and none is unpickled: a foreign checkpoint cannot run
-anything.
+A directory gets its final name when all of it is on the disk, and its manifest tells whether it
+changed since. Each rank writes the rows that it holds, and the metadata of a shard says which they
+are; so each rank of another run reads the rows that it needs. Nothing is ever unpickled, so a
+foreign checkpoint cannot run code.
 
-    python -m checkpoint export out/main --to DIR --dtype=bf16     what transformers and vLLM read
-    python -m checkpoint import FOLDER_OR_NAME[@revision] --to out/lucie
-    python -m checkpoint inspect out/main --verify
-
-How checkpoints are written is in saver.py, how they are found and verified in manifest.py; the
-Hugging Face layout is read in hf_layout.py and written in hf_export.py, which tells what an
-exported folder holds. One that was exported with --optimizer is imported as a run that goes on bit
-for bit; any other as a run of one checkpoint that holds weights only, in the dtype they had, for
---init_from=PATH.
+    python -m checkpoint inspect out/pretrain
+    python -m checkpoint export out/pretrain --out DIR --dtype bfloat16      for transformers, vLLM
 """
 
 import argparse
 import hashlib
 import json
+import os
+import platform
+import re
+import shutil
+import subprocess
 import sys
-import warnings
-from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-import hf_layout
-import tensor_files
-from data import tokenizer as tokenizers
-from hf_export import KINDS, Read, to_hf, trained, write_folder
-from hf_layout import from_hf
-from manifest import Damaged, found, latest, manifest, newest_sound, read_state, verify
-from model import Lucie, LucieConfig
-from parallel import together
-from saver import Saver, first_reason, save, tensors, write_text
-from schedule import revision_name
-from tensor_files import DTYPES, CheckpointError, Entries, Entry
+import hf
+import parallel
+import quantize
+from config import Config
+from config.cli import ConfigError, Parser, in_one_line, run_cli
+from data.token_stream import DataError
+from hf import DTYPES, CheckpointError, Piece
+from model import Lucie, LucieConfig, initial_weight
 
-__all__ = [  # some are those of the files that this one imports
-    "CheckpointError", "Damaged", "Saver", "architecture", "from_hf", "from_run", "latest", "load",
-    "newest_sound", "read", "read_state", "save", "to_hf", "trained", "verify",
-]  # fmt: skip
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
-
-WEIGHTS_ONLY = "{0}: weights without optimizer states, not to be resumed; --init_from={0}"
+STEP = re.compile(r"step(\d+)$")
+MAY_CHANGE = {  # when a run is resumed; any other option would make it another run
+    "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "parallel",
+    "replica_size", "reduce_each_micro_batch", "gather_each_micro_batch",
+    "activation_checkpointing", "micro_batch_size", "log_every", "eval_every", "eval_samples",
+    "checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps", "save_every",
+    "keep_last", "wandb_project",
+}  # fmt: skip
 
 
-# --- reading -------------------------------------------------------------------------------------
+class Damaged(CheckpointError):
+    """A checkpoint is not what was written."""
 
 
-def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict:
-    """Fill the model, and the optimizer if given, from a checkpoint; return its state.
+# --- saving --------------------------------------------------------------------------------------
 
-    Each rank reads what is its own. Raises CheckpointError if it is incomplete, damaged or of
-    another architecture; what has the right shape but other bytes, `verify` finds.
+
+class Saver:
+    """Saves the checkpoints of a run in the background, one at a time.
+
+    Every rank makes one and calls its methods alike. Of the checkpoints that are no milestones,
+    only the newest keep_last stay.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        self.folder, self._keep_last = folder, keep_last
+        # Its messages between ranks must not mix with those of the training that goes on.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1)
+        self._copies: dict[str, Tensor] = {}  # in main memory, used again by the next save
+        self._path, self._running = folder, None
+
+    def save(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        state: dict,
+        milestone: bool = False,
+    ) -> None:
+        """Begin to write folder/name; returns as soon as the tensors may change again.
+
+        state is plain JSON data, with its step. Waits for the save before, if it is still running.
+        An existing checkpoint is never overwritten; that is an error, as in `wait`.
+        """
+        self.wait()
+        first_rows = {}
+        for index, (key, tensor) in enumerate(tensors(model, optimizer).items()):
+            rows, first = parallel.local_rows(tensor)
+            replica, replicas = parallel.replica_of(tensor)
+            if index % replicas != replica or not len(rows):
+                continue  # another replica of the model writes this one
+            if key not in self._copies:
+                copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+                self._copies[key] = copy
+            self._copies[key].copy_(rows, non_blocking=True)
+            first_rows[key] = first
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._path = self.folder / name
+        text = json.dumps(state | {"milestone": milestone}, indent=1)
+        self._running: Future | None = self._thread.submit(self._write, first_rows, text)
+
+    def failed(self) -> bool:
+        """Whether this rank knows that the newest save has failed."""
+        ended = self._running is not None and self._running.done()
+        return ended and self._running.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the end of the save. Raises CheckpointError on all ranks if the disk is full or
+        not writable; nothing of the new checkpoint remains then."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(_unfinished(self._path), ignore_errors=True)
+            failure = CheckpointError(f"{self._path}: not saved ({in_one_line(error)})")
+            failure.on_all_ranks = True
+            raise failure from None
+
+    def _write(self, first_rows: dict[str, int], state: str) -> None:
+        """In the background, on every rank: write the shard of this rank; rank 0 completes it."""
+        path, folder, rank = self._path, _unfinished(self._path), parallel.rank()
+
+        def begin() -> None:
+            if rank == 0 and path.exists():
+                raise CheckpointError("there is a checkpoint of this name already")
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+
+        def write_shard() -> dict[str, dict]:
+            file = folder / f"shard-{rank + 1:05d}.safetensors"
+            copies = {key: self._copies[key] for key in first_rows}
+            # torch.distributed.checkpoint's key and format for where the rows of a shard belong
+            offsets = {key: [row, 0][: copies[key].ndim] for key, row in first_rows.items()}
+            places = {key: {"saved_offsets": offset} for key, offset in offsets.items()}
+            try:
+                if copies:
+                    save_file(copies, file, {"DCP_SHARDING_INFO": json.dumps(places)})
+                    hf.sync(file)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: {in_one_line(error)}") from None
+            return {file.name: _facts(file)} if copies else {}
+
+        def complete(files: dict[str, dict]) -> None:
+            if rank > 0:
+                return
+            write_text(folder / "state.json", state)
+            files["state.json"] = _facts(folder / "state.json")
+            write_text(folder / "manifest.json", manifest(files))
+            hf.sync(folder)
+            os.replace(folder, path)
+            with _reported():  # whatever fails from here on, the new one is complete
+                hf.sync(path.parent)
+            self._remove_old_ones()
+
+        common = {"errors": (OSError, CheckpointError), "group": self._group}
+        parallel.together(begin, **common)
+        mine = parallel.together(write_shard, **common)
+        files = {n: f for part in parallel.gather(mine, self._group) for n, f in part.items()}
+        parallel.together(complete, files, **common)
+
+    def _remove_old_ones(self) -> None:
+        """Remove the rolling checkpoints of this run but the newest.
+
+        A milestone stays one, whatever the schedule of the run that goes on. What has another name
+        or cannot be read is not ours to remove.
+        """
+        prefix, rolling = STEP.sub("", self._path.name), []
+        for _, path in found(self.folder):
+            try:
+                if STEP.sub("", path.name) == prefix and not read_state(path)["milestone"]:
+                    rolling.append(path)
+            except (CheckpointError, KeyError):
+                continue
+        for path in rolling[: -self._keep_last]:
+            with _reported():
+                os.replace(path, _unfinished(path))  # its name never stands for half of it
+                shutil.rmtree(_unfinished(path), ignore_errors=True)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"checkpoint: {in_one_line(error)}", file=sys.stderr)
+
+
+def save(path: str | Path, model: nn.Module, optimizer: Optimizer, state: dict) -> None:
+    """Write one checkpoint and wait for it. Every rank calls this. Raises CheckpointError."""
+    path = Path(path)
+    saver = Saver(path.parent, sys.maxsize)
+    saver.save(path.name, model, optimizer, state)
+    saver.wait()
+
+
+def tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """What a checkpoint holds, by the names it has there."""
+    out = {}
+    for name, p in model.named_parameters():
+        out[f"model.{name}"] = p.detach()
+        if optimizer is not None:
+            out[f"exp_avg.{name}"] = optimizer.state[p]["exp_avg"]
+            out[f"exp_avg_sq.{name}"] = optimizer.state[p]["exp_avg_sq"]
+    return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name, sync and rename it: there is never half of one."""
+    unfinished = _unfinished(path)
+    unfinished.write_text(text, encoding="utf-8", newline="")
+    hf.sync(unfinished)
+    os.replace(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _facts(file: Path) -> dict:
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return {"bytes": f.tell(), "sha256": digest}
+
+
+def manifest(files: dict) -> str:
+    """The text of a manifest, which vouches for itself as well."""
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": digest}, indent=1)
+
+
+def versions() -> dict[str, str]:
+    """What a run was computed with: the commit of this code, and the libraries that matter."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    out = {"code": commit or "not a git checkout", "python": platform.python_version()}
+    for library in ("torch", "triton", "numpy"):
+        with suppress(metadata.PackageNotFoundError):
+            out[library] = metadata.version(library)
+    return out
+
+
+# --- finding and verifying -----------------------------------------------------------------------
+
+
+def latest(path: str | Path) -> Path | None:
+    """The checkpoint of the highest step under a run directory, or `path` if it is one.
+
+    Compares numbers, not names. None if there is none.
     """
     path = Path(path)
-    state = together(read_state, path, errors=(CheckpointError,))
-    hf_layout.same_model(path, model.config, state["config"])
-    if optimizer is not None:
-        if state.get("weights_only"):
-            raise CheckpointError(WEIGHTS_ONLY.format(path))
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                step = torch.tensor(float(state["step"]), device=p.device)
-                moments = {n: torch.zeros_like(p.detach()) for n in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": step, **moments}
+    if (path / "manifest.json").is_file():
+        return path
+    steps = found(path / "checkpoints")
+    return steps[-1][1] if steps else None
+
+
+def found(folder: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of those under their final names, the oldest first, by number."""
+    named = [p for p in folder.glob("*step*") if p.is_dir() and not p.name.startswith(".")]
+    return sorted((int(m[1]), p) for p in named if (m := STEP.search(p.name)))
+
+
+def read_state(path: str | Path) -> dict:
+    """The state.json of a checkpoint."""
     try:
-        dcp.load(
-            tensors(model, optimizer),
-            storage_reader=dcp.HuggingFaceStorageReader(str(path)),
-            no_dist=not dist.is_initialized(),
-        )
-    except dcp.CheckpointException as error:
-        raise CheckpointError(f"{path}: damaged or incomplete ({first_reason(error)})") from None
+        state = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+        state["step"], state["config"]["seq_len"]
+        return state
+    except OSError:
+        raise CheckpointError(f"{path}: not a complete checkpoint (no state.json)") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}/state.json: damaged") from None
+
+
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is byte for byte as it was written, or None.
+
+    Every rank calls this and checks its share of the files. A damaged one is named on stderr and
+    renamed to NAME.damaged, and the one before it is tried. Raises CheckpointError when all
+    checkpoints are damaged, for a run never begins anew by mistake; or when one cannot be read,
+    which does not prove damage.
+    """
+    folder, rank = run / "checkpoints", parallel.rank()
+
+    def set_aside(path: Path) -> None:
+        if rank == 0:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+    for unfinished in folder.glob(".*.tmp") if rank == 0 else ():
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for path in reversed(parallel.gather([path for _, path in found(folder)])[0]):
+        try:
+            share = (path, rank, parallel.world_size())
+            parallel.together(verify, *share, errors=(CheckpointError,))
+            return path
+        except Damaged as damage:
+            if rank == 0:
+                line = f"checkpoint: {damage}; renamed, and the one before it is used"
+                print(line, file=sys.stderr)
+            parallel.together(set_aside, path, errors=(OSError,))
+    if parallel.gather(any(folder.glob("*.damaged")))[0]:
+        raise CheckpointError(f"{run}: every checkpoint is damaged; begin anew with another --name")
+    return None
+
+
+def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
+    """Compare a checkpoint with its manifest; of several ranks each reads its share of the files.
+
+    Raises Damaged naming the file that is missing, cut short or changed, and CheckpointError for
+    one that cannot be read.
+    """
+    path = Path(path)
+    # Rank 0 looks for all files. If another rank misses one, its machine may not see the disk.
+    missing = Damaged if rank == 0 else CheckpointError
+    try:
+        try:
+            text = (path / "manifest.json").read_text(encoding="utf-8")
+            files = json.loads(text)["files"]
+        except (ValueError, KeyError, TypeError):
+            text, files = "", {}
+        if text != manifest(files):
+            raise Damaged(f"{path / 'manifest.json'}: damaged")
+        alien = {p.name for p in path.glob("[!.]*.safetensors")} - files.keys()
+        if alien:
+            raise Damaged(f"{path / alien.pop()}: not in the manifest")
+        for name, facts in files.items():
+            if (size := (path / name).stat().st_size) != facts["bytes"]:
+                sizes = f"{size:,} bytes, {facts['bytes']:,} were written"
+                raise Damaged(f"{path / name}: damaged ({sizes})")
+        mine = list(files)[rank::world]
+        total = sum(files[name]["bytes"] for name in mine)
+        common = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+        with tqdm(desc=f"checking {path.name}", total=total, disable=rank > 0, **common) as bar:
+            for name in mine:
+                if _facts(path / name) != files[name]:
+                    raise Damaged(f"{path / name}: damaged (its SHA-256 is not the one written)")
+                bar.update(files[name]["bytes"])
+    except FileNotFoundError as error:
+        raise missing(f"{error.filename}: missing") from None
+    except OSError as error:
+        raise CheckpointError(in_one_line(error)) from None
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None) -> dict:
+    """Fill the model, and the optimizer if given, from a checkpoint; return its state.
+
+    Each rank reads the rows that it holds. Raises CheckpointError for a checkpoint that is
+    incomplete or of another architecture; `verify` finds changed bytes.
+    """
+    path = Path(path)
+    state = parallel.together(read_state, path, errors=(CheckpointError,))
+    hf.check_same_model(path, model.config, state["config"])
+    if optimizer is not None:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            step = torch.tensor(float(state["step"]), device=p.device)
+            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": step, **moments}
+    wanted = (path, model.config, optimizer is not None)
+    pieces = parallel.together(pieces_of, *wanted, errors=(CheckpointError,))
+    _fill(tensors(model, optimizer), pieces)
     return state
+
+
+def _fill(parts: dict[str, Tensor], pieces: list[Piece]) -> None:
+    """Copy the rows that this rank holds into (sharded) tensors."""
+    local = {name: parallel.local_rows(tensor) for name, tensor in parts.items()}
+    held = {name: (first, first + len(rows)) for name, (rows, first) in local.items()}
+    for name, start, values in hf.read(pieces, held):
+        rows, first = local[name]
+        rows[start - first : start - first + len(values)].copy_(values)
+
+
+def pieces_of(path: Path, config: LucieConfig, optimizer: bool) -> list[Piece]:
+    """Where the rows of all weights are, and of the moments if optimizer, under `tensors`' names.
+
+    Raises CheckpointError if any are missing, or are not of this model.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for file in sorted(path.glob("[!.]*.safetensors")):
+        header, about = hf.header_of(file)
+        try:
+            places = json.loads(about["DCP_SHARDING_INFO"])
+            for key, (dtype, shape) in header.items():
+                piece = Piece(file, key, key, places[key]["saved_offsets"][0], shape, DTYPES[dtype])
+                pieces.setdefault(key, []).append(piece)
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise CheckpointError(f"{file}: its header is damaged") from None
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Lucie(config).named_parameters()}
+    complete = []
+    for kind in ("model", "exp_avg", "exp_avg_sq") if optimizer else ("model",):
+        for name, shape in shapes.items():
+            covered, key = 0, f"{kind}.{name}"
+            for piece in sorted(pieces.get(key, ()), key=lambda piece: piece.first):
+                if piece.first == covered and piece.shape[1:] == shape[1:]:
+                    complete.append(piece)
+                    covered += piece.shape[0]
+            if covered != shape[0]:
+                raise CheckpointError(f"{path}: damaged or incomplete ({key}, row {covered:,})")
+    return complete
 
 
 def architecture(options: dict) -> LucieConfig:
@@ -101,264 +435,195 @@ def architecture(options: dict) -> LucieConfig:
 
 def from_run(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Lucie, dict]:
     """(model, config) of a run's newest checkpoint or of a checkpoint, on the CPU."""
-    newest = _newest(path)
-    options = read_state(newest)["config"]
-    config = architecture(options)
-    return hf_layout.build(config, read(newest, config), dtype, "cpu", str(newest)), options
+    newest, config, pieces, options = _weights_of(path)
+    return hf.build(config, pieces, dtype, "cpu", newest), options
 
 
-def _newest(path: str | Path) -> Path:
+def _weights_of(path: str | Path) -> tuple[Path, LucieConfig, list[Piece], dict]:
     newest = latest(path)
     if newest is None:
         raise CheckpointError(f"{path}: no complete checkpoint there")
-    return newest
+    options = read_state(newest)["config"]
+    config = architecture(options)
+    pieces = pieces_of(newest, config, optimizer=False)
+    pieces = [piece._replace(name=piece.name.removeprefix("model.")) for piece in pieces]
+    return newest, config, pieces, options
 
 
-def read(path: str | Path, config: LucieConfig) -> Iterator[tuple[str, int, Tensor]]:
-    """The weights of a checkpoint as `hf_layout.read` gives them, for `hf_layout.fill`."""
-    entries, rows = {}, {}
-    for name, pieces in _pieces(Path(path), config, ["model"]).items():
-        for first, entry in pieces:
-            entries[f"{name} {first}"] = entry
-            rows[f"{name} {first}"] = (name.removeprefix("model."), first, first + entry.shape[0])
-    return hf_layout.stream(entries, rows, Path(path).name)
+def open_model(
+    source: str, device: str, dtype: torch.dtype | None = None, int4: bool = False
+) -> tuple[Lucie, str]:
+    """(model for use on one device, where its tokenizer lies: for data.tokenizer.load, or "").
 
-
-def _pieces(
-    path: Path, config: LucieConfig, kinds: list[str]
-) -> dict[str, list[tuple[int, Entry]]]:
-    """{KIND.NAME: [(first row, where the rows from there on lie), ...]}, all rows of every tensor.
-
-    Raises CheckpointError if some are missing, or are not of this model.
+    source: a run or checkpoint directory, `hf:FOLDER_OR_NAME[@revision]`, or a folder in the
+    Hugging Face layout, ours in 4 bits among them. dtype: None is bfloat16 on a GPU, else float32,
+    and what a 4-bit folder was written in. int4: pack the matrices as they arrive. Raises
+    CheckpointError, before the first weight is read if there is not enough memory.
     """
-    pieces: dict[str, list[tuple[int, Entry]]] = {}
-    for file in sorted(path.glob("shard-*.safetensors")):
-        entries, metadata = tensor_files.read_header(file)
-        try:
-            places = json.loads(metadata["DCP_SHARDING_INFO"])
-            for name, entry in entries.items():
-                pieces.setdefault(name, []).append((places[name]["saved_offsets"][0], entry))
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise CheckpointError(f"{file}: its header is damaged") from None
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Lucie(config).named_parameters()}
-    complete = {}
-    for name, shape in ((f"{kind}.{n}", s) for kind in kinds for n, s in shapes.items()):
-        complete[name], covered = sorted(pieces.get(name, [])), 0
-        for first, entry in complete[name]:
-            if first != covered or entry.shape[1:] != shape[1:] or entry.dtype not in DTYPES:
-                break
-            covered += entry.shape[0]
-        if covered != shape[0]:
-            raise CheckpointError(f"{path}: damaged or incomplete ({name}, row {covered:,})")
-    return complete
-
-
-# --- to other layouts and back -------------------------------------------------------------------
-
-
-def export(
-    run: str | Path,
-    to: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    optimizer: bool = False,
-    tokenizer: str = "",
-) -> None:
-    """Write a checkpoint in the Hugging Face layout, without ever building the model.
-
-    run: a checkpoint, or a run, whose newest is taken. tokenizer: instead of the run's own.
-    Raises CheckpointError and TokenizerError; a damaged checkpoint is not exported.
-    """
-    path = _newest(run)
-    state = read_state(path)
-    if optimizer and state.get("weights_only"):
-        raise CheckpointError(f"{path}: has no optimizer states; without --optimizer")
-    config = architecture(state["config"])
-    pieces = _pieces(path, config, list(KINDS.values()) if optimizer else ["model"])
-    verify(path)
-
-    def read_rows(name: str, start: int, end: int) -> Tensor:
-        tensor = None
-        for first, entry in pieces[name]:
-            a, b = max(start, first), min(end, first + entry.shape[0])
-            if a < b:
-                if tensor is None:
-                    shape = (end - start, *entry.shape[1:])
-                    tensor = torch.empty(shape, dtype=DTYPES[entry.dtype])
-                tensor_files.read_tensor(entry, tensor[a - start : b - start], a - first)
-        return tensor
-
-    rows: Read = read_rows
-    tokenizer = tokenizer or state["config"].get("tokenizer", "")
-    write_folder(config, rows, to, dtype, state, tokenizer, optimizer)
-    print(f"{path} is in {to}" + ("" if tokenizer else ", without a tokenizer: the run names none"))
-
-
-def import_folder(source: str, to: str | Path, tokenizer: str = "") -> None:
-    """Make a run directory of a Hugging Face folder or NAME[@revision], a tensor at a time.
-
-    tokenizer: a path for data.tokenizer.load; else the folder's own is copied into the run.
-    Raises CheckpointError and TokenizerError, before anything is written if the folder is not
-    whole, there is no room, or something is at `to`.
-    """
-    run, folder = Path(to), hf_layout.folder_of(source, optimizer=True)
-    config = hf_layout.config_of(folder)
-    state, entries = _state_of(folder, config, f"hf:{source}")
-    options, copied = state["config"], None
-    options |= {"name": run.name, "out_dir": str(run.parent)}
-    if tokenizer:
-        _check_vocabulary(tokenizer, config)
-        options["tokenizer"] = tokenizer
-    elif state.get("weights_only") and (folder / "tokenizer.json").is_file():
-        copied = _check_vocabulary(str(folder), config)
-        options["tokenizer"] = str(run / "tokenizer")
-
-    parts: dict[str, list[Entry]] = {}  # ours are theirs, one below the other
-    for name, entry in entries.items():
-        parts.setdefault(name.rpartition(" ")[0], []).append(entry)
-    written: Entries = {}
-    for name, of in parts.items():
-        dtypes = {DTYPES[entry.dtype] for entry in of}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        written[name] = (dtype, (sum(entry.shape[0] for entry in of), *of[0].shape[1:]))
-    name = revision_name(state["step"], options.get("checkpoint_prefix", ""))
-    total = tensor_files.size_of(written)
-    bar = tqdm(desc=f"writing {name}", total=total, unit="B", unit_scale=True, delay=2, leave=False)
-    with bar, tensor_files.new_folder(run, total) as unfinished:
-        path, files = unfinished / "checkpoints" / name, {}
-        path.mkdir(parents=True)
-        for number, part in enumerate(tensor_files.shards(written), start=1):
-            file, digest = f"shard-{number:05d}.safetensors", hashlib.sha256()
-            places = {n: {"saved_offsets": [0] * len(shape)} for n, (_, shape) in part.items()}
-            metadata = {"DCP_SHARDING_INFO": json.dumps(places)}
-            content = (tensor_files.read_tensor(entry) for n in part for entry in parts[n])
-            size = tensor_files.write(path / file, part, content, metadata, digest, bar)
-            files[file] = {"bytes": size, "sha256": digest.hexdigest()}
-        files["state.json"] = write_text(path / "state.json", json.dumps(state, indent=1))
-        write_text(path / "manifest.json", manifest(files))
-        if copied:
-            tokenizers.save_folder(copied, unfinished / "tokenizer")
-    what = "weights only, for --init_from" if state.get("weights_only") else "resumes as it was"
-    print(f"{source} is in {run / 'checkpoints' / name} ({what})")
-
-
-def _state_of(folder: Path, config: LucieConfig, source: str) -> tuple[dict, dict[str, Entry]]:
-    """(state.json of the checkpoint to be, {"KIND.NAME FIRST_ROW": where those rows lie})."""
-    if (folder / "optimizer").is_dir():
-        state = read_state(folder / "optimizer", "training_state.json")
-        hf_layout.same_model(folder, config, state["config"])
-        kinds = {f"{there}.": here for there, here in KINDS.items()}
-        shapes = hf_layout.shapes_of(config)
-        wanted = {prefix + name: shape for prefix in kinds for name, shape in shapes.items()}
-        entries = hf_layout.check(folder / "optimizer", wanted)
-    else:
-        kinds, entries = {"": "model"}, hf_layout.entries_of(folder, config)
-        told, options = hf_layout.training_of(folder), dict(vars(config))
-        options["seq_len"] = options.pop("max_position_embeddings")
-        state = {
-            "step": told.get("training_steps", 0),
-            "tokens": told.get("training_tokens", 0),
-            "config": options | {"init_from": source, "tokenizer": ""},
-            "weights_only": True,
-        }
-    rows = hf_layout.rows_of(config).items()
-    ours = {
-        f"{kind}.{name} {first}": entries[prefix + theirs]
-        for prefix, kind in kinds.items()
-        for theirs, (name, first, _) in rows
-    }
-    return state | {"milestone": True}, ours
-
-
-def _check_vocabulary(path: str, config: LucieConfig) -> tokenizers.Tokenizer:
-    known = tokenizers.load(path)
-    if known.vocab_size != config.vocab_size:
+    folder = Path(source)
+    if source.startswith("hf:"):
+        folder = hf.folder_of(source.removeprefix("hf:"))
+    elif not folder.exists():
         raise CheckpointError(
-            f"{path} has {known.vocab_size:,} tokens, the model {config.vocab_size:,}: "
-            "--tokenizer=PATH of its own"
+            f"{source}: no such run or folder; a model of the Hugging Face hub is hf:{source}"
         )
-    return known
-
-
-def inspect(path: str | Path, check_bytes: bool = False) -> None:
-    """Print what a run, a checkpoint or a Hugging Face folder holds. Reads headers only, and with
-    check_bytes every byte of a checkpoint of ours, to compare it with the manifest."""
-    path, milestones = Path(path), []
-    if newest := latest(path):
-        state = read_state(newest)
-        config, told, files = architecture(state["config"]), trained(state), newest.glob("*.saf*")
-        lines = {"checkpoint": newest, "phase": state["config"].get("name", "")}
-        lines |= {n: f"{state[n]:,}" for n in ("step", "samples", "tokens") if n in state}
-        tokenizer = state["config"].get("tokenizer", "")
-        for _, other in [] if path == newest else found(path / "checkpoints"):
-            milestones += [other.name] if read_state(other).get("milestone") else []
+    build = quantize.build if int4 else hf.build
+    default = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if not source.startswith("hf:") and not hf.is_hf_folder(folder):
+        newest, config, pieces, options = _weights_of(folder)
+        return build(config, pieces, dtype or default, device, newest), options["tokenizer"]
+    config = hf.config_of(folder)
+    if quantize.is_int4(folder):
+        model = quantize.load(folder, device)
+        if dtype not in (None, model.embed_tokens.weight.dtype):
+            kept = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{source}: its 4-bit weights are for {kept}, no other dtype")
     else:
-        config, told, files = hf_layout.config_of(path), hf_layout.training_of(path), None
-        lines, tokenizer = {"Hugging Face folder": path}, ""
-        files = hf_layout.files_of(path) + sorted(path.glob("optimizer/*.safetensors"))
-        if (path / "tokenizer.json").is_file():
-            tokenizer = str(path)
-    with torch.device("meta"):
-        lines["parameters"] = f"{Lucie(config).num_params():,}"
-    lines |= {f"{n.replace('_', ' ')}, all phases": f"{v:,}" for n, v in told.items()}
-    kinds, shards, nbytes = Counter(), 0, 0
-    for file in sorted(files):
-        entries, _ = tensor_files.read_header(file)
-        kinds.update(entry.dtype for entry in entries.values())
-        shards, nbytes = shards + 1, nbytes + file.stat().st_size
-    lines["tensors"] = ", ".join(f"{count} {dtype}" for dtype, count in kinds.items())
-    lines |= {"shards": shards, "bytes": f"{nbytes:,}"}
-    lines |= vars(config) | {"tokenizer": tokenizer or "none"}
-    if milestones:
-        lines["milestones"] = ", ".join(milestones)
-    if check_bytes:
-        if newest is None:
-            raise CheckpointError(f"{path}: has no manifest; sizes and headers are those expected")
-        verify(newest)
-        lines["manifest"] = "every byte is as it was written"
-    for name, value in lines.items():
-        print(f"{name:28} {value}")
+        model = build(config, hf.pieces_of(folder, config), dtype or default, device, folder)
+    model.eos_token_ids = hf.eos_token_ids(folder)
+    return model, str(folder)
+
+
+# --- what a run starts from ----------------------------------------------------------------------
+
+
+def lock(run: Path) -> IO | None:
+    """Keep other processes from training the same run, until this one ends.
+
+    Raises CheckpointError if another process trains it. Systems and file systems without locks do
+    without.
+    """
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = open(run.with_name(f".{run.name}.lock"), "a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{run}: another process is training this run") from None
+    except (ImportError, OSError):
+        return None
+    return file
+
+
+def start(config: Config, run: Path, mixture: str, model: Lucie, optimizer: Optimizer) -> dict:
+    """Give model and optimizer their first values, as init_from says; returns the state.
+
+    mixture: its fingerprint. Every rank calls this alike. The same command given again resumes a
+    run from its newest checkpoint that is not damaged, whatever its first weights were.
+    """
+    expected = (ConfigError, CheckpointError, OSError)
+    existing, wanted = newest_sound(run), config.init_from
+    if existing:
+        parallel.together(_check_resumable, existing, config, run, mixture, errors=expected)
+        return load(existing, model, optimizer)
+    state = {"step": 0, "samples": 0, "tokens": 0, "seconds": 0.0, "gpu_seconds": 0.0}
+    parts = {name: p.detach() for name, p in model.named_parameters()}
+    if wanted in ("auto", "scratch"):
+        bar = {"delay": 3, "leave": False, "disable": parallel.rank() > 0}
+        for name, p in tqdm(parts.items(), "initial weights", **bar):
+            parallel.fill_rows(p, 0, initial_weight(model.config, name, p.shape, config.seed))
+        return state
+    if wanted.startswith("hf:"):
+        folder = parallel.together(hf.folder_of, wanted.removeprefix("hf:"), errors=expected)
+        there = parallel.together(hf.config_of, folder, errors=expected)
+        hf.check_same_model(folder, model.config, vars(there))
+        pieces = parallel.together(hf.pieces_of, folder, model.config, errors=expected)
+        _fill(parts, pieces)
+        return state | {"trained_before": hf.training_of(folder)}
+    source = parallel.gather(latest(wanted))[0] if wanted != "resume" else None
+    if source is None:
+        where = run if wanted == "resume" else wanted
+        raise ConfigError(f"init_from={wanted}: no complete checkpoint in {where}")
+    ranks = (parallel.rank(), parallel.world_size())
+    parallel.together(verify, source, *ranks, errors=(CheckpointError,))
+    return state | {"trained_before": hf.trained(load(source, model, None))}
+
+
+def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) -> None:
+    """Raises ConfigError if `config` describes another run than the checkpoint's."""
+    state = read_state(existing)
+    old, new = asdict(Config()) | state["config"], asdict(config)
+    if (
+        config.init_from not in ("resume", "auto", old["init_from"])
+        or config.init_from == "scratch"
+    ):
+        raise ConfigError(f"{run} holds a run already: --init_from=resume, or another --name")
+    differ = [n for n in new if n not in MAY_CHANGE and old[n] != new[n]]
+    if differ == ["samples"]:
+        if old["lr_decay"] == "constant" and new["samples"] >= state["samples"]:
+            differ = []  # neither its learning rate nor its batches depend on its length
+        else:
+            raise ConfigError(
+                f"{run}: samples was {old['samples']:,} and is {new['samples']:,}, but its "
+                f"{old['lr_decay']} schedule depends on it; to train on, begin a new run from its "
+                f"weights: --name=NEW --init_from={run}"
+            )
+    if differ:
+        fields = ", ".join(f"{n} was {old[n]!r} and is {new[n]!r}" for n in differ)
+        raise ConfigError(f"{run} holds another run: {fields}; choose another --name")
+    if state.get("mixture") != mixture:
+        raise ConfigError(
+            f"{run}: the sources, weights or tokens of {config.mixture} have changed since it "
+            "began, so its samples would differ; choose another --name"
+        )
+    config.init_from = old["init_from"]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def export(run: str, out: str, dtype: torch.dtype, tokenizer: str = "") -> None:
+    """Write the weights of a run's newest checkpoint, or of a checkpoint, for Hugging Face.
+
+    tokenizer: instead of the run's own. A damaged checkpoint is not exported.
+    """
+    path = _weights_of(run)[0]
+    verify(path)
+    state = read_state(path)
+    model, options = from_run(path, dtype)
+    tokenizer = tokenizer or options["tokenizer"]
+    hf.to_hf(model, out, dtype, tokenizer, state)
+    print(
+        f"{path} is in {out}" + ("" if tokenizer else ", without a tokenizer: the run names none")
+    )
+
+
+def inspect(path: str) -> None:
+    """Print what a run's newest checkpoint, or a checkpoint, holds, and verify every byte."""
+    newest, config, pieces, options = _weights_of(path)
+    state = read_state(newest)
+    facts = {name: state[name] for name in ("step", "samples", "tokens")}
+    facts |= {f"{name}, all phases": value for name, value in hf.trained(state).items()}
+    facts["parameters"] = sum(torch.Size(piece.shape).numel() for piece in pieces)
+    states = {p.name: read_state(p) for _, p in found(newest.parent)}
+    milestones = [name for name, other in states.items() if other.get("milestone")]
+    facts |= vars(config) | {"tokenizer": options["tokenizer"], "milestones": milestones}
+    print(newest)
+    for name, value in facts.items():
+        print(f"    {name:28} {f'{value:,}' if type(value) is int else value or 'none'}")
+    verify(newest)
+    print("    every byte is as it was written")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m checkpoint", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
-    out = commands.add_parser("export", help="a run or checkpoint, to Hugging Face's layout")
-    out.add_argument("run")
-    out.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), default="bf16")
-    out.add_argument("--optimizer", action="store_true", help="the training state as well")
-    into = commands.add_parser("import", help="a Hugging Face folder or NAME[@revision], to a run")
-    into.add_argument("source")
-    for command in (out, into):
-        command.add_argument("--to", required=True, metavar="DIR")
-        command.add_argument("--tokenizer", default="", help="its file or folder, if not the own")
-    look = commands.add_parser("inspect", help="what a run, checkpoint or folder holds")
-    look.add_argument("path")
-    look.add_argument("--verify", action="store_true", help="compare every byte with the manifest")
+    out = commands.add_parser("export", help="write a run or checkpoint in Hugging Face's layout")
+    out.add_argument("run", help="a run, whose newest checkpoint is taken, or a checkpoint")
+    out.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    dtypes = ("bfloat16", "float32", "float16")
+    out.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    out.add_argument("--tokenizer", default="", help="its file or folder; default: the run's own")
+    look = commands.add_parser("inspect", help="print what a run or checkpoint holds, verify it")
+    look.add_argument("run")
     args = parser.parse_args(argv)
     if args.command == "export":
-        dtype = {"bf16": "BF16", "fp32": "F32", "fp16": "F16"}[args.dtype]
-        export(args.run, args.to, DTYPES[dtype], args.optimizer, args.tokenizer)
-    elif args.command == "import":
-        import_folder(args.source, args.to, args.tokenizer)
+        export(args.run, args.out, getattr(torch, args.dtype), args.tokenizer)
     else:
-        inspect(args.path, args.verify)
-
-
-def command_line(argv: list[str]) -> None:
-    """main, with bad input as one line and exit code 2."""
-    try:
-        main(argv)
-    except (CheckpointError, tokenizers.TokenizerError, ValueError, OSError) as error:
-        print(f"checkpoint: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        inspect(args.run)
 
 
 if __name__ == "__main__":
-    command_line(sys.argv[1:])
+    run_cli(main, CheckpointError, DataError)

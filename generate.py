@@ -1,61 +1,346 @@
-"""Complete prompts.
+"""Complete prompts: the function, and the command.
 
-    python generate.py out/demo_annealing --temperature 0 --max-new-tokens 30 --prompt \\
+    python generate.py out/demo_annealing --temperature 0 --max_new_tokens 30 --prompt \\
         "Quelle est la capitale de l'Espagne ? Madrid\\nQuelle est la capitale de la France ?"
     python generate.py hf:OpenLLM-France/Lucie-7B --quantize int4 --interactive
-    python generate.py hf:FOLDER --prompt-file prompts.jsonl --json > completions.jsonl
+    python generate.py hf:FOLDER --prompt_file prompts.jsonl --json > completions.jsonl
 
 The model is a run or checkpoint of ours, `hf:FOLDER_OR_NAME[@revision]`, or a folder that
---save-quantized has written. Without a prompt, standard input is one. A lone completion appears as
-it is generated; several are computed together and appear in order.
+--save_quantized has written. Without a prompt, standard input is one. A single completion is shown
+as it is generated; several are computed together and shown in order.
 """
 
 import argparse
+import itertools
 import json
-import os
+import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import quantize
-from checkpoint import CheckpointError
-from completion import Completion, Sampling, add, check_prompt, complete, decode
-from data.tokenizer import LucieTokenizer, Tokenizer, TokenizerError
-from loading import open_model, peak_memory, tokenizer_for, use_device
-from model import Lucie
+from checkpoint import CheckpointError, open_model
+from config.cli import ConfigError, Parser, run_cli
+from data.token_stream import DataError
+from data.tokenizer import LucieTokenizer, Tokenizer
+from data.tokenizer import load as load_tokenizer
+from hf import available_memory
+from model import KVCache, Lucie
+
+PREFILL = 2048  # tokens of all prompts in one forward pass: bounds the memory of activations
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature first, then the top_k likeliest, then the fewest of them
+    that together reach top_p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
+
+    temperature 0 takes the likeliest token; top_k 0 and top_p 1 do not cut the distribution.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError, in one line, for a value out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 <= self.top_k <= vocab_size:
+            raise ValueError(f"top_k must be 0 to {vocab_size:,}, the vocabulary, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+@dataclass
+class Completion:
+    """What follows a prompt. The lists have one entry a new token, without the one that ends it."""
+
+    prompt: str
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    # of each id under the model, before temperature, top_k and top_p
+    logprobs: list[float] = field(default_factory=list)
+    # "stop" at one of model.eos_token_ids, "length" at max_new_tokens, "context" where it is full
+    finish_reason: str = "length"
+    text: str = ""
+
+    def add(self, model: Lucie, token: int, logprob: float) -> None:
+        """Append what `decode` yields."""
+        if token in model.eos_token_ids:
+            self.finish_reason = "stop"
+            return
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if len(self.prompt_ids) + len(self.ids) == model.config.max_position_embeddings:
+            self.finish_reason = "context"
+
+
+def complete(
+    model: Lucie,
+    tokenizer: Tokenizer | LucieTokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 200,
+    sampling: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Completion]:
+    """The completions of prompts, in their order.
+
+    Prompts of similar lengths share a batch. generator: of the model's device; the same seed,
+    prompts and batch_size give the same texts. Raises ValueError as `decode` does, before anything
+    is computed.
+    """
+    found = [Completion(prompt, tokenizer.encode(prompt)) for prompt in prompts]
+    for completion in found:
+        check_prompt(model, completion)
+    by_length = sorted(found, key=lambda completion: len(completion.prompt_ids))
+    if found:  # the last batch is the largest
+        longest = len(by_length[-1].prompt_ids) + max_new_tokens
+        room = model.config.max_position_embeddings
+        check_room(model, min(batch_size, len(found)), min(longest, room))
+    bar = tqdm(desc="prompts", total=len(found), disable=not progress, leave=False)
+    with bar:
+        for start in range(0, len(found), batch_size):
+            batch = by_length[start : start + batch_size]
+            ids = [completion.prompt_ids for completion in batch]
+            for tokens in decode(model, ids, max_new_tokens, sampling, generator):
+                for row, token, logprob in tokens:
+                    batch[row].add(model, token, logprob)
+            bar.update(len(batch))
+    for completion in found:
+        pieces = tokenizer.stream(completion.ids, after=completion.prompt_ids)
+        completion.text = "".join(pieces)
+    return found
+
+
+def stream(
+    model: Lucie,
+    tokenizer: Tokenizer | LucieTokenizer,
+    completion: Completion,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> Iterator[str]:
+    """Fill a completion, yielding its text as it grows."""
+
+    def new_ids() -> Iterator[int]:
+        prompts = [completion.prompt_ids]
+        for ((_, token, logprob),) in decode(model, prompts, max_new_tokens, sampling, generator):
+            completion.add(model, token, logprob)
+            if completion.finish_reason != "stop":
+                yield token
+
+    for piece in tokenizer.stream(new_ids(), after=completion.prompt_ids):
+        completion.text += piece
+        yield piece
+
+
+def check_prompt(model: Lucie, completion: Completion) -> None:
+    """Raises ValueError for a prompt that is empty or leaves no room for a token."""
+    room, count = model.config.max_position_embeddings, len(completion.prompt_ids)
+    if not completion.prompt:
+        raise ValueError("the prompt is empty")
+    if count >= room:
+        raise ValueError(
+            f"a prompt of {count:,} tokens leaves no room in the model's context of {room:,}"
+        )
+
+
+def check_room(model: Lucie, batch: int, length: int) -> None:
+    """Raises ValueError if the keys and values of so many rows of so many tokens do not fit."""
+    c, embedding = model.config, model.embed_tokens.weight
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * embedding.itemsize
+    need, have = batch * length * row, available_memory(embedding.device)
+    if have and need > have:
+        raise ValueError(
+            f"the keys and values of {batch} x {length:,} tokens take {need / 1e9:.1f} GB and "
+            f"{have / 1e9:.1f} GB are free; use a smaller batch, or fewer tokens"
+        )
+
+
+@torch.no_grad()
+def decode(
+    model: Lucie,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+) -> Iterator[list[tuple[int, int, float]]]:
+    """Continue all prompts at once; yield for each step (row, id, log-probability) of the rows that
+    have not ended: at one of model.eos_token_ids, which is yielded, at max_new_tokens, or where the
+    context is full.
+
+    Prompts of different lengths are padded at their ends, where causal attention does not see it,
+    and go through the model in chunks. From there each row of the cache goes on at its own end
+    (KVCache.decode_from). On a GPU a step is one CUDA graph, replayed, and the host reads a token
+    while the next step runs. The cache has the dtype of the embedding.
+    Floor of a step: the bytes of the weights and of the keys and values seen, over the bandwidth.
+
+    Raises ValueError for a prompt that is empty or too long, a max_new_tokens below 1, a sampling
+    out of range, or keys and values that do not fit in memory. A GPU must be the current device,
+    since a graph is captured there.
+    """
+    room = model.config.max_position_embeddings
+    sampling.check(model.config.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+    for prompt in prompts:
+        if not 0 < len(prompt) < room:
+            raise ValueError(f"a prompt must have 1 to {room - 1:,} tokens, not {len(prompt):,}")
+    left = [min(max_new_tokens, room - len(prompt)) for prompt in prompts]  # of each row
+    length = max(len(prompt) + more for prompt, more in zip(prompts, left))
+    embedding = model.embed_tokens.weight
+    check_room(model, len(prompts), length)
+    cache = KVCache(model.config, len(prompts), length, embedding.device, embedding.dtype)
+    logits = prefill(model, prompts, cache)
+    step = _captured(model, cache) if embedding.is_cuda else _plain(model, cache)
+    for number in itertools.count(1):
+        ids, logprobs = sample(logits, sampling, generator)
+        arriving = _to_host(ids, logprobs)
+        more = number < max(left)
+        if more and embedding.is_cuda:
+            logits = step(ids)  # the device computes while the host reads
+        tokens = [(row, int(token), p) for row, (token, p) in enumerate(arriving()) if left[row]]
+        for row, token, _ in tokens:
+            ended = token in model.eos_token_ids or left[row] <= number
+            left[row] = 0 if ended else left[row]
+        yield tokens
+        if not any(left):
+            return
+        if more and not embedding.is_cuda:
+            logits = step(ids)
+
+
+def prefill(model: Lucie, prompts: list[list[int]], cache: KVCache) -> Tensor:
+    """Put prompts into an empty cache; fp32 logits after each of them, `[B, vocab_size]`."""
+    device = cache.k.device
+    lengths = [len(prompt) for prompt in prompts]
+    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    last: list[Tensor] = [torch.empty(0)] * len(prompts)
+    chunk = max(16, PREFILL // len(prompts))
+    for part in padded.to(device).split(chunk, dim=1):
+        start = cache.length
+        hidden = model.hidden(part, cache=cache)
+        for row, n in enumerate(lengths):
+            if start < n <= start + part.shape[1]:
+                last[row] = hidden[row, n - 1 - start].clone()
+    cache.decode_from(lengths)
+    return model.lm_head(torch.stack(last)).float()
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """(ids, their log-probabilities before any cut), each `[B]`, from fp32 logits
+    `[B, vocab_size]`. Nothing here waits for the device."""
+    if sampling.temperature < 1e-5:  # dividing by less would overflow, and changes nothing
+        ids = logits.argmax(-1, keepdim=True)
+    elif not sampling.top_k and sampling.top_p == 1:
+        likely = (logits / sampling.temperature).softmax(-1)
+        ids = torch.multinomial(likely, 1, generator=generator)
+    else:
+        likely, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+        if sampling.top_k:
+            likely = likely[:, : sampling.top_k]
+        before = likely.cumsum(-1) - likely  # of all likelier tokens
+        likely = likely * (before < sampling.top_p * likely.sum(-1, keepdim=True))
+        ids = order.gather(1, torch.multinomial(likely, 1, generator=generator))
+    logprobs = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+    return ids[:, 0], logprobs[:, 0]
+
+
+def _plain(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """A function from the newest ids `[B]` to the fp32 logits `[B, vocab_size]` after them."""
+
+    def step(ids: Tensor) -> Tensor:
+        return model(ids[:, None], cache=cache)[:, -1].float()
+
+    return step
+
+
+def _captured(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """The same as one CUDA graph: the hundreds of launches of a step take longer than their work.
+
+    The graph reads and advances cache.positions, so that every replay is the next step.
+    """
+    run, ids = _plain(model, cache), torch.zeros_like(cache.positions)
+    before, length = cache.positions.clone(), cache.length
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run(ids)  # compiles what is not compiled yet; what it wrote is overwritten
+    torch.cuda.current_stream().wait_stream(aside)
+    cache.positions.copy_(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=aside):  # one stream, one workspace of the library
+        logits = run(ids)
+    cache.length = length
+
+    def step(newest: Tensor) -> Tensor:
+        ids.copy_(newest)
+        graph.replay()
+        return logits
+
+    return step
+
+
+def _to_host(ids: Tensor, logprobs: Tensor) -> Callable[[], list[list[float]]]:
+    """Begin to copy them to the host; the function returned waits for that and gives [id,
+    log-probability] of each row."""
+    both = torch.stack([ids.double(), logprobs.double()], 1)
+    if not both.is_cuda:
+        return both.tolist
+    here = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+    here.copy_(both, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def arrived() -> list[list[float]]:
+        done.synchronize()
+        return here.tolist()
+
+    return arrived
+
+
+# --- the command ---------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
     parser.add_argument(
         "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
     )
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", help="\\n in it is a line break; repeatable")
     prompts.add_argument(
-        "--prompt-file",
+        "--prompt_file",
         action="append",
         help='UTF-8: the whole file is a prompt; of a .jsonl, the "prompt" of each line;\n'
         "- is standard input; repeatable",
     )
     prompts.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-D ends")
     how = parser.add_argument_group("how tokens are drawn")
-    how.add_argument("--max-new-tokens", type=int, default=200)
+    how.add_argument("--max_new_tokens", type=int, default=200)
     how.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    how.add_argument("--top-k", type=int, default=0, help="0: all")
-    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--top_k", type=int, default=0, help="0: all")
+    how.add_argument("--top_p", type=float, default=1.0)
     how.add_argument("--seed", type=int, default=42)
-    how.add_argument("--num-return-sequences", type=int, default=1, help="of each prompt")
+    how.add_argument("--num_return_sequences", type=int, default=1, help="of each prompt")
     output = parser.add_argument_group("output")
-    output.add_argument("--no-echo", action="store_true", help="without the prompt before the text")
+    output.add_argument("--no_echo", action="store_true", help="without the prompt before the text")
     output.add_argument(
         "--json",
         action="store_true",
@@ -70,30 +355,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="default: bfloat16 on a GPU, else float32; a folder of 4-bit weights has its own",
     )
     where.add_argument("--quantize", choices=("int4",), help="matrices in 4 bits")
-    where.add_argument("--save-quantized", metavar="DIR", help="write those to a folder")
-    where.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
+    where.add_argument("--save_quantized", metavar="DIR", help="write those to a folder")
+    where.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "num_return_sequences", "batch_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1")
+            raise ConfigError(f"--{name} must be at least 1")
     if args.save_quantized and not args.quantize:
-        raise ValueError("--save-quantized needs --quantize int4")
+        raise ConfigError("--save_quantized needs --quantize int4")
+    if args.save_quantized and Path(args.save_quantized).exists():
+        raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
-        raise ValueError("--interactive takes its prompts from you: no --prompt, no --json")
-    if args.save_quantized:
-        folder = Path(args.save_quantized)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ValueError(f"{folder}: there is something of this name already")
+        raise ConfigError("--interactive asks for its prompts: use it without --prompt and --json")
     use_device(args.device)
     return args
 
 
+def use_device(device: str) -> None:
+    """Make a GPU that is named by its number the current one, which CUDA graphs are captured on.
+
+    Raises ValueError for a device that is not available.
+    """
+    try:
+        torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available here") from None
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts, in the order of the options. Raises ValueError naming what cannot be read."""
+    """All prompts, in the order of the options. Raises ConfigError naming what cannot be read."""
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt or ()]
     files = args.prompt_file or ([] if prompts or args.save_quantized else ["-"])
     if not args.prompt_file and files and sys.stdin.isatty():
-        raise ValueError("no prompt: --prompt, --prompt-file, --interactive, or text on the input")
+        raise ConfigError(
+            "no prompt: use --prompt, --prompt_file or --interactive, or pipe text in"
+        )
     for file in files:
         text = _read_text(file)
         if not file.endswith(".jsonl"):
@@ -107,7 +405,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             if isinstance(prompt, str):
                 prompts.append(prompt)
             elif prompt is not None:
-                raise ValueError(f'{file}, line {number}: a line is {{"prompt": "text"}}')
+                raise ConfigError(f'{file}, line {number}: a line must be {{"prompt": "text"}}')
+    for prompt in prompts:
+        if not prompt:
+            raise ConfigError("the prompt is empty")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"not valid Unicode: the prompt {prompt[:60]!a}") from None
     return prompts
 
 
@@ -115,34 +420,9 @@ def _read_text(file: str) -> str:
     name = "standard input" if file == "-" else file
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}") from None
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 at byte {error.start:,}") from None
-
-
-def stream(
-    model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
-    completion: Completion,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-) -> Iterator[str]:
-    """Fill a completion, yielding its text as it grows."""
-
-    def ids() -> Iterator[int]:
-        prompts = [completion.prompt_ids]
-        for tokens in decode(model, prompts, max_new_tokens, sampling, generator):
-            add(completion, *tokens[0][1:])
-            yield from completion.ids[count[0] :]
-            count[0] = len(completion.ids)
-
-    count = [0]
-    for piece in tokenizer.stream(ids(), after=completion.prompt_ids):
-        completion.text += piece
-        yield piece
+        raise ConfigError(f"{name}: not UTF-8 at byte {error.start:,}") from None
 
 
 def talk(
@@ -152,15 +432,18 @@ def talk(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> None:
-    """A prompt after the other, until the input ends; Ctrl-C ends a completion."""
+    """Complete one prompt after the other until the input ends; Ctrl-C ends a completion."""
     while True:
         try:
             prompt = input("> ").replace("\\n", "\n")
+            if not prompt.strip():
+                continue
             completion = Completion(prompt, tokenizer.encode(prompt))
-            check_prompt(model, prompt, completion.prompt_ids)
+            check_prompt(model, completion)
             for piece in stream(model, tokenizer, completion, max_new_tokens, sampling, generator):
                 print(piece, end="", flush=True)
             print()
+            explain_end(model, [completion])
         except ValueError as error:
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
@@ -170,11 +453,13 @@ def talk(
             return
 
 
-def show(completion: Completion, args: argparse.Namespace) -> None:
-    if args.json:
-        print(json.dumps(asdict(completion), ensure_ascii=False), flush=True)
-    else:
-        print(("" if args.no_echo else completion.prompt) + completion.text, flush=True)
+def explain_end(model: Lucie, completions: list[Completion]) -> None:
+    """Say that a text ends where the context is full; otherwise it seems to stop for no reason."""
+    full = sum(completion.finish_reason == "context" for completion in completions)
+    if full:
+        room = model.config.max_position_embeddings
+        which = "" if len(completions) == 1 else f"{full} of {len(completions)} texts: "
+        print(f"{which}stopped where the context of {room:,} tokens is full", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
@@ -182,22 +467,19 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.check(2**63)  # before minutes of loading; top_k against the vocabulary after that
     prompts = [] if args.interactive else read_prompts(args)
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        if not prompt.isascii():
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"not valid Unicode: the prompt {prompt[:60]!a}") from None
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, source = open_model(args.model, args.device, dtype, args.quantize == "int4")
-    tokenizer = tokenizer_for(model, args.tokenizer or source)
+    source = args.tokenizer or source
+    if not source:
+        raise ConfigError(
+            "the run names no tokenizer: --tokenizer=RANKS_FILE, or a folder with one"
+        )
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
     sampling.check(model.config.vocab_size)
     if args.save_quantized:
-        quantize.save(model, args.save_quantized, tokenizer)
-        tqdm.write(f"{args.save_quantized} written", file=sys.stderr)
+        quantize.save(model, args.save_quantized, source)
+        print(f"{args.save_quantized} written", file=sys.stderr)
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
     common = (args.max_new_tokens, sampling, generator)
@@ -210,17 +492,21 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     if len(prompts) == 1 and not args.json:
         completion = Completion(prompts[0], tokenizer.encode(prompts[0]))
-        check_prompt(model, completion.prompt, completion.prompt_ids)
+        check_prompt(model, completion)
         print("" if args.no_echo else completion.prompt, end="", flush=True)
         for piece in stream(model, tokenizer, completion, *common):
             print(piece, end="", flush=True)
         print()
         completions = [completion]
     else:
-        bar = sys.stderr.isatty()
-        completions = complete(model, tokenizer, prompts, *common, args.batch_size, bar)
-        for completion in completions:
-            show(completion, args)
+        completions = complete(model, tokenizer, prompts, *common, args.batch_size, progress=True)
+        for number, completion in enumerate(completions):
+            if args.json:
+                print(json.dumps(asdict(completion), ensure_ascii=False))
+                continue
+            print(f"--- {number + 1} of {len(completions)}")
+            print(("" if args.no_echo else completion.prompt) + completion.text)
+    explain_end(model, completions)
     report(completions, time.perf_counter() - started, model)
 
 
@@ -237,24 +523,15 @@ def report(completions: list[Completion], seconds: float, model: Lucie) -> None:
     )
 
 
-def command_line(argv: list[str]) -> int:
-    """main, with errors as one line; the exit code."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors took on a GPU, or this process in main memory; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
-        main(argv)
-    except torch.OutOfMemoryError as error:
-        print(f"generate.py: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 2
-    except (CheckpointError, TokenizerError, ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(sys.argv[1:]))
+    run_cli(main, CheckpointError, DataError, ValueError, torch.OutOfMemoryError)

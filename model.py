@@ -177,6 +177,8 @@ class Head(nn.Linear):
 class Lucie(nn.Module):
     """The language model. On the meta device its parameters are left to be filled by the caller."""
 
+    eos_token_ids = (1,)  # a completion ends at any of these; hf.py sets those of a folder
+
     def __init__(self, config: LucieConfig, seed: int = 42) -> None:
         super().__init__()
         self.config = config

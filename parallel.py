@@ -1,12 +1,11 @@
-"""The processes of a run, and how a model is spread over them. The model itself knows of neither.
+"""The devices and processes of a run, and how a model is parallelized over them.
 
-Four ways, all of them torch's own:
-- one CPU process runs the model as it is
+A lone CPU process runs the model as it is. Otherwise there are three strategies, all torch's own:
 - fsdp: every parameter, its gradient and its moments are cut into as many pieces as there are
   ranks (FSDP2, Zhao et al. 2023, arXiv:2304.11277). A block is gathered when it is needed, in the
-  dtype of compute, and dropped again: 16 bytes a parameter are shared by all ranks
-- hsdp: the same within groups of `replica_size` ranks, each group a whole copy of the model. The
-  gathering stays inside a group, as a rule one machine; between groups only gradients travel
+  dtype of compute, and freed again: all ranks share 16 bytes a parameter
+- hsdp: fsdp within groups of `replica_size` ranks, each of which holds a whole copy of the model.
+  Weights are gathered within a group, usually one machine; only gradients travel between groups
 - ddp: every rank has the whole model; gradients are averaged while the backward goes on
 
 Parameters, gradients, moments and the reduction of gradients are fp32. Traffic of a step in bytes
@@ -17,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,43 +31,122 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-WAYS = ("fsdp", "ddp", "hsdp")
-RECOMPUTATION = ("none", "selective", "full")
+STRATEGIES = ("fsdp", "ddp", "hsdp")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+
+class Gpu(NamedTuple):
+    part_of_name: str  # as CUDA reports it
+    memory: float  # nominal, in bytes
+    flops: float  # dense bf16, per second
+
+
+# The SXM form. Other H100s (PCIe, NVL) are slower and not listed.
+GPUS = {
+    "h200": Gpu("H200", 141e9, 989.4e12),
+    "h100": Gpu("H100 80GB HBM3", 80e9, 989.4e12),
+    "a100": Gpu("A100", 80e9, 312e12),
+}
+
+
+# --- devices and processes -----------------------------------------------------------------------
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device of this process and the dtype to compute in, from `Config.device` and `.dtype`.
+
+    Raises ValueError for a device that is not available, or another dtype.
+    """
+    kind = device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {device!r} is not available here; use --device=cpu")
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"dtype must be bfloat16, float32 or auto, not {dtype!r}")
+    here = torch.device(kind)
+    if kind == "cuda":
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(here)
+    if dtype == "auto":
+        # A processor without bf16 products emulates them, several times slower than fp32.
+        dtype = "bfloat16" if kind == "cuda" or cpu_has_bfloat16() else "float32"
+    return here, getattr(torch, dtype)
+
+
+def cpu_has_bfloat16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def memory_of_machine(device: torch.device) -> int:
+    """Bytes of all GPUs of this machine, or its main memory; 0 where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this GPU; None for a CPU or a GPU that is not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = (gpu.flops for gpu in GPUS.values() if gpu.part_of_name in name)
+    return None if "NVL" in name else next(known, None)
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
-    """(rank, number of ranks): torchrun's, or one process."""
-    lone = "RANK" not in os.environ
-    if lone and device.type == "cpu":
+    """(rank, number of ranks): torchrun's, or those of a single process."""
+    single = "RANK" not in os.environ
+    if single and device.type == "cpu":
         return 0, 1
-    # A lone GPU is sharded over itself: one code path, and compute in bf16 beside fp32 weights.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if lone else {}
+    # A single GPU is sharded over itself: one code path, and compute in bf16 beside fp32 weights.
+    itself = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else {}
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **itself)
     else:
-        dist.init_process_group("gloo", **alone)
+        dist.init_process_group("gloo", **itself)
     return dist.get_rank(), dist.get_world_size()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def spread(
-    model: nn.Module, way: str, replica_size: int, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """Give a model on the meta device its memory, on every rank the part that is its own.
+# --- the model over the ranks --------------------------------------------------------------------
 
-    Returns what is to be called in its stead; `model` keeps the parameters and their names. They
-    are not filled yet: no rank ever holds more than its own part and the tensor it is filling.
-    replica_size: ranks that hold a copy of the model between them (hsdp); 0 for those of this
-    machine. Raises ValueError as `shards` does.
+
+def parallelize(
+    model: nn.Module, strategy: str, replica_size: int, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Allocate a model that is on the meta device: on every rank the part that it holds.
+
+    Returns the module to call; `model` keeps the parameters and their names. They are not filled
+    yet, so no rank ever holds more than its own part and the tensor that it is filling.
+    replica_size: ranks that share one copy of the model (hsdp); 0 for those of this machine.
+    Raises ValueError as `shards` does, and for a model that this machine cannot hold.
     """
-    size = shards(way, replica_size, world_size())
-    if dist.is_initialized() and way != "ddp":
-        _shard(model, _mesh(way, size, device), dtype)
+    size = shards(strategy, replica_size, world_size())
+    count = sum(p.numel() for p in model.parameters())
+    # fp32 weight, gradient and two moments, of every rank on this machine
+    need = 16 * count * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / size
+    if 0 < memory_of_machine(device) < need:
+        raise ValueError(
+            f"training {count / 1e9:.2f} B parameters takes at least {need / 1e9:.0f} GB (16 bytes "
+            f"each) and this machine has {memory_of_machine(device) / 1e9:.0f} GB: use more GPUs, "
+            "or try config/demo_pretrain.py"
+        )
+    if dist.is_initialized() and strategy != "ddp":
+        _shard(model, _mesh(strategy, size, device), dtype)
     model.to_empty(device=device)
-    if dist.is_initialized() and way == "ddp":
+    if dist.is_initialized() and strategy == "ddp":
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
@@ -77,23 +156,23 @@ def spread(
     return model
 
 
-def shards(way: str, replica_size: int, world: int) -> int:
-    """Into how many parts a copy of the model is cut among `world` ranks.
+def shards(strategy: str, replica_size: int, world: int) -> int:
+    """Into how many parts one copy of the model is cut among `world` ranks.
 
-    Raises ValueError for another way than those above, or ranks that cannot be divided so.
+    Raises ValueError for an unknown strategy, or ranks that cannot be divided into replicas.
     """
-    if way not in WAYS:
-        raise ValueError(f"parallel is {', '.join(WAYS)}, not {way!r}")
-    if way != "hsdp":
-        return world if way == "fsdp" else 1
+    if strategy not in STRATEGIES:
+        raise ValueError(f"parallel must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+    if strategy != "hsdp":
+        return world if strategy == "fsdp" else 1
     size = min(replica_size or int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
     if world % size:
         raise ValueError(f"replica_size {size} does not divide the {world} processes")
     return size
 
 
-def _mesh(way: str, size: int, device: torch.device) -> dist.DeviceMesh:
-    if way == "fsdp":
+def _mesh(strategy: str, size: int, device: torch.device) -> dist.DeviceMesh:
+    if strategy == "fsdp":
         return init_device_mesh(device.type, (size,))
     names = ("replicate", "shard")
     return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=names)
@@ -109,7 +188,7 @@ def _shard(model: nn.Module, mesh: dist.DeviceMesh, dtype: torch.dtype) -> None:
     model.embed_tokens.set_unshard_in_backward(False)  # a look-up's backward needs no weights
     for block in model.layers:
         fully_shard(block, **common)
-    # The backward begins with the head: to drop it in between would gather it twice.
+    # The backward begins with the head: freeing it in between would gather it twice.
     fully_shard([model.norm, model.lm_head], **common, reshard_after_forward=False)
     fully_shard(model, **common)
     units = [model.embed_tokens, *model.layers, model.lm_head]
@@ -119,8 +198,8 @@ def _shard(model: nn.Module, mesh: dist.DeviceMesh, dtype: torch.dtype) -> None:
         after.set_modules_to_backward_prefetch([before])
 
 
-def drop_gathered(model: nn.Module) -> None:
-    """Drop what a forward pass that no backward follows has left gathered."""
+def free_gathered(model: nn.Module) -> None:
+    """Free the weights that a forward pass without a backward has left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -130,13 +209,13 @@ def drop_gathered(model: nn.Module) -> None:
 def micro_batch(
     model: nn.Module, last: bool, reduce_each: bool, gather_each: bool
 ) -> Iterator[None]:
-    """Around the forward and backward of one micro-batch of a step; `last` of the step or not.
+    """Wrap the forward and backward of one micro-batch; last: whether it ends the step.
 
-    Copies of the model (ddp, hsdp) exchange gradients at the last one only, which costs nothing.
-    Ranks that share a copy reduce them each time, unless reduce_each is False: then each keeps the
-    whole gradient until the last, 4 bytes a parameter, and its traffic is paid once a step. A lone
-    rank keeps the whole one anyway, and to it reducing is but copying: it does so once.
-    Weights are gathered for the forward and again for the backward of each, unless gather_each is
+    Replicas of the model (ddp, hsdp) exchange gradients only at the last one, which costs nothing.
+    Ranks that share a replica reduce them each time, unless reduce_each is False: then each keeps
+    the whole gradient until the last, 4 bytes a parameter, and the traffic is paid once a step. A
+    single rank keeps the whole gradient anyway, and reducing it is a copy: it does so once.
+    Weights are gathered for every forward and again for every backward, unless gather_each is
     False: then they stay from the first forward to the last backward, 2 bytes a parameter in bf16.
     """
     if isinstance(model, FSDPModule):
@@ -150,33 +229,36 @@ def micro_batch(
         yield
 
 
-def recompute(model: nn.Module, mode: str) -> None:
-    """Activation checkpointing: what each block keeps for its backward.
+def checkpoint_activations(model: nn.Module, mode: str) -> None:
+    """Choose what each block keeps for its backward; the rest is computed again there.
 
-    - none: everything
-    - selective: its input, its matrix products and attention's output; norms, rotations and the
-      gate are computed again, a few per cent of the time for a third of the memory
-    - full: its input and attention's output (with its log-sum-exp); the products are computed
+    - none: keep everything
+    - selective: keep the input, the matrix products and attention's output; norms, rotations and
+      the gate are computed again, a few per cent of the time for a third of the memory
+    - full: keep the input and attention's output (with its log-sum-exp); the products are computed
       again too, a quarter more of them. Attention never is: at 32,000 tokens it is two fifths of
       a step's FLOPs and its output is small
 
     Raises ValueError for another mode.
     """
-    if mode not in RECOMPUTATION:
-        raise ValueError(f"activation_checkpointing is {', '.join(RECOMPUTATION)}, not {mode!r}")
+    if mode not in ACTIVATION_CHECKPOINTING:
+        raise ValueError(
+            f"activation_checkpointing must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, "
+            f"not {mode!r}"
+        )
     if mode == "none":
         return
-    kept = _kept_operations(mode == "selective", model.layers[0].mlp.down_proj.weight.shape)
+    policy = _saved_operations(mode == "selective", model.layers[0].mlp.down_proj.weight.shape)
     for block in model.layers:
-        block.forward = _recomputing(block.forward, kept)
+        block.forward = _checkpointed(block.forward, policy)
 
 
-def _recomputing(forward: Callable, kept: Callable) -> Callable:
+def _checkpointed(forward: Callable, policy: Callable) -> Callable:
     def contexts() -> tuple:
-        return create_selective_checkpoint_contexts(kept)
+        return create_selective_checkpoint_contexts(policy)
 
     def forward_and_again(*args: object) -> Tensor:
-        # No dropout anywhere, so no state of a random generator to restore.
+        # There is no dropout, so no state of a random generator has to be restored.
         return checkpoint(
             forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
@@ -184,8 +266,8 @@ def _recomputing(forward: Callable, kept: Callable) -> Callable:
     return forward_and_again
 
 
-def _kept_operations(products: bool, down_proj: torch.Size) -> Callable:
-    """The policy: which operations of a block leave their result for the recomputation."""
+def _saved_operations(products: bool, down_proj: torch.Size) -> Callable:
+    """The policy that says which operations of a block keep their result for the backward."""
     attention = {
         torch.ops.nanolucie.attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -197,43 +279,51 @@ def _kept_operations(products: bool, down_proj: torch.Size) -> Callable:
     def policy(_, operation: object, *args: object, **__) -> CheckpointPolicy:
         keep = operation in attention
         if products and operation == torch.ops.aten.mm.default:
-            # down_proj comes last, nothing is computed from its result within the block
+            # down_proj comes last: nothing within the block is computed from its result.
             keep = args[1].T.shape != down_proj
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 
 
-def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `largest` (0: leave them alone).
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most max_norm (0: leave them alone).
 
-    Returns the norm before that, fp32 `[1]` on the device. Rows are never cut among ranks: each is
-    summed in fp32, their squares in fp64, which rounds to the same fp32 number however many ranks
-    the rows are on. So any number of them clips alike.
+    Returns the norm before scaling, an fp32 scalar on the device. No row is ever cut among ranks:
+    each row is summed in fp32 and their squares in fp64, which rounds to the same fp32 number
+    however many ranks hold the rows. So any number of ranks clips alike.
     Floor: 12 bytes a parameter, 4 to sum and 8 to scale.
     """
     parameters = list(model.parameters())
     gradients = [local_rows(p.grad)[0] for p in parameters]
     squares = (torch.cat(list(map(_norms_of_rows, gradients))).double() ** 2).sum()
     if isinstance(parameters[0], DTensor):
-        mesh, shared = parameters[0].device_mesh, _sharded_dim(parameters[0])
-        dist.all_reduce(squares, group=mesh.get_group(shared))
+        mesh, dim = parameters[0].device_mesh, _sharded_dim(parameters[0])
+        dist.all_reduce(squares, group=mesh.get_group(dim))
     norm = squares.sqrt().float()
-    if largest:
-        scale = (largest / (norm + 1e-6)).clamp(max=1)
+    if max_norm:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, scale)
-    return norm.reshape(1)
+    return norm
 
 
 def _norms_of_rows(gradient: Tensor) -> Tensor:
-    """Of a vector its own, in fp64, for a vector is cut among ranks. (In fp64 alone torch would
-    copy a whole matrix on a GPU, 16 bytes a parameter more.)"""
+    """Norms of the rows of a matrix, or in fp64 of a whole vector, which ranks do cut.
+
+    (In fp64 torch would copy a whole matrix on a GPU, 16 bytes a parameter more.)
+    """
     if gradient.ndim == 1:
         return torch.linalg.vector_norm(gradient, dtype=torch.float64).reshape(1)
     return torch.linalg.vector_norm(gradient, dim=-1)
 
 
 # --- what ranks tell each other ------------------------------------------------------------------
+
+
+def to_device(number: float, device: torch.device) -> Tensor:
+    """An fp64 scalar on the device, without waiting for the work queued there."""
+    here = torch.tensor(number, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -243,38 +333,45 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def gather(value: object) -> list:
-    """What each rank passes, in the order of ranks. For messages and verdicts, not for tensors."""
+def named_sums(device: torch.device, equal: dict[str, Tensor], **values) -> dict[str, float]:
+    """The sum over all ranks of each value, a number or a scalar tensor, in one message; and the
+    values of `equal`, which are the same on all ranks. The host waits once for the device."""
+    tensors = [v if isinstance(v, Tensor) else to_device(v, device) for v in values.values()]
+    sums = sum_over_ranks(torch.stack([tensor.double() for tensor in tensors]))
+    numbers = torch.stack([*sums, *equal.values()]).tolist()
+    return dict(zip([*values, *equal], numbers))
+
+
+def gather(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """What each rank passes, in the order of ranks. For messages, not for tensors."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raise on every rank what the first of those has that bring an error, if any does.
-
-    Without it the others would wait for the one that stopped. It is marked `on_all_ranks`.
-    """
-    for found in gather(error):
-        if found is not None:
-            found.on_all_ranks = True
-            raise found
-
-
-def together(action: Callable, *args: object, errors: tuple[type[Exception], ...]) -> object:
-    """action(*args) on every rank; one of `errors` on any rank is raised on all of them."""
+def together(
+    action: Callable,
+    *args: object,
+    errors: tuple[type[Exception], ...],
+    group: dist.ProcessGroup | None = None,
+) -> object:
+    """action(*args) on every rank. One of `errors` on any rank is raised on all of them, marked
+    `on_all_ranks`; without that, the others would wait for the one that stopped."""
     result = failure = None
     try:
         result = action(*args)
     except errors as error:
         failure = error
-    raise_together(failure)
+    for error in gather(failure, group):
+        if error is not None:
+            error.on_all_ranks = True
+            raise error
     return result
 
 
-# --- the rows of a parameter that are here -------------------------------------------------------
+# --- the rows of a parameter that this rank holds ------------------------------------------------
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
@@ -284,13 +381,21 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0
-    mesh, shared = parameter.device_mesh, _sharded_dim(parameter)
-    per_rank = -(-parameter.shape[0] // mesh.size(shared))
-    return parameter.to_local().detach(), per_rank * mesh.get_local_rank(shared)
+    mesh, dim = parameter.device_mesh, _sharded_dim(parameter)
+    per_rank = -(-parameter.shape[0] // mesh.size(dim))
+    return parameter.to_local().detach(), per_rank * mesh.get_local_rank(dim)
+
+
+def replica_of(parameter: Tensor) -> tuple[int, int]:
+    """(which replica of the model this rank belongs to, the number of replicas)."""
+    if not isinstance(parameter, DTensor):
+        return rank(), world_size()
+    mesh = parameter.device_mesh
+    return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim > 1 else (0, 1)
 
 
 def _sharded_dim(parameter: DTensor) -> int:
-    """The dimension of the mesh over which a parameter is cut; over another one it is repeated."""
+    """The dimension of the mesh that cuts a parameter; another dimension repeats it."""
     return next(i for i, place in enumerate(parameter.placements) if place.is_shard())
 
 

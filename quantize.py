@@ -9,25 +9,21 @@ a look-up of a few rows, and the norms stay as they are, and so does the head: i
 save 0.39 GB and a tenth of the time of a token, but on small models it alone raised perplexity more
 than all blocks together (bench/NOTES.md).
 
-A model is quantised before it is filled, on the meta device, so that only one of its tensors is
-ever there in full.
+A model is quantized before it is filled, on the meta device, so that only one of its tensors is
+ever in memory in full.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import tokenizer as tokenizers
-from hf_export import config_json
-from hf_layout import config_of, files_of, read_json, reason
+import hf
+from hf import CheckpointError
 from kernels.int4_linear import GROUP, int4_linear, pack
 from model import Lucie, LucieConfig
-from tensor_files import CheckpointError, available_memory, new_folder, shards, size_of, write
 
 METHOD = "nanolucie_int4"
 
@@ -52,7 +48,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", scales.bfloat16())
 
     def set_rows(self, first: int, weight: Tensor) -> None:
-        """Quantise `[rows, in_features]` into the rows from `first` on."""
+        """Quantize `[rows, in_features]` into the rows from `first` on."""
         rows = slice(first, first + len(weight))
         self.packed[rows], self.scales[rows] = pack(weight.to(self.packed.device), self.group_size)
 
@@ -99,38 +95,27 @@ def quantize_(model: Lucie, group_size: int | None = None) -> Lucie:
 
 def build(
     config: LucieConfig,
-    stream: Iterable[tuple[str, int, Tensor]],
+    pieces: list[hf.Piece],
     dtype: torch.dtype,
     device: torch.device | str,
-    label: str,
+    label: object,
 ) -> Lucie:
-    """A quantised model, its matrices packed as they arrive; dtype: of all else.
+    """A quantized model, its matrices packed as they are read; dtype: of everything else.
 
     Raises CheckpointError, naming `label`, if there is not enough memory, and as `fill` does.
     """
     with torch.device("meta"):
         model = quantize_(Lucie(config).to(dtype))
-    _hold(model, device, label)
-    fill(model, stream)
+    hf.allocate(model, device, label)
+    fill(model, hf.read(pieces))
     return model
-
-
-def _hold(model: Lucie, device: torch.device | str, label: object) -> None:
-    """Give a model on meta its memory, or say that there is not enough."""
-    need = sum(x.nbytes for x in model.state_dict().values())
-    have = available_memory(torch.device(device))
-    if have and need > have:
-        raise CheckpointError(
-            f"{label}: its weights take {need / 1e9:.1f} GB, {have / 1e9:.1f} are free on {device}"
-        )
-    model.to_empty(device=device)
 
 
 @torch.no_grad()
 def fill(model: Lucie, stream: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Fill a quantised model that has memory: matrices are packed as they arrive.
+    """Fill a quantized model that has memory: matrices are packed as they arrive.
 
-    stream: (name of a parameter of the model before it was quantised, first row, those rows), in
+    stream: (name of a parameter of the model before it was quantized, first row, those rows), in
     any order, a parameter at once or in parts. Raises CheckpointError for an unknown name, rows
     that do not fit, come twice or not at all, and values that are not finite.
     """
@@ -162,92 +147,68 @@ def fill(model: Lucie, stream: Iterable[tuple[str, int, Tensor]]) -> None:
         raise CheckpointError(f"lacks {lacking[0]} or rows of it, and {len(lacking) - 1} more")
 
 
-def save(model: Lucie, folder: str | Path, tokenizer: tokenizers.Tokenizer | None = None) -> None:
-    """Write a quantised model. Raises CheckpointError if there is something of that name, or no
-    room, or the model is not quantised."""
-    folder, state = Path(folder), model.state_dict()
-    group_sizes = {m.group_size for m in model.modules() if isinstance(m, Int4Linear)}
-    if len(group_sizes) != 1:
-        raise CheckpointError(f"{folder}: the model is not quantised")
-    config = config_json(model.config, model.embed_tokens.weight.dtype)
-    config["quantization_config"] = {"quant_method": METHOD, "group_size": group_sizes.pop()}
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    files, weight_map = shards(entries), {}
-    with new_folder(folder, size_of(entries)) as unfinished:
-        for number, part in enumerate(files, start=1):
-            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            if len(files) == 1:
-                file = "model.safetensors"
-            write(unfinished / file, part, (state[name] for name in part), {"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": size_of(entries)}, "weight_map": weight_map}
-            _write_json(unfinished / "model.safetensors.index.json", index)
-        _write_json(unfinished / "config.json", config)
-        if tokenizer is not None:
-            tokenizers.save_folder(tokenizer, unfinished)
+def save(model: Lucie, folder: str | Path, tokenizer: str = "") -> None:
+    """Write a quantized model; tokenizer: a path for data.tokenizer.load.
+
+    Raises CheckpointError if the folder exists, there is no room, or the model is not quantized.
+    """
+    sizes = {m.group_size for m in model.modules() if isinstance(m, Int4Linear)}
+    if len(sizes) != 1:
+        raise CheckpointError(f"{folder}: the model is not quantized")
+    config = hf.config_json(model, model.embed_tokens.weight.dtype)
+    config["quantization_config"] = {"quant_method": METHOD, "group_size": sizes.pop()}
+    files = {"config.json": config}
+    vocab_size = model.config.vocab_size
+    hf.write_folder(Path(folder), model.state_dict(), None, files, tokenizer, vocab_size)
 
 
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def is_int4(folder: Path) -> bool:
+    """Whether `save` has written a Hugging Face folder."""
+    method = hf.read_json(folder / "config.json").get("quantization_config")
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
 
 
 @torch.no_grad()
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Lucie:
     """The model of a folder that `save` has written, in the dtypes it was written with.
 
-    Raises CheckpointError: a missing or damaged file, another method, a tensor that is missing,
-    unknown or of another shape or dtype, and before any is read, not enough memory.
+    Raises CheckpointError: a missing or damaged file, a tensor that is missing, unknown or of
+    another shape or dtype, and before any is read, not enough memory.
     """
     folder = Path(folder)
-    config, values = config_of(folder), read_json(folder / "config.json")
-    method = values.get("quantization_config")
-    method = method if isinstance(method, dict) else {}
-    if method.get("quant_method") != METHOD:
-        raise CheckpointError(
-            f"{folder}: quantised by {method.get('quant_method')!r}, not {METHOD}"
-        )
-    if not isinstance(method.get("group_size"), int):
-        raise CheckpointError(f"{folder}: group_size {method.get('group_size')!r} is no number")
+    config, values = hf.config_of(folder), hf.read_json(folder / "config.json")
+    if not is_int4(folder):
+        raise CheckpointError(f"{folder}: holds no 4-bit weights of ours")
     dtype = getattr(torch, str(values.get("torch_dtype")), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(f"{folder}: torch_dtype {values.get('torch_dtype')!r} is unknown")
     try:
         with torch.device("meta"):
-            model = quantize_(Lucie(config).to(dtype), method["group_size"])
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    wanted = model.state_dict()
-    need = sum(x.nbytes for x in wanted.values())
-    _hold(model, device, folder)
+            group_size = int(values["quantization_config"].get("group_size", 0))
+            model = quantize_(Lucie(config).to(dtype), group_size)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: group_size: {error}") from None
+    hf.allocate(model, device, folder)
     missing = model.state_dict()  # the tensors to be filled, by name
-    bar = tqdm(desc="reading", total=need, unit="B", unit_scale=True, delay=2, leave=False)
+    total = sum(x.nbytes for x in missing.values())
+    bar = tqdm(desc="reading", total=total, unit="B", unit_scale=True, delay=2, leave=False)
     with bar:
-        for file in files_of(folder):
-            try:
-                with safe_open(file, framework="pt") as f:
-                    for name in f.keys():
-                        tensor = f.get_tensor(name)
-                        _check(folder, name, tensor, wanted.get(name))
-                        missing.pop(name).copy_(tensor)
-                        bar.update(tensor.nbytes)
-            except KeyError as error:
-                raise CheckpointError(f"{file}: {error.args[0]} a second time") from None
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file}: {reason(error)}") from None
+        for path in hf.files_of(folder):
+            with hf.opened(path) as file:
+                for name in file.keys():
+                    tensor, ours = file.get_tensor(name), missing.pop(name, None)
+                    if ours is None:
+                        raise CheckpointError(f"{path}: {name} is unknown or comes twice")
+                    if (tensor.dtype, tensor.shape) != (ours.dtype, ours.shape):
+                        raise CheckpointError(
+                            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                            f"not {ours.dtype} {list(ours.shape)}"
+                        )
+                    ours.copy_(tensor)
+                    bar.update(tensor.nbytes)
     if missing:
         raise CheckpointError(f"{folder}: lacks {next(iter(missing))} and {len(missing) - 1} more")
     return model
-
-
-def _check(folder: Path, name: str, tensor: Tensor, expected: Tensor | None) -> None:
-    if expected is None:
-        raise CheckpointError(f"{folder}: unknown tensor {name}")
-    if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
-        raise CheckpointError(
-            f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-            f"not {expected.dtype} {list(expected.shape)}"
-        )
 
 
 def bytes_of(config: LucieConfig, context: int, batch: int = 1) -> tuple[int, int]:

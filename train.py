@@ -3,25 +3,25 @@
     python train.py config/demo_pretrain.py
     torchrun --nproc-per-node=8 train.py config/pretrain.py --micro_batch_size=2
 
-Any option of config/__init__.py can follow as --name=value. Read main() from top to bottom: it sets
-up the run, then loops over the steps of the schedule. Nothing in it depends on the number of
-processes but which samples each one reads.
+Any option of config/__init__.py can follow. Read main() from top to bottom: it sets up the run and
+then makes the steps of the schedule. The number of processes changes nothing but which samples each
+of them reads.
 """
 
-import gc
+import csv
 import json
 import math
 import os
+import shlex
 import signal
 import sys
-import threading
 import time
-import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -30,126 +30,121 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 import checkpoint
-import hardware
+import kernels
 import parallel
-import runlog
 from checkpoint import CheckpointError
-from config import Config, ConfigError, load
-from data.dataset import Mixture
-from data.loader import Share, read_share
+from config import Config, load
+from config.cli import ConfigError, run_cli
+from data.dataset import DataError, Mixture
+from data.loader import Share, document_starts, read_share
 from data.tokenizer import load as load_tokenizer
 from model import Lucie
 from schedule import Schedule, Step, revision_name
-from start import EXPECTED, fill, find_start
+
+# Lucie's columns, with times in hours, then ours. data_seconds: how long the slowest rank waited
+# for its samples since the row before.
+LOG_COLUMNS = (
+    "training_steps", "training_tokens", "training_loss", "walltime", "gputime", "learning_rate",
+    "grad_norm", "tokens_per_second", "mfu", "validation_loss", "data_seconds",
+)  # fmt: skip
 
 
-class Diverged(Exception):
-    """The loss or the gradient is no longer a number."""
-
-
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     started = time.monotonic()
-    stop = catch_signals()
+    signals = catch_signals()
     config = load(argv)
-    device, dtype = hardware.pick_device(config)
-    hardware.pick_kernels(config, device)
-    rank, world = parallel.start_processes(device)
-    model, forward = build_model(config, device, dtype)
+
+    # --- device, processes, model, optimizer, schedule, data
+    try:
+        device, dtype = parallel.pick_device(config.device, config.dtype)
+        config.dtype = str(dtype).removeprefix("torch.")
+        kernels.use(config.kernels)
+        rank, world = parallel.start_processes(device)
+        model, forward = build_model(config, device, dtype)
+        schedule = Schedule(config)
+        if not (last := schedule.num_steps()):
+            raise ValueError(f"samples: {config.samples:,} are not enough for one step")
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from None
     optimizer = build_optimizer(config, model)
-    schedule = schedule_of(config)
-    mixture, held_out = parallel.together(open_data, config, rank, world, errors=EXPECTED)
+    expected = (ConfigError, DataError, CheckpointError, OSError)
+    mixture, held_out = parallel.together(open_data, config, rank, world, errors=expected)
     if len(set(parallel.gather(mixture.fingerprint()))) > 1:
         raise ConfigError(f"{config.mixture}: its sources are not the same on every rank")
 
-    # --- what to start from
+    # --- what the run starts from
     run = Path(config.out_dir, config.name)
-    source, resume = find_start(config, run, mixture, rank, world)
-    state = fill(model, optimizer, source, resume, config, rank)
+    lock = parallel.together(lambda: None if rank else checkpoint.lock(run), errors=expected)
+    state = checkpoint.start(config, run, mixture.fingerprint(), model, optimizer)
     state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
-    state["versions"] = runlog.versions() if rank == 0 else {}
-
-    # --- logs and checkpoints
-    flops, peak = model.flops_per_token(config.seq_len), hardware.peak_flops(device)
-    log, board = parallel.together(open_logs, run, state, rank, errors=EXPECTED)
-    last, milestones = schedule.num_steps(), set(schedule.checkpoint_steps())
-    saver = checkpoint.Saver(run / "checkpoints", config.keep_last, device.type == "cuda")
-    bar = tqdm(
-        desc=config.name,
-        total=schedule.samples_after(last),
-        initial=state["samples"],
-        unit=" samples",
-        smoothing=0.05,
-        disable=rank > 0,
-    )
+    state["versions"] = {} if rank else checkpoint.versions()
+    saver = checkpoint.Saver(run / "checkpoints", config.keep_last)
+    first = state["step"]
+    if rank == 0:
+        print(describe(config, run, mixture, model, state), flush=True)
+    log = parallel.together(lambda: None if rank else open_log(config, run, first), errors=expected)
 
     # --- the loop
-    steps = schedule.steps_from(state["step"])
-    reader = ThreadPoolExecutor(1)  # reads the next step's data while this one computes
+    steps = schedule.steps_from(first)
+    milestones = set(schedule.checkpoint_steps())
+    reader = ThreadPoolExecutor(1)  # reads the next step's samples while this one computes
 
-    def read_ahead() -> tuple[Step, Future[Share]] | None:
+    def read_ahead():
         if (step := next(steps, None)) is None:
             return None
         samples = range(step.samples_before, step.samples_before + step.batch_size)
         share = (mixture, samples, config.micro_batch_size, rank, world, device.type == "cuda")
         return step, reader.submit(read_share, *share)
 
-    upcoming = read_ahead()
-    arrived = watch_samples(model)
-    gc.collect()
-    gc.freeze()  # what lives now lives to the end: no later collection goes through it
-    since, since_tokens, waited = time.monotonic(), 0, 0.0
-    before, saved = started, state["step"]
-    stopping = unsaved = unread = False
-    while state["step"] < last and not stopping:
+    flops, peak = model.flops_per_token(config.seq_len), parallel.peak_flops(device)
+    bar = tqdm(desc=config.name, total=schedule.samples_after(last), initial=state["samples"],
+               unit=" samples", smoothing=0.05, disable=rank > 0)  # fmt: skip
+    upcoming, stopping, saved = read_ahead(), False, first
+    step_began, row_began, row_tokens, waited = started, time.monotonic(), 0, 0.0
+    while upcoming and not stopping:
         (step, reading), upcoming = upcoming, read_ahead()
-        waits, asked = [0.0] * world, time.monotonic()
-        mine = reading.result()
-        waits[rank] = time.monotonic() - asked
+        asked = time.monotonic()
+        share = reading.result()
+        waited += time.monotonic() - asked
 
-        arrived.clear()
-        loss = gradients(forward, mine, config, device, dtype, world)
+        losses = accumulate_gradients(forward, share, config, device)
         grad_norm = parallel.clip_gradients(model, config.clip_grad)
 
-        # One rank's trouble or signal is everybody's, at the same step. To learn of it is the only
-        # time in a step that the host waits for the device.
+        # What happens to one rank happens to all, at the same step. This is the only time in a
+        # step that the host waits for the device.
         late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
-        flags = [bool(stop) or late, saver.failed(), mine.error is not None]
-        told = parallel.sum_over_ranks(torch.cat([loss[None], to_device(flags + waits, device)]))
-        loss, stopping, unsaved, unread, *waits, grad_norm = torch.cat([told, grad_norm]).tolist()
-        if unread or unsaved:
-            break  # without the update
+        told = {"stop": bool(signals) or late, "save_failed": saver.failed()}
+        told = parallel.named_sums(device, {"norm": grad_norm}, loss=sum(losses), **told)
+        loss, grad_norm, stopping = told["loss"], told["norm"], told["stop"] > 0
+        if told["save_failed"]:
+            saver.wait()  # raises why
         if not math.isfinite(loss + grad_norm):
-            found = (
-                f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from "
-                f"{at_fault(mine, arrived, config)}; stopped before the update, step {saved:,} "
-                "is the last one saved"
-            )
-            try:
-                saver.wait()
-            except CheckpointError as error:
-                found += f", or was to be: {error}"
-            raise Diverged(found)
-        learning_rate = schedule.learning_rate(step.samples_before)
+            where = not_finite(step, share, losses, config.micro_batch_size)
+            if rank == 0:
+                line = f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from {where}"
+                line += f"; stopped before the update, step {saved:,} is the last one saved"
+                tqdm.write(f"train.py: {line}", file=sys.stderr)
+            saver.wait()
+            return 1
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = schedule.learning_rate(step.samples_before)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         now = time.monotonic()
-        state["step"] = step.step
-        state["samples"] = step.samples_before + step.batch_size
+        state["step"], state["samples"] = step.step, step.samples_before + step.batch_size
         state["tokens"] = state["samples"] * config.seq_len
-        state["seconds"] += now - before
-        state["gpu_seconds"] += (now - before) * world
-        before = now
-        since_tokens += step.batch_size * config.seq_len
-        waited += max(waits)  # the others wait for the last one
+        state["seconds"] += now - step_began
+        state["gpu_seconds"] += (now - step_began) * world
+        step_began = now
+        row_tokens += step.batch_size * config.seq_len
         bar.update(step.batch_size)
 
         validate = step.step % config.eval_every == 0 or step.step == last
         validate = validate and held_out is not None
         if validate or step.step % config.log_every == 0 or step.step == last:
-            speed = since_tokens / (now - since)
+            speed, seconds = row_tokens / (now - row_began), now - row_began
+            waits = max(parallel.gather(waited))
             row = {
                 "training_steps": step.step,
                 "training_tokens": state["tokens"],
@@ -161,280 +156,238 @@ def main(argv: list[str]) -> None:
                 "tokens_per_second": speed,
                 "mfu": speed * flops / (world * peak) if peak else None,
                 "validation_loss": None,
-                "data_seconds": waited,
+                "data_seconds": waits,
             }
+            shown = f"loss {loss:.3f}, lr {row['learning_rate']:.1e}, {speed:,.0f} tokens/s"
+            if waits > 0.1 * seconds:
+                shown += f", {waits / seconds:.0%} of the time waiting for data"
             if validate:
-                row["validation_loss"] = validation_loss(model, held_out, device, dtype)
+                row["validation_loss"] = validation_loss(forward, held_out, config, device)
             if rank == 0:
-                runlog.write(log, board, row)
-            shown = f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:,.0f} tokens/s"
-            if waited > 0.1 * (now - since):
-                shown += f", {waited / (now - since):.0%} of the time waiting for data"
-            bar.set_postfix_str(shown)
-            # the validation is not part of the speed
-            since, since_tokens, waited = time.monotonic(), 0, 0.0
+                log(row)
+                if validate:
+                    tqdm.write(f"step {step.step:,}: validation loss {row['validation_loss']:.4f}")
+            bar.set_postfix_str(shown, refresh=False)
+            # The validation does not count towards the speed.
+            row_began, row_tokens, waited = time.monotonic(), 0, 0.0
 
-        milestone = step.step in milestones
-        passing = config.save_every and step.step % config.save_every == 0
-        if milestone or passing or stopping:
+        rolling = config.save_every and step.step % config.save_every == 0
+        if step.step in milestones or rolling or stopping:
             name = revision_name(step.step, config.checkpoint_prefix)
-            saver.save(name, model, optimizer, state, milestone)
+            saver.save(name, model, optimizer, state, milestone=step.step in milestones)
             saved = step.step
     bar.close()
     saver.wait()
-    name = revision_name(state["step"], config.checkpoint_prefix)
-    if unread:
-        if state["step"] != saved:
-            saver.save(name, model, optimizer, state)
-            saver.wait()
-        parallel.raise_together(mine.error)
     if rank == 0:
-        print(f"{config.name}: step {saved:,} of {last:,} in {run / 'checkpoints' / name}")
+        newest = run / "checkpoints" / revision_name(saved, config.checkpoint_prefix)
+        print(summary(config, newest, first, saved, last))
+    if lock:
+        lock.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
 
 
 # --- set-up --------------------------------------------------------------------------------------
 
 
-def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | None]:
-    """(the mixture to train on, this rank's share of the held-out samples).
+def catch_signals() -> list[int]:
+    """A list to which the first SIGINT, SIGTERM or SIGUSR1 adds its number; a second signal ends
+    the process at once."""
+    received: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
 
-    A vocabulary that does not fit is an error.
-    """
-    if config.tokenizer:
-        size = load_tokenizer(config.tokenizer).vocab_size
-        if size != config.vocab_size:
-            raise ConfigError(
-                f"{config.tokenizer} has {size:,} tokens, but vocab_size is {config.vocab_size:,}"
-            )
-    common, held_out = (config.seq_len, config.seed, config.vocab_size), None
-    if config.validation:
-        samples, size = range(config.eval_samples), config.micro_batch_size
-        mixture = Mixture(config.validation, *common, samples=config.eval_samples)
-        held_out = read_share(mixture, samples, size, rank, world)
-        if held_out.error:
-            raise held_out.error
-    mixture = Mixture(config.mixture, *common, partial=config.partial, samples=config.samples)
-    if mixture.missing and rank == 0:
-        print(f"{config.mixture}: trained without {', '.join(mixture.missing)}", file=sys.stderr)
-    return mixture, held_out
+    def stop(received_now: int, _frame: object) -> None:
+        received.append(received_now)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, stop)
+    return received
 
 
 def build_model(
     config: Config, device: torch.device, dtype: torch.dtype
 ) -> tuple[Lucie, nn.Module]:
-    """(the model, what to call in its stead): in memory, on every rank its part, not filled yet."""
-    try:
-        with torch.device("meta"):
-            model = Lucie(checkpoint.architecture(asdict(config)))
-        check_memory(config, model, device)
-        parallel.recompute(model, config.activation_checkpointing)
-        if config.compile:
-            for block in model.layers:  # all are alike: the first one's code serves the others
-                block.compile()
-        return model, parallel.spread(model, config.parallel, config.replica_size, device, dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_memory(config: Config, model: Lucie, device: torch.device) -> None:
-    """Raises ConfigError for a model that this machine cannot hold."""
-    # fp32 weight, gradient and two moments, of each rank that runs on this machine
-    shards = parallel.shards(config.parallel, config.replica_size, parallel.world_size())
-    need = 16 * model.num_params() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / shards
-    have = hardware.memory_of_machine(device)
-    if have and need > have:
-        raise ConfigError(
-            f"{model.num_params() / 1e9:.2f} B parameters train in {need / 1e9:.0f} GB at least "
-            f"(16 bytes each) and there are {have / 1e9:.0f} GB here: use more GPUs, or try "
-            "config/demo_pretrain.py"
-        )
-
-
-def schedule_of(config: Config) -> Schedule:
-    try:
-        schedule = Schedule(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if not schedule.num_steps():
-        raise ConfigError(f"samples {config.samples} are not enough for one step")
-    return schedule
-
-
-def open_logs(run: Path, state: dict, rank: int) -> tuple[IO[str] | None, Any]:
-    """(log.csv, TensorBoard's writer) on rank 0, and the config beside them."""
-    if rank > 0:
-        return None, None
-    run.mkdir(parents=True, exist_ok=True)
-    runlog.write_whole(run / "config.json", json.dumps(state["config"], indent=1))
-    return runlog.open_log(run, state["step"]), runlog.open_board(run, state["step"])
+    """(the model, the module to call): allocated, on every rank its part, but not filled yet."""
+    with torch.device("meta"):
+        model = Lucie(checkpoint.architecture(asdict(config)))
+    parallel.checkpoint_activations(model, config.activation_checkpointing)
+    if config.compile:
+        for block in model.layers:  # all are alike: the first one's code serves the others
+            block.compile()
+    return model, parallel.parallelize(model, config.parallel, config.replica_size, device, dtype)
 
 
 def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
     """AdamW in torch's fused form. Matrices decay, norms do not."""
     norms = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ],
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    others = {"params": norms, "weight_decay": 0.0}
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW([decayed, others], betas=betas, eps=config.eps, fused=True)
+
+
+def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | None]:
+    """(the mixture to train on, this rank's share of the held-out samples)."""
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer, config.vocab_size)
+    common, held_out = (config.seq_len, config.seed, config.vocab_size), None
+    if config.validation:
+        samples = range(config.eval_samples)
+        mixture = Mixture(config.validation, *common, samples=config.eval_samples)
+        held_out = read_share(mixture, samples, config.micro_batch_size, rank, world)
+    mixture = Mixture(config.mixture, *common, partial=config.partial, samples=config.samples)
+    return mixture, held_out
+
+
+def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: dict) -> str:
+    """What the run is about to do, for the person who started it."""
+    device, steps = next(model.parameters()).device, Schedule(config).num_steps()
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    begins = f"resumes after step {state['step']:,}" if state["step"] else "begins at step 0"
+    if state["step"] == 0 and config.init_from not in ("auto", "scratch"):
+        begins += f" with the weights of {config.init_from}"
+    text = (
+        f"{config.name}: {model.num_params():,} parameters, {config.dtype}, "
+        f"{parallel.world_size()} x {kind}\n{steps:,} steps, {config.samples:,} samples, "
+        f"{config.samples * config.seq_len:,} tokens; {begins}; writes to {run}"
     )
+    sources = zip(mixture.weights, mixture.lengths, mixture.names)
+    epochs = sorted((config.samples * weight / length, name) for weight, length, name in sources)
+    if repeated := [f"{name} ({n:.1f} times)" for n, name in reversed(epochs) if n > 1]:
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        text += f"\nsources read more than once: {', '.join(repeated[:5])}{more}"
+    if mixture.missing:
+        text += f"\ntrains without {', '.join(mixture.missing)}: their files are missing"
+    return text
 
 
-def catch_signals() -> list[int]:
-    """A list that SIGINT, SIGTERM or SIGUSR1 adds its number to; a second signal stops at once.
+def summary(config: Config, newest: Path, first: int, step: int, last: int) -> str:
+    """How the run ended, and how it goes on."""
+    if step < last:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node={ranks}" if ranks else "python"
+        how = f"stopped after step {step:,} of {last:,}; the same command goes on:"
+        how += f" {launcher} {shlex.join(sys.argv)}"
+    else:
+        how = f"{'had finished before' if first == last else 'finished'}, all {last:,} steps"
+    return f"{config.name}: {how}\nnewest checkpoint: {newest}"
 
-    Within a second it counts as the same: torchrun passes on what a whole process group has got.
-    A thread of its own hears of the second one, for Python's handlers wait until the operation of
-    the main thread returns, and the ranks that it waits for may be gone.
+
+def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
+    """A function that adds a row to log.csv, TensorBoard and, if asked for, Weights & Biases.
+
+    A resumed run continues log.csv, without rows past its checkpoint that a crash left behind.
     """
-    received: list[int] = []
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(run / "config.json", json.dumps(asdict(config), indent=1))
+    path, rows = run / "log.csv", []
+    if step and path.is_file():
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(file, restval="cut short"):
+                number = row.get("training_steps") or ""
+                if number.isdecimal() and int(number) <= step and "cut short" not in row.values():
+                    rows.append(",".join(row.get(column, "") for column in LOG_COLUMNS))
+    checkpoint.write_text(path, "\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
+    file = open(path, "a", newline="", encoding="utf-8", buffering=1)
+    boards: dict[str, Callable[[dict, int], object]] = {}
 
-    def listen() -> None:
-        first = None
-        while number := os.read(hears, 1):
-            first = first or time.monotonic()
-            if time.monotonic() - first > 1:
-                os._exit(128 + number[0])
+    @contextmanager
+    def optional(name: str) -> Iterator[None]:
+        """The run goes on without a board that does not work."""
+        try:
+            yield
+        except Exception as error:
+            boards.pop(name, None)
+            tqdm.write(f"train.py: goes on without {name} ({error!r})", file=sys.stderr)
 
-    hears, tells = os.pipe()
-    os.set_blocking(tells, False)
-    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
-    threading.Thread(target=listen, daemon=True).start()
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _frame: received.append(number))
-    return received
+    if find_spec("tensorboard"):
+        with optional("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            add = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1).add_scalar
+            boards["TensorBoard"] = lambda row, step: [add(n, v, step) for n, v in row.items()]
+    if config.wandb_project:
+        with optional("Weights & Biases"):
+            import wandb
+
+            options = {"name": config.name, "id": config.name, "resume": "allow", "dir": str(run)}
+            board = wandb.init(project=config.wandb_project, config=asdict(config), **options)
+            boards["Weights & Biases"] = lambda row, step: board.log(row, step=step)
+
+    def write(row: dict) -> None:
+        try:
+            csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        numbers = {n: v for n, v in row.items() if v is not None and n != "training_steps"}
+        for name, add_row in list(boards.items()):
+            with optional(name):
+                add_row(numbers, row["training_steps"])
+
+    return write
 
 
 # --- in the loop ---------------------------------------------------------------------------------
 
 
-def gradients(
-    forward: nn.Module,
-    mine: Share,
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: int,
-) -> Tensor:
-    """Leave in the parameters the gradient of the mean loss over all target tokens of a step, on
-    all ranks; this rank's part of that loss, an fp64 scalar on the device."""
-    targets = parallel.sum_over_ranks(to_device(mine.targets, device)).clamp(min=1)
-    loss = to_device(0.0, device)
-    for number, (x, y) in enumerate(mine.batches, start=1):
-        final = number == len(mine.batches)
+def accumulate_gradients(
+    forward: nn.Module, share: Share, config: Config, device: torch.device
+) -> list[Tensor]:
+    """Leave in the parameters the gradient of the mean loss over the target tokens of all ranks.
+
+    Returns what each micro-batch of this rank adds to that loss, fp64 on the device.
+    """
+    targets = parallel.sum_over_ranks(parallel.to_device(share.targets, device)).clamp(min=1)
+    losses = []
+    for number, (x, y) in enumerate(share.batches, start=1):
+        final = number == len(share.batches)
         with parallel.micro_batch(
             forward, final, config.reduce_each_micro_batch, config.gather_each_micro_batch
         ):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with autocast(forward, device, dtype):
-                part = forward(x, y, reduction="sum") / targets
-            (part * world).backward()  # ranks are averaged where a sum is wanted
-        loss += part.detach()
-    return loss
+            loss = loss_sum(forward, x, y, config, device) / targets
+            (loss * parallel.world_size()).backward()  # torch averages over ranks, we want a sum
+        losses.append(loss.detach())
+    return losses
 
 
-def autocast(
-    forward: nn.Module, device: torch.device, dtype: torch.dtype
-) -> AbstractContextManager:
-    """Compute in dtype where FSDP does not see to it already."""
-    if isinstance(forward, FSDPModule) or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
-
-
-def to_device(numbers: float | list[float], device: torch.device) -> Tensor:
-    """fp64 numbers on the device, without waiting for what it is doing."""
-    cuda = device.type == "cuda"
-    here = torch.tensor(numbers, dtype=torch.float64, pin_memory=cuda)
-    return here.to(device, non_blocking=True)
-
-
-def watch_samples(model: Lucie) -> list[Tensor]:
-    """A list to which each backward adds, per sample, the sum of the gradient at its embeddings.
-
-    Whatever is no number on the way back from a sample's loss arrives there, and nowhere else is
-    it still known whose it was: gradients of weights are sums over samples and ranks.
-    """
-    arrived: list[Tensor] = []
-
-    def watch(_module: nn.Module, _inputs: object, embedded: Tensor) -> None:
-        if embedded.requires_grad:
-            embedded.register_hook(
-                lambda gradient: arrived.append(gradient.sum((1, 2), dtype=torch.float32))
-            )
-
-    model.embed_tokens.register_forward_hook(watch)
-    return arrived
-
-
-def at_fault(mine: Share, arrived: list[Tensor], config: Config) -> str:
-    """Which rank's samples brought what is not a number."""
-    broken, size = [], config.micro_batch_size
-    for number, sums in enumerate(arrived):
-        of_batch = mine.samples[number * size : (number + 1) * size]
-        broken += [i for i, total in zip(of_batch, sums.tolist()) if not math.isfinite(total)]
-    found = [
-        f"rank {r}, samples {', '.join(map(str, ids))}"
-        for r, ids in enumerate(parallel.gather(broken))
-        if ids
-    ]
-    return "; ".join(found) or "no sample of its own on any rank: their sum, or a faulty device"
+def loss_sum(
+    forward: nn.Module, x: Tensor, y: Tensor, config: Config, device: torch.device
+) -> Tensor:
+    """The loss of a micro-batch, summed over its targets, computed in config.dtype."""
+    cu_seqlens = document_starts(x).to(device) if config.document_mask else None
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    casts = config.dtype == "bfloat16" and not isinstance(forward, FSDPModule)  # which casts itself
+    with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+        return forward(x, y, reduction="sum", cu_seqlens=cu_seqlens)
 
 
 @torch.no_grad()
 def validation_loss(
-    model: Lucie, held_out: Share, device: torch.device, dtype: torch.dtype
+    forward: nn.Module, held_out: Share, config: Config, device: torch.device
 ) -> float:
     """Mean loss over the held-out samples of all ranks, the same ones every time."""
-    sums = to_device([0, held_out.targets], device)  # of losses, of targets
-    for x, y in held_out.batches:
-        with autocast(model, device, dtype):
-            sums[0] += model(x.to(device), y.to(device), reduction="sum")
-    parallel.drop_gathered(model)
-    loss, targets = parallel.sum_over_ranks(sums).tolist()
-    return loss / targets
+    losses = (loss_sum(forward, x, y, config, device) for x, y in held_out.batches)
+    loss = sum(loss.double() for loss in losses)
+    parallel.free_gathered(forward)
+    sums = parallel.named_sums(device, {}, loss=loss, targets=held_out.targets)
+    return sums["loss"] / sums["targets"]
 
 
-def command_line(argv: list[str]) -> None:
-    """main, with errors as one line and an exit code: 2 for bad input, 1 for a run that failed.
-
-    Once the ranks can talk, an error that is to be expected is raised on all of them and rank 0
-    tells of it; one from before that, the first rank of each machine; one of a system, each rank.
-    """
-    rank, code = os.environ.get("RANK", "0"), 0
-    try:
-        main(argv)
-    except (*EXPECTED, Diverged) as found:
-        code, error = 1 if isinstance(found, Diverged) else 2, found
-        if isinstance(found, OSError):
-            error = f"{found.filename or 'writing'}: {found.strerror}"
-        everywhere = isinstance(found, (CheckpointError, Diverged))
-        everywhere = everywhere or hasattr(found, "on_all_ranks")
-        if rank == "0":
-            tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own
-        elif not everywhere and (
-            isinstance(found, OSError) or os.environ.get("LOCAL_RANK", "0") == "0"
-        ):
-            tqdm.write(f"train.py: rank {rank}: {error}", file=sys.stderr)
-    except Exception as error:  # of this rank alone: the others wait for it, so be quick
-        text = str(error).strip()
-        if isinstance(error, dist.DistError) or "gloo" in text:
-            line = f"train.py: rank {rank} lost another: {text.splitlines()[0]}"
-            tqdm.write(line, file=sys.stderr)
-        else:
-            traceback.print_exc()
-        code = 1
-    if code:
-        sys.stderr.flush()
-        os._exit(code)  # threads that save or read may wait for ranks that are gone
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def not_finite(step: Step, share: Share, losses: list[Tensor], micro_batch_size: int) -> str:
+    """Which ranks and samples have a loss that is not finite."""
+    broken = []
+    for first, loss in zip(range(0, len(share.samples), micro_batch_size), losses):
+        if not math.isfinite(loss):
+            broken += share.samples[first : first + micro_batch_size]
+    found = [f"rank {r}: {ids}" for r, ids in enumerate(parallel.gather(broken)) if ids]
+    samples = f"samples {step.samples_before} to {step.samples_before + step.batch_size - 1}"
+    return f"{samples} ({', '.join(found) or 'the loss of each is finite'})"
 
 
 if __name__ == "__main__":
-    command_line(sys.argv[1:])
+    run_cli(main, DataError, CheckpointError)

@@ -5,7 +5,7 @@
 
 A Lucie of random weights (by default the 7B), greedy, in bf16 on a GPU and fp32 on a CPU:
 
-    ours             completion.decode, a CUDA graph a step
+    ours             generate.decode, a CUDA graph a step
     ours int4        the same with quantize.py's matrices
     transformers     generate, as it is
     bitsandbytes     generate with NF4 matrices, where it is installed
@@ -22,7 +22,6 @@ import gc
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +32,11 @@ from tqdm import tqdm
 
 import quantize
 from bench.kernels import machine
-from completion import Sampling, decode
+from checkpoint import write_text
+from config.cli import ConfigError, Parser, run_cli
 from data.tokenizer import EOS
+from generate import Sampling, decode
 from model import Lucie, LucieConfig
-from runlog import write_whole
 
 GREEDY = Sampling(temperature=0)
 Generate = Callable[[list[list[int]], int], int]  # prompts, new tokens -> tokens a row
@@ -204,7 +204,7 @@ def run(config: LucieConfig, args: argparse.Namespace) -> dict:
     copied = copy_speed(args.device, 2**31 if args.device == "cuda" else 2**28)
     results = machine(args.device) | {"copy_gb_per_second": copied / 1e9, "dtype": str(dtype)}
     results |= {"config": vars(config), "prompt": args.prompt, "new": args.new, "rows": []}
-    for name, build in (bar := tqdm(sides(args.device).items(), disable=None)):
+    for name, build in (bar := tqdm(sides(args.device).items())):
         bar.set_description(name)
         generate = None
         for batch in args.batch:
@@ -217,7 +217,7 @@ def run(config: LucieConfig, args: argparse.Namespace) -> dict:
                 row = {"batch": batch, "failure": reason}
             results["rows"].append({"side": name} | row)
             if args.out:  # a run that is cut short still tells
-                write_whole(args.out, json.dumps(results, indent=1) + "\n")
+                write_text(args.out, json.dumps(results, indent=1) + "\n")
         generate = None
         gc.collect()
         torch.compiler.reset()
@@ -246,8 +246,8 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> int:
+    parser = Parser(
         prog="bench.decode", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
@@ -263,10 +263,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
     if args.device not in ("cpu", "cuda"):
-        raise ValueError(f"device is cpu or cuda, not {args.device}")
+        raise ConfigError(f"device is cpu or cuda, not {args.device}")
     heads = args.hidden // 128
     if args.hidden % 128 or min(args.batch + [args.prompt, args.new, args.rounds, args.layers]) < 1:
-        raise ValueError("hidden is a multiple of 128, and every other number 1 or more")
+        raise ConfigError("--hidden is a multiple of 128, and every other number 1 or more")
     config = LucieConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -278,13 +278,8 @@ def main(argv: list[str]) -> None:
     )
     results = run(config, args)
     print(table(results))
-    if any(row["failure"] for row in results["rows"] if row["side"].startswith("ours")):
-        sys.exit(1)
+    return int(any(r["failure"] for r in results["rows"] if r["side"].startswith("ours")))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"bench.decode: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main)

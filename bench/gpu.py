@@ -29,7 +29,8 @@ import torch
 
 from bench import step_report
 from bench.report import OURS, BenchError
-from runlog import write_whole
+from checkpoint import write_text
+from config.cli import ConfigError, Parser, run_cli
 
 ROOT = Path(__file__).parents[1]
 GRACE = 15.0  # seconds in which a command that is interrupted can still write what it knows
@@ -260,7 +261,7 @@ def run(parts: list[Part], out: Path, minutes: float, toy: bool) -> dict:
             found["toy"] = part.in_toy
         summary["parts"][part.name] = found
         summary["seconds"] = time.monotonic() - begin
-        write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -277,7 +278,7 @@ def table(summary: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
@@ -285,18 +286,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--toy", action="store_true", help="at toy size, on a CPU")
     args = parser.parse_args(argv)
     if not (args.toy or torch.cuda.is_available()):
-        print("bench.gpu: no CUDA GPU here; --toy rehearses on a CPU", file=sys.stderr)
-        return 2
+        raise ConfigError("no CUDA GPU here; --toy rehearses on a CPU")
     out = args.out.resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"bench.gpu: --out {args.out}: {error.strerror}", file=sys.stderr)
-        return 2
+    out.mkdir(parents=True, exist_ok=True)
     summary = run(PARTS, out, args.minutes, args.toy)
     print(table(summary))
     return int(any(p["exit_code"] != 0 or p["cut_short"] for p in summary["parts"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main)

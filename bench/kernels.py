@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from bench import report
 from bench.peers import DTYPE, OPS, OURS, Op, Provider, Suite
 from bench.report import BenchError
+from config.cli import ConfigError, Parser, run_cli
 from kernels.launch import use
 
 SUITES = {
@@ -78,7 +78,7 @@ def run(
     results = machine(device) | {"suite": asdict(suite), "stopped": None, "rows": []}
     try:
         results["ceilings"] = ceilings(suite, device, timer)
-        for name, tokens, mode, provider in (bar := tqdm(plan, unit="row", disable=None)):
+        for name, tokens, mode, provider in (bar := tqdm(plan, unit="row")):
             bar.set_description(f"{name} {mode} {tokens:,} {provider}", refresh=False)
             if time.monotonic() >= deadline:
                 results["stopped"] = f"after {minutes:g} minutes"
@@ -277,19 +277,17 @@ def describe(error: Exception) -> str:
 def benchmark(names: list[str], suite: str, out: Path, minutes: float) -> dict:
     unknown = [name for name in names if name not in OPS]
     if unknown:
-        raise BenchError(f"no op {unknown[0]!r}; there are {', '.join(OPS)}")
-    if suite not in SUITES:
-        raise BenchError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+        raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(OPS)}")
     if not torch.cuda.is_available():
-        raise BenchError(
+        raise ConfigError(
             "no CUDA GPU here: nothing to time; "
             "`python -m bench.static` shows what can be known without one"
         )
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         use("triton")
-    except (RuntimeError, OSError) as error:
-        raise BenchError(str(error)) from None
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
     ops = {name: op for name, op in OPS.items() if not names or name in names}
     if importlib.util.find_spec("liger_kernel") is None:
         print("Liger is not here to be compared with: pip install liger-kernel")
@@ -300,25 +298,21 @@ def benchmark(names: list[str], suite: str, out: Path, minutes: float) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench.kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all if none")
-    parser.add_argument("--suite", default="lucie", help="lucie, or quick: two numbers of tokens")
+    parser.add_argument("--suite", choices=SUITES, default="lucie", help="quick: two token counts")
     parser.add_argument("--out", type=Path, help="folder of the results, default out/bench")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing more after these")
     parser.add_argument("--replot", type=Path, metavar="JSON", help="draw saved results again")
     args = parser.parse_args(argv)
-    try:
-        if args.replot:
-            out = args.out or args.replot.parent
-            results = report.read(args.replot)
-        else:
-            out = args.out or Path("out/bench")
-            results = benchmark(args.ops, args.suite, out, args.minutes)
-    except BenchError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.replot:
+        out = args.out or args.replot.parent
+        results = report.read(args.replot)
+    else:
+        out = args.out or Path("out/bench")
+        results = benchmark(args.ops, args.suite, out, args.minutes)
     print(report.table(results))
     try:
         print(*report.plot(results, out), sep="\n")
@@ -328,4 +322,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main, BenchError)

@@ -19,10 +19,11 @@ import torch
 
 import checkpoint
 import parallel
-from config import Config, ConfigError, load
-from hardware import CARDS
+from config import Config, load
+from config.cli import ConfigError, Parser
 from kernels.linear_cross_entropy import chunk_rows
 from model import Lucie
+from parallel import GPUS
 from schedule import Schedule
 
 PUBLISHED = [
@@ -53,7 +54,7 @@ class Job:
         try:
             with torch.device("meta"):
                 model = Lucie(checkpoint.architecture(asdict(config)))
-            parallel.recompute(model, config.activation_checkpointing)
+            parallel.checkpoint_activations(model, config.activation_checkpointing)
             self.schedule = Schedule(config)
             # Into how many parts a copy of the model is cut.
             self.shards = parallel.shards(config.parallel, config.replica_size or 8, gpus)
@@ -261,7 +262,7 @@ def _line(name: str, figure: float, digits: int, rest: str = "") -> None:
 
 
 def show(job: Job, card: str, mfu: float) -> None:
-    c, (_, room, flops) = job.config, CARDS[card]
+    c, (_, room, flops) = job.config, GPUS[card]
     moment, parts = peak(job)
     total = sum(parts.values())
     sent = {name: size for name, size in traffic(job).items() if size}
@@ -292,13 +293,13 @@ def show_published(options: list[str], mfu: float) -> None:
     print("GB of a GPU at the peak of a step, by activation_checkpointing")
     print("state: parameters, gradients, optimizer; transit: weights and gradients on their way")
     for path, gpus, card in PUBLISHED:
-        config, (_, room, flops) = load([path, *options]), CARDS[card]
+        config, (_, room, flops) = load([path, *options]), GPUS[card]
         tokens, hours = speed(Job(config, gpus), mfu, flops)
         print(f"\n{config.name} on {gpus} x {card},", end=" ")
         print(f"micro-batches of {config.micro_batch_size} x {config.seq_len:,} tokens")
         print(f"  {tokens:,.0f} tokens/s a GPU and {hours:,.0f} GPU-hours at an MFU of {mfu:.1%}")
         print(f"  {'':12}{'state':>10}{'activations':>14}{'loss':>8}{'transit':>10}{'peak':>10}")
-        for mode in parallel.RECOMPUTATION:
+        for mode in parallel.ACTIVATION_CHECKPOINTING:
             _, parts = peak(Job(replace(config, activation_checkpointing=mode), gpus))
             *state, activations, loss, weights, buffers = (p / 1e9 for p in parts.values())
             total = sum(parts.values())
@@ -313,23 +314,18 @@ def _verdict(total: float, room: float) -> str:
 
 def main(argv: list[str]) -> None:
     """Print the plan that the command line asks for. Raises ConfigError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench.step --plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int)
-    parser.add_argument("--card", choices=CARDS)
+    parser.add_argument("--card", choices=GPUS)
     parser.add_argument("--mfu", type=float, default=0.4)
-    try:
-        args, options = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
+    args, options = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
-        raise ConfigError(f"--mfu lies over 0 and up to 1, not {args.mfu}")
-    files = [option for option in options if not option.startswith("--")]
+        raise ConfigError(f"--mfu must be above 0 and at most 1, not {args.mfu}")
+    files = [option for option in options if option.endswith(".py")]
     if args.gpus is None and args.card is None and not files:
         show_published(options, args.mfu)
         return

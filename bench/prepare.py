@@ -37,11 +37,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser, run_cli
 from data.cleaning import clean
-from data.dataset import DataError
 from data.prepare import peak_memory, tokenize
 from data.reading import find_files, read_documents
-from data.tokenizer import SPECIAL_TOKENS, TokenizerError, load
+from data.token_stream import DataError
+from data.tokenizer import SPECIAL_TOKENS, load
 
 FORMS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 THEIRS = "datasets.map, jsonl"
@@ -98,7 +99,7 @@ def write_forms(files: list[Path], folder: Path, megabytes: float) -> tuple[int,
         gzip.open(folder / "texts.jsonl.gz", "wb", 6) as gz,
         zstandard.open(folder / "texts.jsonl.zst", "wb") as zst,
         pq.ParquetWriter(folder / "texts.parquet", schema) as parquet,
-        tqdm(total=megabytes, unit="MB", desc="write", disable=None, leave=False) as bar,
+        tqdm(total=megabytes, unit="MB", desc="write", leave=False) as bar,
     ):
         for text in documents(files, megabytes):
             line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
@@ -162,7 +163,7 @@ def run(tokenizer: Path, folder: Path, processes: int, repeats: int) -> dict[str
     peers[THEIRS] = (theirs, folder / "texts.jsonl")
     found: dict[str, list[Figures]] = {name: [] for name in peers}
     turns = [name for _ in range(repeats) for name in peers]
-    for name in tqdm(turns, desc="measure", disable=None, leave=False):
+    for name in tqdm(turns, desc="measure", leave=False):
         function, file = peers[name]
         out = folder / "out"
         out.mkdir()
@@ -188,8 +189,8 @@ def show(found: dict[str, list[Figures]], size: int) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> int:
+    parser = Parser(
         prog="bench.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json, or the folder it is in")
@@ -199,15 +200,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        sys.exit(_fail(f"what it measures with is missing: pip install {' '.join(missing)}"))
-    try:
-        load(args.tokenizer)
-        with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
-            folder, files = Path(name), find_files(args.files)
-            count, size = alone(write_forms, files, folder, args.megabytes)
-            found = run(args.tokenizer, folder, args.processes, args.repeats)
-    except (DataError, TokenizerError, OSError) as error:
-        sys.exit(_fail(error))
+        raise ConfigError(f"what it measures with is missing: pip install {' '.join(missing)}")
+    load(args.tokenizer)
+    with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
+        folder, files = Path(name), find_files(args.files)
+        count, size = alone(write_forms, files, folder, args.megabytes)
+        found = run(args.tokenizer, folder, args.processes, args.repeats)
     print(
         f"{size / 1e6:.1f} MB, {count:,} documents; {args.processes} processes, {os.cpu_count()} "
         f"cores, Python {platform.python_version()}; best of {args.repeats}"
@@ -216,13 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     tokens = {name: figures[0].tokens for name, figures in found.items()}
     if len(set(tokens.values())) > 1:
         print(f"bench.prepare: the numbers of tokens differ: {tokens}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _fail(message: object) -> int:
-    print(f"bench.prepare: {message}", file=sys.stderr)
-    return 2
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, DataError)

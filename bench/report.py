@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from bench.peers import OURS
+from checkpoint import write_text
 
 # Liger's benchmark data: both can be read by the same scripts.
 COLUMNS = (
@@ -46,9 +47,7 @@ def write(results: dict, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     texts = {"kernels.json": json.dumps(results, indent=1) + "\n", "kernels.csv": as_csv(results)}
     for name, text in texts.items():
-        unfinished = out / f"{name}.tmp"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(out / name)
+        write_text(out / name, text)
 
 
 def as_csv(results: dict) -> str:

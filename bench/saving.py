@@ -19,7 +19,6 @@ import gc
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -36,7 +35,8 @@ import checkpoint
 import parallel
 from bench.kernels import machine
 from checkpoint import CheckpointError
-from config import Config, ConfigError, load
+from config import Config, load
+from config.cli import ConfigError, Parser, run_cli
 from model import Lucie, initial_weight
 from schedule import revision_name
 
@@ -57,15 +57,16 @@ def build(
     config: Config,
 ) -> tuple[Lucie, torch.optim.Optimizer, Callable[[], None], torch.device]:
     """(model, optimizer, a function that makes one optimizer step, device), as in train.py."""
-    cuda = torch.cuda.is_available() and config.device != "cpu"
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if cuda else "float32"
-    dtype = getattr(torch, config.dtype)
+    try:
+        device, dtype = parallel.pick_device(config.device, config.dtype)
+        architecture = checkpoint.architecture(asdict(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    config.dtype = str(dtype).removeprefix("torch.")
     parallel.start_processes(device)
     with torch.device("meta"):
-        model = Lucie(checkpoint.architecture(asdict(config)))
-    parallel.spread(model, "fsdp", 0, device, dtype)
+        model = Lucie(architecture)
+    parallel.parallelize(model, "fsdp", 0, device, dtype)
     for name, parameter in model.named_parameters():
         value = initial_weight(model.config, name, parameter.shape, config.seed)
         parallel.fill_rows(parameter, 0, value)
@@ -75,7 +76,7 @@ def build(
 
     def step() -> None:
         block = torch.randint(config.vocab_size, size, generator=generator).to(device)
-        with torch.autocast("cpu", dtype, enabled=not cuda and dtype != torch.float32):
+        with torch.autocast("cpu", dtype, enabled=device.type == "cpu" and dtype != torch.float32):
             loss = model(block[:, :-1], block[:, 1:].contiguous())
         loss.backward()
         parallel.clip_gradients(model, config.clip_grad)
@@ -92,9 +93,9 @@ def measure(config: Config, folder: Path, saves: int = 10, interval: int = 20) -
     Raises CheckpointError if one cannot be written, or is not what was written.
     """
     model, optimizer, train_one_step, device = build(config)
-    saver = checkpoint.Saver(folder, 1, device.type == "cuda")
+    saver = checkpoint.Saver(folder, keep_last=1)
     state = {"step": 0, "config": asdict(config)}
-    bar = tqdm(total=2 * (saves + 1) * interval + 1, unit=" steps", disable=None)
+    bar = tqdm(total=2 * (saves + 1) * interval + 1, unit=" steps")
 
     def step() -> None:
         train_one_step()
@@ -222,7 +223,7 @@ def table(found: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench.saving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config", nargs="?", default="config/demo_pretrain.py")
@@ -245,8 +246,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
-        print(f"bench.saving: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, CheckpointError)

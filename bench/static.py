@@ -8,7 +8,6 @@ that misses a requirement of the table below. A kernel that passes is not yet ri
 that spills, or has lost its tensor cores or its wide loads, is slow on any shape.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
+from config.cli import ConfigError, Parser, run_cli
 from kernels import launch
 
 try:
@@ -271,7 +271,7 @@ def _ptxas(chip: int) -> str:
 
 def main(argv: list[str]) -> int:
     started = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="bench.static", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="bench.static", description=__doc__.split("\n\n")[0])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(CASES)}; all if none is named")
     parser.add_argument(
         "--chip", nargs="+", type=int, default=[80, 86, 90, 100], choices=list(CHIPS)
@@ -280,14 +280,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args(argv)
     if unknown := [op for op in args.op if op not in CASES]:
-        print(f"bench.static: no op {unknown[0]}; there are {', '.join(CASES)}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(CASES)}")
     if triton.knobs.runtime.interpret:
-        print("bench.static: TRITON_INTERPRET is set, so nothing would compile", file=sys.stderr)
-        return 2
+        raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
     work = [(chip, op) for chip in args.chip for op in args.op or CASES]
     rows, failures = [], []
-    for chip, op in tqdm(work, unit="op", disable=None):  # silent where stderr is no terminal
+    for chip, op in tqdm(work, unit="op"):
         op_rows, op_failures = compile_op(op, chip)
         rows += op_rows
         failures += op_failures
@@ -314,4 +312,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main)

@@ -21,17 +21,17 @@ neither; the ratio is the median over the pairs.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-import hardware
+import parallel
 from bench import plan, step_peers, step_report
 from bench.report import BenchError
 from bench.step_peers import OURS
 from bench.step_run import Bench
-from config import Config, ConfigError, load
+from config import Config, load
+from config.cli import ConfigError, Parser, run_cli
 
 # Samples in a step: with several micro-batches at 4,096, for all sizes alike.
 PHASES = [
@@ -47,7 +47,7 @@ TOY_PHASES = [
     Config(**TOY, seq_len=384, global_batch_size=1, activation_checkpointing="full"),
 ]
 # Of the memory a card has: the rest is for its context and what lies unused between tensors. The
-# nominal gigabytes of hardware.CARDS are as much.
+# nominal gigabytes of parallel.GPUS are as much.
 ROOM = 0.94
 # Models of several sizes follow each other; without it each would leave holes behind.
 ALLOCATOR = "expandable_segments:True"
@@ -59,7 +59,7 @@ def phases_of(toy: bool, lengths: list[int] | None) -> list[Config]:
     known = [config.seq_len for config in phases]
     for length in lengths or ():
         if length not in known:
-            raise BenchError(f"--seq-len is of {', '.join(map(str, known))}, not {length}")
+            raise ConfigError(f"--seq_len is one of {', '.join(map(str, known))}, not {length}")
     return [config for config in phases if config.seq_len in (lengths or known)]
 
 
@@ -73,14 +73,11 @@ def full_step(args: argparse.Namespace) -> int:
     sides = step_peers.sides(device)
     for name in args.sides or ():
         if name not in sides:
-            raise BenchError(f"no side {name!r}; there are {', '.join(sides)}")
+            raise ConfigError(f"no side {name!r}; there are {', '.join(sides)}")
     sides = {name: side for name, side in sides.items() if name in (args.sides or sides)}
     phases = phases_of(args.toy, args.seq_len)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"--out {args.out}: {error.strerror}") from None
-    room = ROOM * hardware.memory_of_machine(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    room = ROOM * parallel.memory_of_machine(device)
     if args.toy:
         room = TOY_ROOM
         torch.set_num_threads(1)  # tiny tensors gain nothing from a second
@@ -113,14 +110,14 @@ def main(argv: list[str]) -> int:
     if "--plan" in argv:
         plan.main([argument for argument in argv if argument != "--plan"])
         return 0
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config", nargs="?", help="compare this model with transformers' on a CPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="*")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--toy", action="store_true", help="toy size, on the CPU")
-    parser.add_argument("--seq-len", type=int, nargs="*", help="only these lengths")
+    parser.add_argument("--seq_len", type=int, nargs="*", help="only these lengths")
     parser.add_argument("--sides", nargs="*", help="only these sides")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing more after these")
@@ -133,16 +130,12 @@ def main(argv: list[str]) -> int:
         return full_step(args)
     path = args.config or "config/demo_pretrain.py"
     dtypes = args.dtype or ["float32", "bfloat16"]
-    step_peers.show_turns(path, load([path]), dtypes, args.rounds)
+    try:
+        step_peers.show_turns(path, load([path]), dtypes, args.rounds)
+    except ImportError as error:
+        raise ConfigError(f"pip install transformers, to compare with it ({error})") from None
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, BenchError) as error:
-        print(f"bench.step: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ImportError as error:
-        print(f"bench.step: needs pip install transformers ({error})", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, BenchError)

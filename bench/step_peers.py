@@ -32,7 +32,7 @@ import parallel
 from bench.kernels import Timer, gpu_timer
 from bench.step_groups import CLIP, MICRO_BATCH, OPTIMIZER
 from config import Config
-from hf_layout import rows_of
+from hf import rows_of
 from model import Lucie, LucieConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of tokens and targets, a mean
@@ -63,12 +63,12 @@ def ours(
     try:
         with torch.device("meta"):
             model = Lucie(architecture(config))
-        parallel.recompute(model, config.activation_checkpointing)
+        parallel.checkpoint_activations(model, config.activation_checkpointing)
         if compiled:
             for block in model.layers:
                 block.compile(dynamic=False)
         dtype = getattr(torch, config.dtype)
-        forward = parallel.spread(model, "fsdp", 0, device, dtype)
+        forward = parallel.parallelize(model, "fsdp", 0, device, dtype)
         yield model, lambda tokens, targets: forward(tokens, targets)
     finally:
         kernels.use(before)
@@ -116,7 +116,7 @@ def transformers(
 
 
 def _shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """As parallel.spread does with ours: the same policy, a block at a time, one gathered ahead.
+    """As parallel.parallelize does with ours: the same policy, by blocks, one gathered ahead.
 
     Embedding, last norm and head belong to the root, which stays gathered: Liger reads the head's
     weight without calling the head.

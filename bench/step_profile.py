@@ -13,7 +13,6 @@ large copy, measured in the same run.
 import gzip
 import json
 import math
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.report import BenchError
 from bench.step_groups import (
     MICRO_BATCH,
     OPTIMIZER,
@@ -34,6 +34,7 @@ from bench.step_groups import (
     group_of,
     product_size,
 )
+from config.cli import Parser, run_cli
 from model import LucieConfig
 
 # What makes the host wait for the device, or ask the driver for memory.
@@ -283,13 +284,15 @@ def again(results: dict, folder: Path) -> str:
     return "\n\n".join(tables)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        print("usage: python -m bench.step_profile DIR/step.json", file=sys.stderr)
-        sys.exit(2)
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="bench.step_profile", description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", type=Path, help="DIR/step.json, with the recorded events beside")
+    file = parser.parse_args(argv).results
     try:
-        file = Path(sys.argv[1])
         print(again(json.loads(file.read_text(encoding="utf-8")), file.parent))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"bench.step_profile: {sys.argv[1]}: {error!r}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, KeyError) as error:
+        raise BenchError(f"{file}: not a step.json ({error!r})") from None
+
+
+if __name__ == "__main__":
+    run_cli(main, BenchError)

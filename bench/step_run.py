@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import hardware
 import parallel
-import runlog
 from bench import kernels as bench_kernels
 from bench import plan, step_peers, step_profile, step_report
 from bench.kernels import describe, machine, version
 from bench.peers import Suite
 from bench.step_groups import Shapes
 from bench.step_peers import OURS, Side, make_step, memory, seconds, step_timer
+from checkpoint import write_text
 from config import Config
 from model import Lucie
 
@@ -53,7 +52,7 @@ class Bench:
         self.broken: set[str] = set()  # sides that cannot run
         self.results = machine(device.type) | {
             "transformers": version("transformers"),
-            "peak_flops": hardware.peak_flops(device),
+            "peak_flops": parallel.peak_flops(device),
             "room": room,
             "ceilings": {},
             "checks": {},
@@ -74,7 +73,7 @@ class Bench:
             suite = suite if self.device.type == "cuda" else TOY_SUITE
             self.results["ceilings"] = bench_kernels.ceilings(suite, self.device.type, timer)
             self.clear()
-            for name in (bar := tqdm(tasks, disable=None)):
+            for name in (bar := tqdm(tasks)):
                 if self.late():
                     break
                 bar.set_description(name)
@@ -138,7 +137,7 @@ class Bench:
         return True
 
     def write(self) -> None:
-        runlog.write_whole(self.out / "step.json", json.dumps(self.results, indent=1) + "\n")
+        write_text(self.out / "step.json", json.dumps(self.results, indent=1) + "\n")
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -290,7 +289,7 @@ class Bench:
         parameters = plan.Job(config, 1).parameters
         recorded = step_profile.read(events)
         if self.device.type == "cuda" and not any(e.get("cat") == "kernel" for e in recorded):
-            raise RuntimeError("no kernel was recorded: is CUPTI to be had here?")
+            raise RuntimeError("no kernel was recorded: is CUPTI available here?")
         found = step_profile.analyse(recorded, shapes, self.results["ceilings"], parameters, wall)
         title = (
             f"a step of {shapes.micro_batches} x {config.micro_batch_size} x {config.seq_len:,} "
@@ -353,7 +352,7 @@ class Bench:
 
 def settings(config: Config) -> Iterator[Config]:
     """Settings of our step that compute the same, the fastest first, the smallest last."""
-    for mode in parallel.RECOMPUTATION:
+    for mode in parallel.ACTIVATION_CHECKPOINTING:
         for gather_each in (False, True):
             yield replace(
                 config, activation_checkpointing=mode, gather_each_micro_batch=gather_each

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.dataset import DataError
+from config.cli import ConfigError, Parser, run_cli
 from data.reading import find_files, read_documents
-from data.tokenizer import SPECIAL_TOKENS, LucieTokenizer, Tokenizer, TokenizerError, load
+from data.token_stream import DataError
+from data.tokenizer import SPECIAL_TOKENS, LucieTokenizer, Tokenizer, load
 
 CHUNK = 1_000_000  # bytes given to a library at a time
 
@@ -71,7 +72,7 @@ def measure(peers: dict[str, Encode], texts: list[str], expected: list) -> dict[
     Raises DifferenceError for the first text whose ids are not the expected ones.
     """
     seconds = dict.fromkeys(peers, 0.0)
-    for first, end in tqdm(list(chunks(texts)), unit="MB", disable=None, leave=False):
+    for first, end in tqdm(list(chunks(texts)), unit="MB", leave=False):
         for name, encode in peers.items():
             start = time.perf_counter()
             ids = encode(texts[first:end])
@@ -131,8 +132,8 @@ def run(path: Path, texts: list[str], processes: int) -> dict[str, float]:
     return rates | measure(all_cores, texts, expected)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> int:
+    parser = Parser(
         prog="bench.tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json, or the folder it is in")
@@ -142,18 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         import tokenizers
-
-        documents, lines = read(find_files(args.files), int(args.megabytes * 1e6))
-        if not documents:
-            raise DataError("the files hold no text")
+    except ImportError:
+        raise ConfigError("pip install tokenizers, to compare with it") from None
+    documents, lines = read(find_files(args.files), int(args.megabytes * 1e6))
+    if not documents:
+        raise DataError("the files hold no text")
+    try:
         tables = [run(args.tokenizer, texts, args.processes) for texts in (documents, lines)]
     except DifferenceError as error:
         print(f"bench.tokenizer: {error}", file=sys.stderr)
-        sys.exit(1)
-    except ImportError:
-        sys.exit(_fail("what it compares with is missing: pip install tokenizers"))
-    except (DataError, TokenizerError, OSError) as error:
-        sys.exit(_fail(error))
+        return 1
     print(
         f"{size(documents):.1f} MB, {len(documents):,} documents, {len(lines):,} lines; "
         f"tokenizers {tokenizers.__version__}, Python {platform.python_version()}, "
@@ -163,12 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in tables[0]:
         rates = [f"{t[name]:8.2f} ({t['ours, encode'] / t[name]:4.1f}x)" for t in tables]
         print(f"{name:50} {rates[0]:>16} {rates[1]:>16}")
-
-
-def _fail(message: object) -> int:
-    print(f"bench.tokenizer: {message}", file=sys.stderr)
-    return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, DataError)

@@ -1,7 +1,7 @@
 """What a training step launches and moves, against what it could not go without; no GPU is needed.
 
-    python -m bench.traffic [--layers 2] [--seq-len 4096] [--micro-batch-size 1] [--micro-batches 1]
-        [--chip 90] [--bandwidth 4.3e12] [--activation-checkpointing none] [--check]
+    python -m bench.traffic [--layers 2] [--seq_len 4096] [--micro_batch_size 1] [--micro_batches 1]
+        [--chip 90] [--bandwidth 4.3e12] [--activation_checkpointing none] [--check]
 
 A step of a Lucie of full width and few blocks is recorded by bench/launches.py, which also says how
 bytes are counted. Times are those of the bytes at the bandwidth of a copy (4.3 TB/s was measured on
@@ -13,17 +13,18 @@ ALLOWED, each block with more launches than EXPECTED, and each kernel that spill
 other option is one of train.py's: --gather_each_micro_batch=False.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
 
 from bench import peers
-from config import Config, ConfigError, load
+from checkpoint import architecture
+from config import Config, load
+from config.cli import ConfigError, Parser, run_cli
 
 try:
     import triton
@@ -359,34 +360,32 @@ def report(step: Step, larger: Step, bandwidth: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench.traffic", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = Parser(prog="bench.traffic", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--micro_batch_size", type=int, default=1)
+    parser.add_argument("--micro_batches", type=int, default=1)
     parser.add_argument("--chip", type=int, default=90, choices=list(CHIPS))
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second of a copy")
-    parser.add_argument("--activation-checkpointing", choices=list(EXPECTED), default="none")
+    parser.add_argument("--activation_checkpointing", choices=list(EXPECTED), default="none")
     parser.add_argument("--check", action="store_true", help="exit 1 if something is amiss")
     args, options = parser.parse_known_args(argv)
+    if args.micro_batches < 1 or not args.bandwidth > 0:
+        raise ConfigError("--micro_batches and --bandwidth must be positive")
+    names = ("seq_len", "micro_batch_size", "activation_checkpointing")
+    given = [f"--{name}={getattr(args, name)}" for name in names]
+    config = load([f"--num_hidden_layers={args.layers}", *given, *options])
     try:
-        if args.micro_batches < 1 or not args.bandwidth > 0:
-            raise ConfigError("--micro-batches and --bandwidth must be positive")
-        names = ("seq_len", "micro_batch_size", "activation_checkpointing")
-        given = [f"--{name}={getattr(args, name)}" for name in names]
-        config = load([f"--num_hidden_layers={args.layers}", *given, *options])
-        if triton.knobs.runtime.interpret:
-            raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
-        larger = replace(config, micro_batch_size=4 * config.micro_batch_size)
-        steps = [
-            Step(each, args.micro_batches, *record(each, args.micro_batches, args.chip))
-            for each in (config, larger)
-        ]
-    except (ConfigError, KernelError, ValueError) as error:
-        print(f"bench.traffic: {error}", file=sys.stderr)
-        return 2
+        architecture(asdict(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if triton.knobs.runtime.interpret:
+        raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
+    larger = replace(config, micro_batch_size=4 * config.micro_batch_size)
+    steps = [
+        Step(each, args.micro_batches, *record(each, args.micro_batches, args.chip))
+        for each in (config, larger)
+    ]
     report(*steps, args.bandwidth)
     found = faults(steps[0])
     for line in found:
@@ -395,4 +394,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(main, KernelError)

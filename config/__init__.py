@@ -5,17 +5,16 @@ The defaults describe Lucie-7B; config/pretrain.py, extension.py and annealing.p
 changes. A config file is plain `name = literal` lines. It is parsed, never executed.
 """
 
+import argparse
 import ast
 import dataclasses
-import difflib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class ConfigError(Exception):
-    """An option that cannot be used; the message is one line for the person who wrote it."""
+from config.cli import KINDS, ConfigError, Parser, from_text, nearest
 
 
 @dataclass
@@ -31,8 +30,8 @@ class Config:
     dtype: str = "auto"  # compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
     kernels: str = "auto"  # triton | torch (the definitions) | auto (triton on GPUs that can)
     compile: bool = False  # each block by torch.compile; a minute or more at the start
-    # Save and stop after so long; 0: never. Surer than a signal to torchrun, which kills its
-    # processes 30 seconds later (or --shutdown-timeout); a checkpoint of the 7B takes longer.
+    # Save and stop after this many minutes; 0: never. More reliable than a signal to torchrun,
+    # which kills its processes 30 seconds later (or --shutdown-timeout), too soon for the 7B.
     max_minutes: float = 0.0
 
     # --- many GPUs -------------------------------------------------------------------------------
@@ -67,6 +66,8 @@ class Config:
     partial: bool = False  # train on those sources of the mixture whose files are there
     validation: str = ""  # CSV of held-out streams; "": no validation loss
     seq_len: int = 4096  # tokens in a sample, and positions of the model
+    # True: a token attends only to its own document. Lucie attended over the whole sample.
+    document_mask: bool = False
 
     # --- schedule, in samples (sequences) --------------------------------------------------------
     samples: int = 762_144_586  # the budget of the phase
@@ -99,6 +100,7 @@ class Config:
     save_every: int = 0  # between those, to resume from; 0: only when the run is stopped
     keep_last: int = 2  # so many of the latter stay; the ones above always do
     checkpoint_prefix: str = ""  # Lucie's names: step0005000, extension_step0000250
+    wandb_project: str = ""  # logs to Weights & Biases as well (pip install wandb); "": no
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
@@ -107,61 +109,37 @@ OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
 def load(args: Sequence[str]) -> Config:
     """Read `["config/pretrain.py", "--key=value", ...]`: defaults, then files, then the options.
 
-    Raises ConfigError for an unknown name (suggesting the nearest one), a value of another type,
-    or a file that is missing or holds anything but `name = literal`.
+    Raises ConfigError for an unknown name (it suggests the nearest one), a value of another type,
+    a value out of range, or a file that is missing or holds anything but `name = literal`.
     """
-    config, options = Config(), []
-    for arg in args:
-        if arg in ("-h", "--help"):
-            print(_help())
-            sys.exit(0)
-        if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            if not equals:
-                raise ConfigError(f"{arg}: write --{name}=VALUE")
-            options.append((name.replace("-", "_"), _literal(text), arg))
-        else:
-            for name, value in read_file(arg).items():
-                _set(config, name, value, f"{arg}: {name}")
-    for name, value, where in options:
-        _set(config, name, value, where)
-    _check_ranges(config)
-    return config
-
-
-def _check_ranges(config: Config) -> None:
-    for name in (
-        "seq_len",
-        "micro_batch_size",
-        "log_every",
-        "eval_every",
-        "eval_samples",
-        "keep_last",
-    ):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size"):
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
-    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1 and config.eps > 0):
-        raise ConfigError("beta1 and beta2 lie between 0 and 1, 1 excluded, and eps is over 0")
-    if not config.name:
-        raise ConfigError("name: a run needs one")
-
-
-def _help() -> str:
-    """The options with their comments, as they stand in this file."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    start = source.index("    # --- run")
-    return (
-        f"options, each as --name=value:\n\n{source[start : source.index('OPTIONS = ')].rstrip()}"
+    parser = Parser(
+        usage="train.py [CONFIG.py] [--option value ...]",
+        description=_documentation(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
+    for name, option in OPTIONS.items():
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{name}", type=from_text(option.type), **hidden)
+    given = vars(parser.parse_args(_with_bare_booleans(args)))
+    config = Config()
+    for file in given.pop("files"):
+        for name, value in read_file(file).items():
+            _set(config, name, value, file)
+    planned = config.samples
+    for name, value in given.items():
+        setattr(config, name, value)
+    _check_ranges(config)
+    if "samples" in given and "warmup_samples" not in given:
+        _shorten_warmup(config, planned, given)
+    return config
 
 
 def read_file(path: str | Path) -> dict[str, object]:
     """The `name = literal` lines of a config file."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        # Some editors begin a file with a byte order mark.
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
@@ -180,27 +158,67 @@ def read_file(path: str | Path) -> dict[str, object]:
     return values
 
 
-def _literal(text: str) -> object:
-    """A value of the command line: a Python literal, true or false, else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
-def _set(config: Config, name: str, value: object, where: str) -> None:
+def _set(config: Config, name: str, value: object, file: str) -> None:
+    """Set an option to the literal that a config file gives it."""
     if name not in OPTIONS:
-        near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)
-        raise ConfigError(f"{where}: no option is called {name!r}; did you mean {near[0]!r}?")
+        raise ConfigError(f"{file}: no option is called {name!r}; {nearest(name, OPTIONS)}")
     kind = OPTIONS[name].type
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 2e6 samples
-    if kind is str and type(value) in (int, float):
-        value = str(value)  # a run may be called 7
     if type(value) is not kind:
-        raise ConfigError(f"{where}: {name} is of type {kind.__name__}, not {value!r}")
+        raise ConfigError(f"{file}: {name} is {KINDS[kind][1]}, not {value!r}")
     setattr(config, name, value)
+
+
+def _check_ranges(config: Config) -> None:
+    positive = ("seq_len", "micro_batch_size", "log_every", "eval_every", "eval_samples")
+    for name in (*positive, "keep_last"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
+    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1 and config.eps > 0):
+        raise ConfigError("beta1 and beta2 must be at least 0 and below 1, and eps above 0")
+    if not config.name:
+        raise ConfigError("name must not be empty: the run is stored under it")
+
+
+def _shorten_warmup(config: Config, planned: int, given: Iterable[str]) -> None:
+    """Fit warm-up and batch ramp to a run of fewer samples than its config file plans.
+
+    Without it, a short trial of a long recipe would be refused, or would never leave its warm-up.
+    """
+    if not 0 < config.samples <= config.warmup_samples:
+        return
+    scale = config.samples / planned
+    changes = []
+    for name in ("warmup_samples", "batch_ramp_samples"):
+        before = getattr(config, name)
+        if name in given or not before:
+            continue
+        setattr(config, name, int(before * scale))
+        changes.append(f"{name} from {before:,} to {getattr(config, name):,}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--samples={config.samples} shortens {' and '.join(changes)}", file=sys.stderr)
+
+
+def _with_bare_booleans(args: Sequence[str]) -> list[str]:
+    """`--compile` alone means `--compile=true`."""
+    out = []
+    for arg, following in zip(args, [*args[1:], "--"]):
+        option = OPTIONS.get(arg.removeprefix("--").replace("-", "_"))
+        alone = following.startswith("--") or following.endswith(".py")
+        if option and option.type is bool and arg.startswith("--") and alone:
+            arg += "=true"
+        out.append(arg)
+    return out
+
+
+def _documentation() -> str:
+    """The options with their comments, as they stand in this file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    start = source.index("    # --- run")
+    return f"options:\n\n{source[start : source.index('OPTIONS = ')].rstrip()}"

@@ -1,6 +1,6 @@
 """Learning a byte-level vocabulary from texts, each in its share of a mixture.
 
-    python -m data.tokenizer train my_texts/ --vocab-size 8000 --out ranks.tiktoken
+    python -m data.tokenizer train my_texts/ --vocab_size 8000 --out ranks.tiktoken
     python -m data.tokenizer train fr=fr.jsonl.gz en=en/ 'code=src/**/*.py' --partial \\
         --mixture data/mixtures/pretraining.csv --by language --out ranks.tiktoken
     python -m data.tokenizer train fr=fr.txt en=en.txt --shares fr=0.6 en=0.4 --out ranks.tiktoken
@@ -25,12 +25,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser
 from data import mixture, tokenizer
 from data.cleaning import clean
 from data.dataset import DataError, permute
 from data.reading import LARGEST, SUFFIXES, Source, files_in, find_files, read_documents, size_of
 from data.tokenizer import PATTERN, byte_characters
-from data.tokenizer_base import SPECIAL_TOKENS, TokenizerError
+from data.tokenizer_base import SPECIAL_TOKENS
 from data.unicode_tables import nfc
 
 
@@ -38,17 +39,17 @@ def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> di
     """Learn a vocabulary of vocab_size tokens, special ones included: {bytes of a token: id}.
 
     The `tokenizers` library counts and merges, with progress bars on a terminal, where count is the
-    number of texts. Memory: each different word once. Raises TokenizerError if the library is not
+    number of texts. Memory: each different word once. Raises DataError if the library is not
     installed, or if the text holds too few different pairs for so many tokens.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise TokenizerError(f"a vocabulary has at least {smallest} tokens, not {vocab_size}")
+        raise DataError(f"a vocabulary has at least {smallest} tokens, not {vocab_size}")
     try:
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
     except ImportError:
-        raise TokenizerError("training a vocabulary needs: pip install tokenizers") from None
+        raise DataError("training a vocabulary needs: pip install tokenizers") from None
     bpe = Trainable(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -65,7 +66,7 @@ def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> di
     bpe.train_from_iterator(map(nfc, texts), trainer, count)
     ranks = ranks_of(json.loads(bpe.to_str())["model"]["merges"])
     if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
-        raise TokenizerError(
+        raise DataError(
             f"the text gives {len(ranks) + len(SPECIAL_TOKENS):,} tokens, not {vocab_size:,}: "
             "more text or a smaller vocabulary is needed"
         )
@@ -130,7 +131,7 @@ def _read_whole(file: Path, progress: tqdm | None) -> str:
         raise DataError(f"{file}: has NUL bytes, so it is no text: leave it out")
     if progress is not None:
         progress.update(size)
-    return content.decode("utf-8", "replace")
+    return content.decode("utf-8-sig", "replace")
 
 
 # --- the sample ----------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def named_texts(given: list[str]) -> dict[str, list[Source]]:
     for text in given:
         name, _, path = text.partition("=")
         if not (name and path):
-            raise DataError(f"{text}: with --mixture or --shares a text is NAME=PATH")
+            raise ConfigError(f"{text}: with --mixture or --shares a text is NAME=PATH")
         texts.setdefault(name, []).extend(find_texts(path))
     return texts
 
@@ -219,7 +220,7 @@ def given_shares(given: list[str]) -> dict[str, float]:
         except ValueError:
             value = 0.0
         if name in weights or not 0 < value < math.inf:
-            raise DataError(f"{text}: write --shares NAME=NUMBER, over 0 and once for a name")
+            raise ConfigError(f"{text}: write --shares NAME=NUMBER, over 0 and once for a name")
         weights[name] = value
     return weights
 
@@ -229,15 +230,15 @@ def shares_of(
 ) -> dict[str, float]:
     """The shares of the texts in `names`, which sum to 1.
 
-    Raises DataError for a name without a weight, and, unless partial, a weight without a text.
+    Raises ConfigError for a name without a weight, and, unless partial, a weight without a text.
     source: what gave the weights, for the message.
     """
     names, total = set(names), sum(weights.values())
     if unknown := sorted(names - weights.keys()):
-        raise DataError(f"{unknown[0]}: has no share in {source}, which has {_listed(weights)}")
+        raise ConfigError(f"{unknown[0]}: has no share in {source}, which has {_listed(weights)}")
     if lacking := [f"{name} ({weights[name] / total:.1%})" for name in weights.keys() - names]:
         if not partial:
-            raise DataError(
+            raise ConfigError(
                 f"{source}: no text for {_listed(sorted(lacking))}; --partial does without"
             )
     total = sum(weights[name] for name in names)
@@ -270,8 +271,8 @@ def print_sample(
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.tokenizer train",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -281,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="ranks file to write")
     parser.add_argument("--folder", help="folder to write a tokenizer.json to as well")
-    parser.add_argument("--vocab-size", type=int, default=65_024, help="special tokens included")
-    parser.add_argument("--text-field", default="text", help="of JSON and tables")
+    parser.add_argument("--vocab_size", type=int, default=65_024, help="special tokens included")
+    parser.add_argument("--text_field", default="text", help="of JSON and tables")
     parser.add_argument("--megabytes", type=float, help="size of the sample")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--mixture", help="CSV file; its shares are the sample's")
@@ -298,20 +299,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.megabytes is not None and not 0 < args.megabytes < math.inf:
-        parser.error("--megabytes must be over 0")
-    try:
-        _train(args)
-    except (DataError, mixture.MixtureError, TokenizerError) as error:
-        sys.exit(_fail(error))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename or args.out}: {error.strerror or error}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _train(args: argparse.Namespace) -> None:
+        raise ConfigError("--megabytes must be over 0")
     if args.out.is_dir():
-        raise DataError(f"{args.out}: is a folder; --out is the ranks file to write")
+        raise ConfigError(f"{args.out}: is a folder; --out is the ranks file to write")
     args.out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
     if args.mixture or args.shares:
         if args.mixture:
@@ -323,7 +313,7 @@ def _train(args: argparse.Namespace) -> None:
         shares = shares_of(weights, texts, source, args.partial)
     else:
         if named := [text for text in args.texts if "=" in text and not glob.glob(text)]:
-            raise DataError(f"{named[0]}: a name needs --mixture or --shares")
+            raise ConfigError(f"{named[0]}: a name needs --mixture or --shares")
         texts, shares = {"all": [f for path in args.texts for f in find_texts(path)]}, {"all": 1.0}
     sizes = measure(texts, args.text_field)
     chosen = choose(sizes, shares, args.megabytes and args.megabytes * 1e6)
@@ -335,8 +325,3 @@ def _train(args: argparse.Namespace) -> None:
     if args.folder:
         tokenizer.save_folder(tokenizer.Tokenizer(ranks), args.folder)
         print(f"{args.folder}: tokenizer.json, tokenizer_config.json")
-
-
-def _fail(message: object) -> int:
-    print(f"data.tokenizer: {message}", file=sys.stderr)
-    return 2

@@ -147,7 +147,7 @@ def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], l
     if len(missing) > 5:
         hint += f", python -m data.mixture show {path} names all"
     if present:
-        hint += "; --partial, in training --partial=true, does without"
+        hint += "; --partial does without"
     if len(absent) == 1:
         raise DataError(f"{absent[0]}: no such file ({hint})")
     names = ", ".join(missing[:5])
@@ -308,6 +308,7 @@ def _mix(x: int) -> int:
 
 
 if __name__ == "__main__":
+    from config.cli import run_cli
     from data import inspection
 
-    inspection.main()
+    run_cli(inspection.main, DataError)

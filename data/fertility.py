@@ -16,17 +16,16 @@ which it downloads if it has not before.
 import argparse
 import csv
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser
 from data import tokenizer
 from data.bpe_training import find_texts, read_texts
 from data.dataset import DataError
-from data.tokenizer import TokenizerError
 
 Counter = Callable[[str], int]  # the number of tokens of a text
 
@@ -51,14 +50,14 @@ class Fertility(NamedTuple):
 
 
 def load_counter(source: str) -> Counter:
-    """Counts tokens as the tokenizer that `source` names would. Raises TokenizerError."""
+    """Counts tokens as the tokenizer that `source` names would. Raises DataError."""
     if source.startswith("tiktoken:"):
         encoding = _tiktoken(source.removeprefix("tiktoken:"))
         return lambda text: len(encoding.encode_ordinary(text))
     try:
         loaded = tokenizer.load(source)
         return lambda text: len(loaded.encode_ordinary(text))
-    except TokenizerError as error:
+    except DataError as error:
         path = Path(source)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -66,9 +65,9 @@ def load_counter(source: str) -> Counter:
         try:
             from tokenizers import Tokenizer
 
-            foreign = Tokenizer.from_file(str(path))
+            foreign = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except ImportError:
-            raise TokenizerError(f"{error}; pip install tokenizers reads more kinds") from None
+            raise DataError(f"{error}; pip install tokenizers reads more kinds") from None
         except Exception:  # the package raises nothing narrower
             raise error from None
     foreign.no_truncation()
@@ -80,11 +79,11 @@ def _tiktoken(name: str):
 
     if name not in tiktoken.list_encoding_names():
         names = ", ".join(tiktoken.list_encoding_names())
-        raise TokenizerError(f"tiktoken:{name}: there is {names}")
+        raise DataError(f"tiktoken:{name}: there is {names}")
     try:
         return tiktoken.get_encoding(name)
     except OSError:  # also what requests raises
-        raise TokenizerError(f"tiktoken:{name}: not cached, and its download failed") from None
+        raise DataError(f"tiktoken:{name}: not cached, and its download failed") from None
 
 
 def read_text(pattern: str, limit: int, text_field: str = "text") -> list[str]:
@@ -198,50 +197,37 @@ def _named(given: list[str], what: str) -> dict[str, str]:
     for text in given:
         name, equals, source = text.partition("=")
         if not name or (equals and not source) or name in found:
-            raise DataError(f"{text}: write --{what} NAME=PATH, each with a name of its own")
+            raise ConfigError(f"{text}: write --{what} NAME=PATH, each with a name of its own")
         found[name] = source or name
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.tokenizer compare",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--texts", nargs="+", required=True, help="NAME=FILE, FOLDER or 'GLOB'")
     parser.add_argument("--tokenizers", nargs="+", required=True, help="NAME=PATH or tiktoken:NAME")
-    parser.add_argument("--text-field", default="text", help="of JSON and tables")
+    parser.add_argument("--text_field", default="text", help="of JSON and tables")
     parser.add_argument("--megabytes", type=float, default=2.0, help="of each text at most")
     parser.add_argument("--csv", type=Path, help="file for the counts")
     parser.add_argument("--png", type=Path, help="file for the bars")
     args = parser.parse_args(argv)
     if not 0 < args.megabytes < math.inf:
-        parser.error("--megabytes must be over 0")
-    try:
-        counters = {
-            name: load_counter(source)
-            for name, source in _named(args.tokenizers, "tokenizers").items()
-        }
-        texts = {
-            name: read_text(source, int(args.megabytes * 1e6), args.text_field)
-            for name, source in _named(args.texts, "texts").items()
-        }
-        found = compare(counters, texts)
-        print_tables(found)
-        for write, path in ((write_csv, args.csv), (draw, args.png)):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(found, path)
-                print(path)
-    except (DataError, TokenizerError) as error:
-        sys.exit(_fail(error))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(message: object) -> int:
-    print(f"data.tokenizer: {message}", file=sys.stderr)
-    return 2
+        raise ConfigError("--megabytes must be over 0")
+    counters = {
+        name: load_counter(source) for name, source in _named(args.tokenizers, "tokenizers").items()
+    }
+    texts = {
+        name: read_text(source, int(args.megabytes * 1e6), args.text_field)
+        for name, source in _named(args.texts, "texts").items()
+    }
+    found = compare(counters, texts)
+    print_tables(found)
+    for write, path in ((write_csv, args.csv), (draw, args.png)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(found, path)
+            print(path)

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser
 from data import tokenizer
 from data.dataset import Mixture, present_rows, read_rows
 from data.token_stream import HEADER, DataError, TokenStream, size_of, stream_files
-from data.tokenizer import TokenizerError
 
 CHUNK = 1 << 22  # bytes of tokens, or entries of an index, looked at together
 
@@ -218,14 +218,14 @@ def verify_all(path: str, vocab_size: int, partial: bool) -> int:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.dataset", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="the text of a sample, and where it comes from")
     show.add_argument("--sample", type=int, required=True, help="its number, from 0")
-    show.add_argument("--seq-len", type=int, default=4096, help="tokens in a sample")
+    show.add_argument("--seq_len", type=int, default=4096, help="tokens in a sample")
     show.add_argument("--seed", type=int, default=42, help="of the data order")
     show.add_argument("--samples", type=int, default=0, help="of the run, for a mixture of series")
     check = commands.add_parser("verify", help="index, ids and checksums of every stream")
@@ -236,29 +236,15 @@ def main(argv: list[str] | None = None) -> None:
         if command is not count:
             command.add_argument("--tokenizer", required=True, help="ranks or tokenizer.json")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "count":
-            print_counts(args.mixture, args.partial)
-            return
-        loaded = tokenizer.load(args.tokenizer)
-        if args.command == "verify":
-            if found := verify_all(args.mixture, loaded.vocab_size, args.partial):
-                sys.exit(_fail(f"{args.mixture}: {found} faults"))
-            return
-        if args.sample < 0 or args.seq_len < 1:
-            parser.error("--sample must be 0 or more and --seq-len at least 1")
-        common = (args.seq_len, args.seed, loaded.vocab_size, args.partial, args.samples)
-        print_sample(Mixture(args.mixture, *common), args.sample, loaded.decode)
-    except (DataError, TokenizerError) as error:
-        sys.exit(_fail(error))
-    except BrokenPipeError:  # into head
-        sys.stderr.close()
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(message: object) -> int:
-    print(f"data.dataset: {message}", file=sys.stderr)
-    return 2
+    if args.command == "count":
+        print_counts(args.mixture, args.partial)
+        return
+    loaded = tokenizer.load(args.tokenizer)
+    if args.command == "verify":
+        if found := verify_all(args.mixture, loaded.vocab_size, args.partial):
+            raise DataError(f"{args.mixture}: {found} faults")
+        return
+    if args.sample < 0 or args.seq_len < 1:
+        raise ConfigError("--sample must be 0 or more and --seq_len at least 1")
+    common = (args.seq_len, args.seed, loaded.vocab_size, args.partial, args.samples)
+    print_sample(Mixture(args.mixture, *common), args.sample, loaded.decode)

@@ -39,10 +39,10 @@ from itertools import pairwise
 import numpy as np
 import tiktoken
 
+from data.token_stream import DataError
 from data.tokenizer_base import (
     SPECIAL_TOKENS,
     BaseTokenizer,
-    TokenizerError,
     added_tokens,
     bos_template,
     last_merge,
@@ -56,7 +56,7 @@ BLANKS = (" ", "\xa0")  # become SPACE; vocabulary entries with one of them are 
 class LucieTokenizer(BaseTokenizer):
     """Lucie's tokenizer, from the content of its tokenizer.json, which `source` keeps.
 
-    Ids and texts are those of version 0.23 of the `tokenizers` library. Raises TokenizerError for
+    Ids and texts are those of version 0.23 of the `tokenizers` library. Raises DataError for
     a tokenizer.json that is no BPE with byte fallback or has other rules than Lucie's; the
     vocabulary and the openers may be any.
     """
@@ -68,7 +68,7 @@ class LucieTokenizer(BaseTokenizer):
             vocab, merges = _model(released)
             self.openers = _openers(released)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise TokenizerError("not a tokenizer.json, or not one of Lucie's form") from None
+            raise DataError("not a tokenizer.json, or not one of Lucie's form") from None
         self.vocab_size = len(vocab)
         self.tokens = sorted(vocab, key=vocab.__getitem__)
         self.byte_of = {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
@@ -189,7 +189,7 @@ def _pieces(tokens: Iterable[str]) -> str:
     for token in tokens:
         word = token.lstrip(SPACE)
         if SPACE in word:
-            raise TokenizerError(f"a token holds more than one word: {token!r}")
+            raise DataError(f"a token holds more than one word: {token!r}")
         for c in word:
             group.setdefault(c, {c})
         for a, b in pairwise(word):

@@ -15,11 +15,11 @@ of FineWebEdu, are a series (see data.dataset.Mixture). All shares are the same.
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from config.cli import ConfigError, Parser, run_cli
 from data.dataset import (
     DataError,
     TokenStream,
@@ -34,10 +34,6 @@ from data.dataset import (
 )
 
 SEEN_TOO_OFTEN = 4  # epochs after which repeated data teaches less (arXiv 2305.16264)
-
-
-class MixtureError(Exception):
-    """A mixture that cannot be shown; the message is one line."""
 
 
 class Source(NamedTuple):
@@ -63,7 +59,7 @@ def read(path: str | Path, partial: bool = False) -> list[Source]:
     """The sources of a mixture, whether their streams are on disk or not.
 
     partial: only those on disk, their weights scaled up. Raises DataError for a CSV or a stream
-    that cannot be read, MixtureError for epochs of a source of unknown size.
+    that cannot be read, and for epochs of a source of unknown size.
     """
     sources = []
     for row in present_rows(path, partial=True)[0] if partial else read_rows(path):
@@ -72,7 +68,7 @@ def read(path: str | Path, partial: bool = False) -> list[Source]:
         weight = row["weight"]
         if weight is None:
             if tokens is None:
-                raise MixtureError(
+                raise DataError(
                     f"{path}: {row['name']} has epochs but neither files nor a number in a column "
                     "tokens, which its weight would follow from"
                 )
@@ -83,14 +79,14 @@ def read(path: str | Path, partial: bool = False) -> list[Source]:
         sources.append(Source(*about))
     total = sum(source.weight for source in sources)
     if not total:
-        raise MixtureError(f"{path}: its sources have no tokens")
+        raise DataError(f"{path}: its sources have no tokens")
     return [source._replace(weight=source.weight / total) for source in sources]
 
 
 def _published_tokens(path: str | Path, row: dict) -> int | None:
     text = row.get("tokens") or ""
     if text and not (text.isascii() and text.isdigit()):
-        raise MixtureError(f"{path}: {row['name']} has {text!r} tokens, which is no whole number")
+        raise DataError(f"{path}: {row['name']} has {text!r} tokens, which is no whole number")
     return int(text) if text else None
 
 
@@ -178,19 +174,19 @@ def print_tables(sources: list[Source], samples: int | None, seq_len: int) -> No
         print("no source has files on disk; sizes are the CSV's")
     elif missing:
         print(f"without files, {len(missing)} of {len(sources)}: {', '.join(missing)}")
-        print("--partial shows the mixture of the others; train.py --partial=true trains on it")
+        print("--partial shows the mixture of the others; train.py --partial trains on it")
 
 
 def draw(sources: list[Source], path: str | Path, title: str) -> None:
     """Two pie charts as PNG: the tokens trained on, by language and by category.
 
-    Raises MixtureError without matplotlib, OSError for a path that cannot be written.
+    Raises DataError without matplotlib, OSError for a path that cannot be written.
     """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
-        raise MixtureError("the chart needs matplotlib: pip install matplotlib") from None
+        raise DataError("the chart needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(13, 6), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2), ("language", "category")):
         slices = {kind: after for kind, (_, after) in shares(sources, column).items()}
@@ -206,37 +202,25 @@ def draw(sources: list[Source], path: str | Path, title: str) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.mixture", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     show = parser.add_subparsers(dest="command", required=True).add_parser("show")
     show.add_argument("mixture", help="CSV file: name, path, weight or epochs")
     show.add_argument("--samples", type=int, help="of a run, for tokens and epochs of each source")
-    show.add_argument("--seq-len", type=int, default=4096, help="tokens in a sample")
+    show.add_argument("--seq_len", type=int, default=4096, help="tokens in a sample")
     show.add_argument("--png", help="file for the two pie charts")
     show.add_argument("--partial", action="store_true", help="only the sources on disk")
     args = parser.parse_args(argv)
     if (args.samples or 0) < 0 or args.seq_len < 1:
-        parser.error("--samples must be 0 or more and --seq-len at least 1")
-    try:
-        sources = read(args.mixture, args.partial)
-        print_tables(sources, args.samples, args.seq_len)
-        if args.png:
-            draw(sources, args.png, Path(args.mixture).stem)
-            print(args.png)
-    except (DataError, MixtureError) as error:
-        sys.exit(_fail(error))
-    except BrokenPipeError:  # into head
-        sys.stderr.close()
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename}: {error.strerror}"))
-
-
-def _fail(message: object) -> int:
-    print(f"data.mixture: {message}", file=sys.stderr)
-    return 2
+        raise ConfigError("--samples must be 0 or more and --seq_len at least 1")
+    sources = read(args.mixture, args.partial)
+    print_tables(sources, args.samples, args.seq_len)
+    if args.png:
+        draw(sources, args.png, Path(args.mixture).stem)
+        print(args.png)
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, DataError)

@@ -25,18 +25,17 @@ import argparse
 import json
 import re
 import string
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser, run_cli
 from data import bpe_training, demo_corpus, tokenizer
 from data.dataset import DataError
 from data.prepare import tokenize, write_mixture
 from data.reading import find_files, read_documents
-from data.tokenizer import TokenizerError
 from data.workers import Options
 
 LANGUAGES = demo_corpus.LANGUAGES
@@ -148,13 +147,13 @@ def documents(
 def read(given: list[str]) -> dict[str, list[Document]]:
     """{language: documents} of LANGUAGE=FILES arguments, and of the demo for other languages.
 
-    Raises DataError for a language that is not one of the five, or too little text.
+    Raises ConfigError for a language that is not one of the five, DataError for too little text.
     """
     named: dict[str, list[str]] = {}
     for text in given:
         language, _, files = text.partition("=")
         if language not in LANGUAGES or not files:
-            raise DataError(f"{text}: write LANGUAGE=FILES, the language {', '.join(LANGUAGES)}")
+            raise ConfigError(f"{text}: write LANGUAGE=FILES, the language {', '.join(LANGUAGES)}")
         named.setdefault(language, []).append(files)
     found = {}
     for language in LANGUAGES:
@@ -221,23 +220,16 @@ def _write_texts(
     return file
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.passages", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("texts", nargs="*", metavar="LANGUAGE=FILES", help="a file, folder or glob")
     parser.add_argument("--out", type=Path, default=Path("out/miniature_data"))
     args = parser.parse_args(argv)
-    try:
-        for name, count in write(read(args.texts), args.out).items():
-            print(f"{name}: tokens {count:,}")
-    except (DataError, TokenizerError) as error:
-        print(f"data.passages: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"data.passages: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+    for name, count in write(read(args.texts), args.out).items():
+        print(f"{name}: tokens {count:,}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, DataError)

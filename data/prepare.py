@@ -7,8 +7,8 @@ INPUTS are files, globs and folders of .txt, .md, .jsonl and .json, each also as
 .parquet and .arrow (see data/reading.py), on this machine or at s3://, https:// ...; or
 hf:NAME#SUBSET, a data set of the Hugging Face Hub (see data/remote.py). `tokens` writes OUT.bin and
 OUT.idx (see data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`,
-and a report, OUT.json. Documents held out by --validation go to OUT.valid instead; --split-by
-language makes streams OUT.fr, OUT.en ...; --split-length 4096 makes OUT.short and OUT.long,
+and a report, OUT.json. Documents held out by --validation go to OUT.valid instead; --split_by
+language makes streams OUT.fr, OUT.en ...; --split_length 4096 makes OUT.short and OUT.long,
 together OUT.fr.short and OUT.fr.long.valid. OUT.csv and OUT.valid.csv are mixtures of them to train
 on, every token as often as any other. A run that is cut short goes on where it was by the same
 command. `demo` makes the corpus, vocabulary and mixtures of `make demo` without any network.
@@ -32,13 +32,14 @@ from urllib.parse import unquote
 import numpy as np
 from tqdm import tqdm
 
+from config.cli import ConfigError, Parser, run_cli
 from data import bpe_training, demo_corpus, tokenizer
 from data.cleaning import RULES
 from data.dataset import DataError
 from data.reading import LARGEST, Source, find_files, place, size_of, version_of
 from data.remote import HubDataset
 from data.stream_writer import Parts, StreamWriter, write_json
-from data.tokenizer import LucieTokenizer, TokenizerError
+from data.tokenizer import LucieTokenizer
 from data.workers import AnyTokenizer, LeftOut, Options, Part, process, read_batches
 
 PART = 1 << 26  # bytes of input after which a part is finished and kept
@@ -244,7 +245,7 @@ def _per_second(tokens: int, bar: tqdm) -> str:
 
 def _stop_at(errors: list[str], on_error: str) -> None:
     if errors and on_error == "stop":
-        raise DataError(f"{errors[0]} (--on-error skip leaves it out and goes on)")
+        raise DataError(f"{errors[0]} (--on_error skip leaves it out and goes on)")
 
 
 def _join(parts: Parts, encoder: AnyTokenizer, out: Path, options: Options) -> dict:
@@ -340,8 +341,8 @@ def prepare_demo(out: Path) -> None:
     write_mixture(out / "validation.csv", PUBLISHED, "valid.{}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> None:
+    parser = Parser(
         prog="data.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -349,37 +350,29 @@ def main(argv: list[str] | None = None) -> None:
     tokens.add_argument("inputs", nargs="+")
     tokens.add_argument("--tokenizer", required=True, help="ranks file or tokenizer.json")
     tokens.add_argument("--out", required=True, help="stream to write, without suffix")
-    tokens.add_argument("--text-field", default="text")
+    tokens.add_argument("--text_field", default="text")
     tokens.add_argument(
-        "--split-by", nargs="+", default=(), metavar="FIELD", help="a stream for each of its values"
+        "--split_by", nargs="+", default=(), metavar="FIELD", help="a stream for each of its values"
     )
     tokens.add_argument("--validation", type=float, default=0.0, help="share of documents held out")
-    tokens.add_argument("--min-characters", type=int, default=0, help="of a document to be kept")
+    tokens.add_argument("--min_characters", type=int, default=0, help="of a document to be kept")
     tokens.add_argument("--deduplicate", action="store_true", help="keep the first of equal texts")
-    tokens.add_argument("--split-length", type=int, help="tokens; longer documents go to OUT.long")
-    tokens.add_argument("--on-error", choices=("stop", "skip"), default="stop")
-    tokens.add_argument("--workers", type=int, default=_cores())
+    tokens.add_argument("--split_length", type=int, help="tokens; longer documents go to OUT.long")
+    tokens.add_argument("--on_error", choices=("stop", "skip"), default="stop")
+    tokens.add_argument("--processes", type=int, default=_cores())
     demo = commands.add_parser("demo", help="the corpus of make demo")
     demo.add_argument("--out", default="out/demo_data")
     args = parser.parse_args(argv)
     if args.command == "tokens" and (
-        args.workers < 1 or args.min_characters < 0 or (args.split_length or 1) < 1
+        args.processes < 1 or args.min_characters < 0 or (args.split_length or 1) < 1
     ):
-        parser.error("--workers and --split-length are 1 or more, --min-characters 0 or more")
-    try:
-        if args.command == "demo":
-            prepare_demo(Path(args.out))
-        else:
-            _tokens(args)
-    except (DataError, TokenizerError) as error:
-        sys.exit(_fail(error))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename or args.out}: {error.strerror or error}"))
-    except BrokenProcessPool:
-        sys.exit(_fail("a worker process died, perhaps for want of memory; try --workers=1"))
-    except KeyboardInterrupt:
-        print("data.prepare: interrupted; tokens goes on by the same command", file=sys.stderr)
-        sys.exit(130)
+        raise ConfigError(
+            "--processes and --split_length are 1 or more, --min_characters 0 or more"
+        )
+    if args.command == "demo":
+        prepare_demo(Path(args.out))
+    else:
+        _tokens(args)
 
 
 def _tokens(args: argparse.Namespace) -> None:
@@ -387,7 +380,10 @@ def _tokens(args: argparse.Namespace) -> None:
     options = replace(options, split_by=tuple(options.split_by))
     encoder, files = tokenizer.load(args.tokenizer), find_files(args.inputs)
     began = time.monotonic()
-    report = tokenize(files, encoder, args.out, options, args.workers, args.on_error)
+    try:
+        report = tokenize(files, encoder, args.out, options, args.processes, args.on_error)
+    except BrokenProcessPool:
+        raise DataError("a process died, perhaps out of memory; try --processes 1") from None
     seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
@@ -419,10 +415,5 @@ def peak_memory() -> tuple[float, float]:
     return tuple(resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (here, children))
 
 
-def _fail(message: object) -> int:
-    print(f"data.prepare: {message}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    main()
+    run_cli(main, DataError)

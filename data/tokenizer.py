@@ -12,10 +12,11 @@ own, which is what lets a model carry out arithmetic digit by digit.
 
 To learn a vocabulary (data/bpe_training.py), and to compare tokenizers (data/fertility.py):
 
-    python -m data.tokenizer train fr.jsonl.gz en/ --vocab-size 65024 --out ranks.tiktoken
+    python -m data.tokenizer train fr.jsonl.gz en/ --vocab_size 65024 --out ranks.tiktoken
     python -m data.tokenizer compare --texts fr=fr.jsonl.gz --tokenizers mine=ranks.tiktoken
 """
 
+import argparse
 import base64
 import binascii
 import codecs
@@ -27,20 +28,21 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from config.cli import Parser, run_cli
 from data.lucie_tokenizer import LucieTokenizer
+from data.token_stream import DataError
 from data.tokenizer_base import (
     BOS,
     EOS,
     SPECIAL_TOKENS,
     BaseTokenizer,
-    TokenizerError,
     added_tokens,
     bos_template,
     last_merge,
 )
 from data.unicode_tables import nfc
 
-__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "LucieTokenizer", "Tokenizer", "TokenizerError"]
+__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "LucieTokenizer", "Tokenizer"]
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
@@ -108,31 +110,40 @@ class ByteDecoder:
         return self.pending.decode("utf-8", "replace")
 
 
-def load(path: str | Path) -> Tokenizer | LucieTokenizer:
+def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer | LucieTokenizer:
     """The tokenizer of a ranks file, a tokenizer.json, or a folder with a tokenizer.json.
 
-    What a file is, its content tells. Raises TokenizerError if it is missing or neither.
+    The content of a file tells which it is. vocab_size: that of the model it is for. Raises
+    DataError if the file is missing, is neither, or has another number of tokens.
     """
+    if not str(path):
+        raise DataError("no tokenizer is known: give --tokenizer a file or folder")
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content = file.read_bytes()
-        return _from_content(content, path.stem)
+        tokenizer = _from_content(file.read_bytes(), path.stem)
     except OSError as error:
         hint = "" if path.is_dir() else " (python -m data.tokenizer train makes one)"
-        raise TokenizerError(f"{file}: {error.strerror}{hint}") from None
-    except TokenizerError as error:
-        raise TokenizerError(f"{file}: {error}") from None
+        raise DataError(f"{file}: {error.strerror}{hint}") from None
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise DataError(
+            f"{path} has {tokenizer.vocab_size:,} tokens, "
+            f"but the model's vocabulary has {vocab_size:,}"
+        )
+    return tokenizer
 
 
 def _from_content(content: bytes, name: str) -> Tokenizer | LucieTokenizer:
+    content = content.removeprefix(codecs.BOM_UTF8)
     if not content.lstrip().startswith(b"{"):
         return Tokenizer(_ranks_of_lines(content), name)
     try:
         written = json.loads(content)
         byte_fallback = written["model"]["byte_fallback"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise TokenizerError("not the tokenizer.json of a BPE, or cut short") from None
+        raise DataError("not the tokenizer.json of a BPE, or cut short") from None
     return LucieTokenizer(content) if byte_fallback else Tokenizer(_ranks_of_json(written), name)
 
 
@@ -141,7 +152,7 @@ def _ranks_of_lines(content: bytes) -> dict[bytes, int]:
         lines = (line.split() for line in content.splitlines())
         ranks = {base64.b64decode(k, validate=True): int(v) for k, v in lines}
     except (ValueError, binascii.Error):
-        raise TokenizerError("not a ranks file (base64 of a token, its id)") from None
+        raise DataError("not a ranks file (base64 of a token, its id)") from None
     _check(ranks)
     return ranks
 
@@ -163,9 +174,9 @@ def _ranks_of_json(written: dict) -> dict[bytes, int]:
         same = {"model": {"ignore_merges": False} | written["model"] | {"merges": merges}}
         same |= {key: expected[key] for key in ("version", "truncation", "padding")}
         if written | same != expected:
-            raise TokenizerError(other)
+            raise DataError(other)
     except (KeyError, TypeError, AttributeError):
-        raise TokenizerError(other) from None
+        raise DataError(other) from None
     return ranks
 
 
@@ -175,7 +186,7 @@ def _check(ranks: dict[bytes, int]) -> None:
     if sorted(ranks.values()) != list(range(first, first + len(ranks))) or not (
         single_bytes <= ranks.keys()
     ):
-        raise TokenizerError(f"ids must run from {first} without gaps and cover all bytes")
+        raise DataError(f"ids must run from {first} without gaps and cover all bytes")
 
 
 def save(ranks: dict[bytes, int], path: str | Path) -> None:
@@ -199,7 +210,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
 
     tiktoken joins neighbours that make a token, tokenizers those that are in a list of pairs. Two
     neighbours only ever make a token as the last merge of its own text (data/lucie_tokenizer.py
-    says why), so those pairs, in the order of ids, are the list. Raises TokenizerError for ranks
+    says why), so those pairs, in the order of ids, are the list. Raises DataError for ranks
     that no merges give, which a trained vocabulary has not.
     """
     characters, ranks = byte_characters(), tokenizer.ranks
@@ -209,7 +220,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
     pairs = {(a, b): ranks[a + b] for a, b in neighbours if a in ranks and b in ranks}
     made = {last_merge(token, pairs): i for token, i in ranks.items() if len(token) > 1}
     if None in made or len(vocab) != tokenizer.vocab_size:
-        raise TokenizerError("some tokens of this vocabulary cannot be made by merges")
+        raise DataError("some tokens of this vocabulary cannot be made by merges")
     merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -284,16 +295,18 @@ def _write(path: str | Path, content: bytes) -> None:
     unfinished.replace(path)
 
 
-if __name__ == "__main__":
-    import argparse
-
-    from data import bpe_training, fertility
+def main(argv: list[str]) -> None:
+    from data import bpe_training, fertility  # which import this module
 
     commands = {"train": bpe_training.main, "compare": fertility.main}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data.tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("command", choices=commands, help="with -h says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     commands[args.command](args.arguments)
+
+
+if __name__ == "__main__":
+    run_cli(main, DataError)

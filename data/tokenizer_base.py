@@ -19,10 +19,6 @@ BATCH = 1 << 18  # characters handed to a process at a time
 IN_FLIGHT = 4  # batches read in advance, for each process
 
 
-class TokenizerError(Exception):
-    """A vocabulary that cannot be used; the message is one line."""
-
-
 class Decoder(Protocol):
     """Ids to text, one by one: text that a later id may still change is held back."""
 

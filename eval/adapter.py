@@ -16,17 +16,16 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from completion import Sampling, decode
-from data.tokenizer import BOS, EOS, SPECIAL_TOKENS, LucieTokenizer, Tokenizer
+from data.tokenizer import BOS, SPECIAL_TOKENS, LucieTokenizer, Tokenizer
+from generate import Sampling, decode
 from model import Lucie
-from parallel import gather, together, world_size
+from parallel import gather, rank, together, world_size
 
 HEAD_ROWS = 1024  # positions whose logits exist at a time: 266 MB of fp32 at 65,024 tokens
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -109,8 +108,7 @@ class LucieLM(LM):
     ) -> list[Answer]:
         """work(items), of which each rank does every world-th, the largest first."""
         order = sorted(range(len(items)), key=lambda number: -size(items[number]))
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        mine = order[rank :: world_size()]
+        mine = order[rank() :: world_size()]
         errors = (ValueError, torch.OutOfMemoryError)
         done = together(work, [items[number] for number in mine], errors=errors)
         found = {}
@@ -247,13 +245,13 @@ class LucieLM(LM):
         generator: torch.Generator,
     ) -> list[str]:
         """A batch of texts; it ends with the last that goes on."""
-        decoders = [self.tokenizer.decoder() for _ in prompts]
+        decoders, ends = [self.tokenizer.decoder() for _ in prompts], self.model.eos_token_ids
         texts, going = [""] * len(prompts), set(range(len(prompts)))
         for step in decode(self.model, prompts, new, sampling, generator):
             for row, token, _ in step:
-                if row in going and token >= len(SPECIAL_TOKENS):
+                if row in going and token not in ends and token >= len(SPECIAL_TOKENS):
                     texts[row] += decoders[row].feed(token)
-                if token == EOS or any(stop in texts[row] for stop in stops):
+                if token in ends or any(stop in texts[row] for stop in stops):
                     going.discard(row)
             if not going:
                 break

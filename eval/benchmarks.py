@@ -13,13 +13,13 @@ import csv
 import gzip
 import math
 import re
-import sys
 import zlib
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from config.cli import Parser, run_cli
 from eval.curves import BEHIND, COLOURS, STYLE, CurveError, add_pictures, save, scale_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def as_text(scores: list[Score], tests: list[Test]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -236,8 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (CurveError, OSError) as error:
-        print(f"eval.benchmarks: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, CurveError)

@@ -9,17 +9,18 @@ way ("transferred"). An answer counts if greedy decoding gives it token for toke
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
 from checkpoint import CheckpointError
-from completion import Sampling, complete
+from config.cli import Parser, run_cli
 from data import demo_corpus
 from data import tokenizer as tokenizers
-from data.tokenizer import Tokenizer, TokenizerError
+from data.token_stream import DataError
+from data.tokenizer import Tokenizer
+from generate import Sampling, complete
 from model import Lucie
 
 EXPECTED = 0.9  # recalled in the worst language; below this the command says so
@@ -66,17 +67,19 @@ def first_lines(model: Lucie, tokenizer: Tokenizer, prompts: list[str]) -> list[
     return [completion.text.split("\n")[0].strip() for completion in completions]
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str]) -> int:
+    parser = Parser(
         prog="eval.capitals",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", help="runs or checkpoints; the last one is examined")
     parser.add_argument(
-        "--at_least", "--at-least", type=float, metavar="SHARE",
+        "--at_least",
+        type=float,
+        metavar="SHARE",
         help="exit with 1 if a smaller share is recalled in one of the languages",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
 
     index = [row["en_name"] for row in demo_corpus.countries()].index(COUNTRY)
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> None:
     columns = []
     for run in args.runs:
         model, config = checkpoint.from_run(run)
-        tokenizer = tokenizers.load(config["tokenizer"])
+        tokenizer = tokenizers.load(config["tokenizer"], model.config.vocab_size)
         columns.append((Path(run).name, first_lines(model, tokenizer, prompts)))
     prompt_width = max(map(len, prompts))
     table = [["greedy completion after", *(name for name, _ in columns)]]
@@ -102,8 +105,7 @@ def main(argv: list[str]) -> None:
     if worst < EXPECTED:
         low = ", ".join(language for language, (share, _) in shares.items() if share < EXPECTED)
         print(f"fewer than {EXPECTED:.0%} recalled in {low}, with {run}")
-    if args.at_least is not None and worst < args.at_least:
-        sys.exit(1)
+    return int(args.at_least is not None and worst < args.at_least)
 
 
 def _cell(text: str) -> str:
@@ -112,8 +114,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (CheckpointError, TokenizerError) as error:
-        print(f"eval.capitals: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, CheckpointError, DataError)

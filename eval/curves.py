@@ -13,13 +13,13 @@ import csv
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
+from config.cli import Parser, run_cli
 from schedule import Schedule
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def magnitude(tokens: float) -> str:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def add_pictures(parser: argparse.ArgumentParser) -> None:
+def add_pictures(parser: Parser) -> None:
     """--png and --svg, for `save`."""
     for kind in ("png", "svg"):
         text = f"draw to a {kind.upper()}, too"
@@ -293,7 +293,7 @@ def save(draw: Callable[[], "Figure"], pictures: list[Path]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.curves",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -330,8 +330,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (CurveError, OSError) as error:
-        print(f"eval.curves: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, CurveError)

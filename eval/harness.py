@@ -2,11 +2,11 @@
 
     python -m eval.harness out/pretrain --tasks french,english
     torchrun --nproc-per-node=8 -m eval.harness hf:OpenLLM-France/Lucie-7B --tasks arc_challenge
-    python -m eval.harness out/demo_pretrain --tasks mine --include-path my_tasks
+    python -m eval.harness out/demo_pretrain --tasks mine --include_path my_tasks
 
 Tasks are french, english, multilingual, leaderboard-fr (what Lucie was evaluated on, eval/tasks.py)
 and any name of lm-evaluation-harness; those that Lucie ran get the same few-shot examples. YAML and
-JSONL of your own need no network: --include-path. (A data_files in them is relative to where you
+JSONL of your own need no network: --include_path. (A data_files in them is relative to where you
 run this.)
 
     RUN/evaluation.csv                             scores, in the columns Lucie published
@@ -33,14 +33,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from checkpoint import CheckpointError, write_text
+from config.cli import ConfigError, Parser, run_cli
+from data.token_stream import DataError
 from data.tokenizer import LucieTokenizer, Tokenizer
-from eval.opening import add_model_options, command_line, fingerprint, open_with_tokenizer
+from eval.opening import add_model_options, fingerprint, open_with_tokenizer
 from eval.scores import Weights, add_rows, read_rows, rows_of, weights_of
 from eval.tasks import GROUPS, PUBLISHED, Task
 from model import Lucie
-from parallel import gather, start_processes, together, world_size
-from runlog import write_whole
-from tensor_files import reason
+from parallel import gather, rank, start_processes, together, world_size
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-evaluation-harness's
 
 
-class TasksFailed(ValueError):
+class TasksFailed(Exception):
     """Why some tasks have no scores; `rows` are the scores of the others."""
 
     def __init__(self, reasons: list[str], rows: list[dict]) -> None:
@@ -79,27 +80,27 @@ def evaluate(
     ids in a forward pass. What is recorded already is not computed, unless again. The model is in
     its mode afterwards, and generators of random numbers are where they were.
 
-    Raises ValueError, before anything is computed, for a task that does not exist, a file that is
-    no table of scores, or a record of other weights; OSError if `out` cannot be written. Raises
-    TasksFailed when all is done, if there are tasks that could not be loaded or computed.
+    Before anything is computed, raises ConfigError for a task that does not exist or a record of
+    other weights, DataError for a file that is not a table of scores, and OSError if `out` cannot
+    be written. When all is done, raises TasksFailed if tasks could not be loaded or computed.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise ValueError("a model in shards: evaluate its checkpoint, which any machine can hold")
+        raise ValueError("this model is sharded: evaluate its checkpoint instead")
     read_rows(out)
     manager, wanted = check(tasks, include_path, fewshot)
-    adapter = _adapter_class()(model, tokenizer, batch_tokens, progress and _rank() == 0)
+    adapter = _adapter_class()(model, tokenizer, batch_tokens, progress and rank() == 0)
     folder, own = out.with_suffix("") / weights.folder(), fingerprint(model)
     files = [folder / _file_name(task) for task in wanted]
     records = [gather(None if again else _record(file, weights, limit))[0] for file in files]
     for file, record in zip(files, records):
         if record and record["fingerprint"] != own:
-            raise ValueError(
+            raise ConfigError(
                 f"{file} is of other weights or another dtype: choose another --out, or --again"
             )
     together(_begin, out, folder, errors=(OSError,))
     rows, reasons = [], []
     for number, (task, file, record) in enumerate(zip(wanted, files, records), start=1):
-        if fewshot and task.num_fewshot == 0 and _rank() == 0:
+        if fewshot and task.num_fewshot == 0 and rank() == 0:
             print(f"{task.name} never has examples: 0, not {fewshot}", file=sys.stderr)
         if record is None:
             adapter.label = f"{number}/{len(wanted)} {task.name}"
@@ -109,16 +110,16 @@ def evaluate(
             except Exception as error:  # a task brings code of its own
                 if world_size() > 1 and not getattr(error, "on_all_ranks", False):
                     raise  # the other ranks, which know nothing of it, are not to wait
-                why = reason(error).removeprefix("ValueError: ")
+                why = _reason(error)
                 if isinstance(error, torch.OutOfMemoryError):
-                    why = f"out of memory, try --batch-tokens={max(1, batch_tokens // 2)}"
+                    why = f"out of memory, try --batch_tokens={max(1, batch_tokens // 2)}"
                 reasons.append(f"{task.name}: {why}")
                 continue
             record = {"weights": weights, "fingerprint": own, "limit": limit}
             record |= {"rows": rows_of(results, task, weights), "results": results}
-            if _rank() == 0:
-                write_whole(file, json.dumps(record, indent=1, ensure_ascii=False, default=str))
-        if _rank() == 0:
+            if rank() == 0:
+                write_text(file, json.dumps(record, indent=1, ensure_ascii=False, default=str))
+        if rank() == 0:
             add_rows(out, record["rows"])
         rows += record["rows"]
     if reasons:
@@ -131,7 +132,7 @@ def check(
 ) -> tuple["TaskManager", list[Task]]:
     """What can load tasks, and the tasks that names stand for.
 
-    Raises ValueError if lm-evaluation-harness, a name or the folder of include_path is not there.
+    Raises ConfigError if lm-evaluation-harness, a name or the folder of include_path is missing.
     """
     _adapter_class()
     manager = _tasks_there_are(tuple(names), include_path)
@@ -142,12 +143,14 @@ def _adapter_class() -> "type[LucieLM]":
     try:
         from eval.adapter import LucieLM
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install -r requirements-eval.txt") from None
+        raise ConfigError(
+            f"{error.name} is missing: pip install -r requirements-eval.txt"
+        ) from None
     return LucieLM
 
 
 def chosen(names: Sequence[str], manager: "TaskManager", fewshot: int | None) -> list[Task]:
-    """The tasks that names stand for, each once. Raises ValueError for an unknown name."""
+    """The tasks that names stand for, each once. Raises ConfigError for an unknown name."""
     found: dict[str, Task] = {}
     known = manager.task_index
     for name in names:
@@ -155,14 +158,14 @@ def chosen(names: Sequence[str], manager: "TaskManager", fewshot: int | None) ->
         if tasks is None and name not in known:
             near = difflib.get_close_matches(name, [*GROUPS, *known], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no task {name}: --include-path=DIR for your own{hint}")
+            raise ConfigError(f"no task {name}: --include_path=DIR for your own{hint}")
         if tasks is None:
             tags = sorted(known[name].tags) if known[name].kind.name == "TAG" else [name]
             tasks = [PUBLISHED.get(tag, Task(name, tag, None)) for tag in tags]
         for task in tasks:
             if task.name not in known:
-                raise ValueError(
-                    f"{name}: lm-evaluation-harness has no {task.name}; --include-path=DIR with it"
+                raise ConfigError(
+                    f"{name}: lm-evaluation-harness has no {task.name}; --include_path=DIR with it"
                 )
             if fewshot is not None:
                 shots = 0 if _without_examples(task.name, known) else fewshot
@@ -188,7 +191,7 @@ def _tasks_there_are(names: tuple[str, ...], include_path: str | None) -> "TaskM
 
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise ValueError(f"{include_path}: no such folder of tasks")
+            raise ConfigError(f"{include_path}: no such folder of tasks")
         own = TaskManager(include_path=include_path, include_defaults=False)
         wanted = [t.name for name in names for t in GROUPS.get(name, [Task("", name, None)])]
         if all(name in own.task_index for name in wanted):
@@ -212,7 +215,7 @@ def _results(adapter: "LucieLM", manager: "TaskManager", task: Task, limit: int 
         elif own is None:
             part.set_config(key="num_fewshot", value=0)
         part.set_fewshot_seed(seed=SEEDS["fewshot"])
-    iterations = 100_000 if _rank() == 0 else 0  # of errors that have no formula
+    iterations = 100_000 if rank() == 0 else 0  # of errors that have no formula
     return lm_evaluate(adapter, loaded, limit=limit, bootstrap_iters=iterations, log_samples=False)
 
 
@@ -220,7 +223,13 @@ def _loaded(manager: "TaskManager", name: str) -> dict:
     try:
         return manager.load([name])
     except Exception as error:  # datasets has dozens of its own
-        raise ValueError(f"not loaded ({reason(error)})") from None
+        raise ValueError(f"not loaded ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; a ValueError needs no name, those of others' code do."""
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return name + str(error).strip().partition("\n")[0]
 
 
 @contextmanager
@@ -244,7 +253,7 @@ def _file_name(task: Task) -> str:
 
 def _begin(out: Path, folder: Path) -> None:
     """An error of writing now, not after the first task."""
-    if _rank() == 0:
+    if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         add_rows(out, [])
 
@@ -263,41 +272,39 @@ def _record(file: Path, weights: Weights, limit: int | None) -> dict | None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def names_in(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.harness",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    parser.add_argument("--tasks", type=names_in, required=True, help="names, commas between")
-    parser.add_argument("--fewshot", type=int, help="solved examples, instead of each task's own")
-    parser.add_argument("--limit", type=int, help="so many questions of each task, for a try")
-    parser.add_argument("--batch-tokens", type=int, default=16_384, help="in one forward pass")
-    parser.add_argument("--include-path", metavar="DIR", help="YAML files of your own tasks")
+    parser.add_argument("--tasks", type=names_in, required=True, help="names, separated by commas")
+    parser.add_argument("--fewshot", type=int, help="solved examples; default: each task's own")
+    parser.add_argument("--limit", type=int, help="only so many questions of each task")
+    parser.add_argument("--batch_tokens", type=int, default=16_384, help="of one forward pass")
+    parser.add_argument(
+        "--include_path", metavar="DIR", help="folder of your own tasks, YAML files"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/evaluation.csv")
-    parser.add_argument("--again", action="store_true", help="also what is recorded already")
+    parser.add_argument("--again", action="store_true", help="evaluate recorded tasks again, too")
     args = parser.parse_args(argv)
     for name, least in (("fewshot", 0), ("limit", 1), ("batch_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+            raise ConfigError(f"--{name} must be at least {least}")
     if args.out and args.out.suffix != ".csv":
-        raise ValueError(f"--out {args.out}: a name that ends with .csv")
+        raise ConfigError(f"--out {args.out}: the name must end with .csv")
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     args = parse(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     check(args.tasks, args.include_path)  # before minutes of loading
@@ -316,11 +323,15 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     except TasksFailed as error:
         rows, failed = error.rows, error
-    if _rank() == 0 and rows:
+    if rank() == 0 and rows:
         show(rows)
         print(out)
-    if failed:
-        raise failed
+    first = rank() == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if failed and first:
+        raise failed  # one rank reports it
+    return 2 if failed else 0
 
 
 def show(rows: list[dict]) -> None:
@@ -334,7 +345,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    code = command_line("eval.harness", main, sys.argv[1:])
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    run_cli(main, CheckpointError, DataError, TasksFailed, ValueError, torch.OutOfMemoryError)

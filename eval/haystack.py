@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from config.cli import ConfigError
+from data.token_stream import DataError
 from data.tokenizer import BOS, LucieTokenizer, Tokenizer
 
 NEEDLES = Path(__file__).with_name("needles.json")
@@ -36,9 +38,9 @@ class Haystack(NamedTuple):
 
 
 def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
-    """Those of one language. Raises ValueError for a file of another form than NEEDLES."""
+    """Those of one language. Raises DataError for a file of another form than NEEDLES."""
     try:
-        form = json.loads(file.read_text(encoding="utf-8"))[language]
+        form = json.loads(file.read_text(encoding="utf-8-sig"))[language]
         found = [
             Needle(
                 form["fact"].format(place=place, answer=answer),
@@ -47,13 +49,11 @@ def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
             )
             for place, answer in form["needles"].items()
         ]
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{file}: not of the form of eval/needles.json ({what})") from None
+        raise DataError(f"{file}: not of the form of eval/needles.json ({what})") from None
     if not found:
-        raise ValueError(f"{file}: no needles in {language}")
+        raise DataError(f"{file}: no needles in {language}")
     return found
 
 
@@ -70,7 +70,7 @@ def read_haystack(
 ) -> Haystack:
     """At least `size` tokens of texts, no more of which are read than that takes.
 
-    What is shorter is repeated, which is said. Raises ValueError if there is no text at all.
+    What is shorter is repeated, which is said. Raises DataError if there is no text at all.
     """
     ids: list[int] = []
     borders: list[int] = []
@@ -82,7 +82,7 @@ def read_haystack(
         if len(ids) >= size:
             return Haystack(ids, borders)
     if not ids:
-        raise ValueError("the haystack holds no text")
+        raise DataError("the haystack holds no text")
     tqdm.write(f"the haystack has {len(ids):,} tokens of {size:,}: it is repeated", sys.stderr)
     ids += continuation(tokenizer, "\n\n")
     times = -(-size // len(ids))
@@ -100,14 +100,14 @@ def hide(
 ) -> tuple[list[int], int]:
     """(ids of a prompt of length - room tokens, where in them the fact begins).
 
-    depth: per cent of the filler that stands before the fact. Raises ValueError for a length that
-    the fact, the question and the room alone exceed.
+    depth: per cent of the filler that stands before the fact. Raises ConfigError for a length
+    that the fact, the question and the room alone exceed.
     """
     fact = continuation(tokenizer, f"\n{needle.fact}\n")
     question = continuation(tokenizer, f"\n\n{needle.question}")
     filler = length - room - 1 - len(fact) - len(question)
     if filler < 0:
-        raise ValueError(
+        raise ConfigError(
             f"length {length:,} is too short: the fact, the question and room for an answer take "
             f"{length - filler:,} tokens"
         )

@@ -28,7 +28,6 @@ import io
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,10 +35,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import latest
-from completion import PREFILL, Sampling, check_room, decode
+from checkpoint import CheckpointError, latest, write_text
+from config.cli import ConfigError, Parser, run_cli
 from data.reading import find_files, read_documents, size_of
-from data.tokenizer import EOS, LucieTokenizer, Tokenizer
+from data.token_stream import DataError
+from data.tokenizer import LucieTokenizer, Tokenizer
 from eval.haystack import (
     NEEDLES,
     Needle,
@@ -50,15 +50,9 @@ from eval.haystack import (
     room_for_answer,
 )
 from eval.needle_map import draw, print_map
-from eval.opening import (
-    add_model_options,
-    command_line,
-    fingerprint,
-    make_room,
-    open_with_tokenizer,
-)
+from eval.opening import add_model_options, fingerprint, make_room, open_with_tokenizer
+from generate import PREFILL, Sampling, check_room, decode
 from model import KVCache, Lucie
-from runlog import write_whole
 
 COLUMNS = ("length", "depth", "score", "position", "expected", "answer")
 Answer = Callable[[list[int]], str]  # ids of a prompt -> the model's answer
@@ -73,7 +67,8 @@ def generator(model: Lucie, tokenizer: Tokenizer | LucieTokenizer, needles: list
 
     def answer(prompt: list[int]) -> str:
         steps = decode(model, [prompt], room, Sampling(temperature=0))
-        text = tokenizer.decode(token for step in steps for _, token, _ in step if token != EOS)
+        ids = [token for step in steps for _, token, _ in step]
+        text = tokenizer.decode(i for i in ids if i not in model.eos_token_ids)
         return (text.strip().splitlines() or [""])[0]
 
     return answer
@@ -148,7 +143,7 @@ def measure(
     writer = csv.DictWriter(rows, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(done)
-    write_whole(file, rows.getvalue())
+    write_text(file, rows.getvalue())
     left = [cell for cell in cells if cell not in scores]
     with (
         open(file, "a", encoding="utf-8", newline="", buffering=1) as f,
@@ -176,15 +171,15 @@ def read_rows(file: Path) -> list[dict]:
 def claim(folder: Path, stem: str, settings: dict) -> Path:
     """The CSV of these settings, which are kept beside it.
 
-    Raises ValueError if there is one of others: its scores are not comparable.
+    Raises ConfigError if there is one of others: its scores are not comparable.
     """
     file, beside = folder / f"{stem}.csv", folder / f"{stem}.json"
     if file.exists():
         known = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         if other := [name for name in settings if known.get(name) != settings[name]]:
-            raise ValueError(f"{file} is of other {', '.join(other)}: choose another --out")
+            raise ConfigError(f"{file} is of other {', '.join(other)}: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(beside, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    write_text(beside, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return file
 
 
@@ -197,7 +192,7 @@ def label_of(source: str) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="eval.needle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -209,16 +204,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", nargs=3, type=int, default=(1000, 62872, 20), metavar=("MIN", "MAX", "STEPS")
     )
-    parser.add_argument("--depths", type=int, default=10, help="how many, from 0 to 100 %%")
+    parser.add_argument("--depths", type=int, default=10, help="number of depths, from 0 to 100 %%")
     parser.add_argument("--language", choices=("en", "fr", "de", "es", "it"), default="en")
-    parser.add_argument("--needles", type=Path, default=NEEDLES, help="of the form of the default")
+    parser.add_argument(
+        "--needles", type=Path, default=NEEDLES, help="a file like eval/needles.json"
+    )
     parser.add_argument("--scoring", choices=tuple(SCORINGS), default="generate")
-    parser.add_argument("--seed", type=int, default=42, help="which needle a cell gets")
+    parser.add_argument("--seed", type=int, default=42, help="decides which needle a cell gets")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/needle/CHECKPOINT")
     args = parser.parse_args(argv)
     low, high, steps = args.lengths
     if not (1 <= low <= high and steps >= 1 and args.depths >= 1):
-        raise ValueError("--lengths is MIN to MAX in 1 or more STEPS, --depths 1 or more")
+        raise ConfigError("--lengths must be MIN <= MAX, in STEPS >= 1, and --depths >= 1")
     return args
 
 
@@ -261,4 +258,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line("eval.needle", main, sys.argv[1:]))
+    run_cli(main, CheckpointError, DataError, ValueError, torch.OutOfMemoryError)

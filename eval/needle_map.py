@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.dataset import DataError
+from config.cli import ConfigError
 
 RETRIEVED = 0.9  # a mean score over this, over all depths, is retrieval at a length
 Scores = dict[tuple[int, int], float]  # (length in tokens, depth in per cent) -> 0 to 1
@@ -43,12 +43,12 @@ def print_map(scores: Scores) -> None:
 
 def draw(scores: Scores, trained: int, title: str, path: Path | BinaryIO) -> None:
     """The heat map: length across, depth down, red for 0 to green for 1. A dashed line marks the
-    length that the model was trained on. Raises DataError without matplotlib."""
+    length that the model was trained on. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataError("the map needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("the map needs matplotlib: pip install matplotlib") from None
     lengths, depths, values = as_array(scores)
     colours = LinearSegmentedColormap.from_list("found", ["#d64550", "#f2c14e", "#2fa36b"])
     figure = Figure(figsize=(max(5, 2.5 + 0.45 * len(lengths)), 5), layout="constrained")

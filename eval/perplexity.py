@@ -2,7 +2,7 @@
 
     python -m eval.perplexity out/extension --texts fr=fr.jsonl.gz en=en.jsonl.gz --csv bpb.csv
     python -m eval.perplexity out/extension --texts books=books/ --window 32000 \\
-        --stride 16000 --min-tokens 32000 --png positions.png
+        --stride 16000 --min_tokens 32000 --png positions.png
 
 Bits per byte compare models with different tokenizers; perplexity, e to the mean loss of a token,
 does not. Each document is `<s>` and its text, without `</s>`; every token of the text is predicted
@@ -22,7 +22,6 @@ A token is read window / stride times, and scored once.
 import argparse
 import csv
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,10 +35,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.dataset import DataError
+from checkpoint import CheckpointError
+from config.cli import ConfigError, Parser, run_cli
 from data.reading import Source, find_files, read_documents, size_of
+from data.token_stream import DataError
 from data.tokenizer import LucieTokenizer, Tokenizer
-from eval.opening import add_model_options, command_line, make_room, open_with_tokenizer
+from eval.opening import add_model_options, make_room, open_with_tokenizer
 from kernels.linear_cross_entropy import chunk_rows
 from model import Lucie
 
@@ -94,7 +95,7 @@ def evaluate(
 ) -> Tally:
     """The cost of all tokens of `documents` that have at least min_tokens of them.
 
-    Raises ValueError if there are none.
+    Raises DataError if there are none.
     """
     tally = Tally(name)
 
@@ -113,7 +114,7 @@ def evaluate(
             tally.tokens += np.bincount(bucket, minlength=len(BUCKETS))
             tally.nats += np.bincount(bucket, losses.double().numpy(), minlength=len(BUCKETS))
     if not tally.documents:
-        raise ValueError(f"{name}: no document with {min_tokens:,} tokens")
+        raise DataError(f"{name}: no document with {min_tokens:,} tokens")
     return tally
 
 
@@ -209,7 +210,7 @@ def draw(trained: int, tallies: list[Tally], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataError("the picture needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("the picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     # The middle of a bucket on a logarithmic axis; the last has no end, but is drawn as wide.
@@ -248,7 +249,7 @@ def read(files: list[Source], limit: int | None, bar: tqdm) -> Iterator[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="eval.perplexity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -258,20 +259,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--texts", nargs="+", required=True, metavar="NAME=FILES", help="a file, folder or glob"
     )
     parser.add_argument("--window", type=int, default=4096, help="tokens read at once")
-    parser.add_argument("--stride", type=int, help="from one to the next; default: half a window")
-    parser.add_argument("--bytes", type=int, help="the first so many of each text; default: all")
-    parser.add_argument("--min-tokens", type=int, default=1, help="skip shorter documents")
+    parser.add_argument(
+        "--stride", type=int, help="from one window to the next; default: half a window"
+    )
+    parser.add_argument("--bytes", type=int, help="read only so many of each text")
+    parser.add_argument("--min_tokens", type=int, default=1, help="skip shorter documents")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     if args.window < 1:
-        raise ValueError("--window must be at least 1")
+        raise ConfigError("--window must be at least 1")
     if args.stride is None:
         args.stride = max(1, args.window // 2)
     if not 1 <= args.stride <= args.window:
-        raise ValueError(f"a stride is 1 to the window's {args.window:,}, not {args.stride:,}")
+        raise ConfigError(f"a stride is 1 to the window's {args.window:,}, not {args.stride:,}")
     if args.min_tokens < 1 or (args.bytes is not None and args.bytes < 1):
-        raise ValueError("--bytes and --min-tokens must be at least 1")
+        raise ConfigError("--bytes and --min_tokens must be at least 1")
     return args
 
 
@@ -281,7 +284,7 @@ def main(argv: list[str]) -> None:
     for given in args.texts:
         name, _, pattern = given.partition("=")
         if not (name and pattern):
-            raise ValueError(f"{given}: a text is NAME=FILES")
+            raise ConfigError(f"{given}: a text is NAME=FILES")
         texts.setdefault(name, []).extend(find_files([pattern]))
     model, tokenizer = open_with_tokenizer(args)
     trained = model.config.max_position_embeddings
@@ -300,4 +303,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line("eval.perplexity", main, sys.argv[1:]))
+    run_cli(main, CheckpointError, DataError, ValueError, torch.OutOfMemoryError)

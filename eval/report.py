@@ -13,7 +13,6 @@ import html
 import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from string import Template
@@ -21,14 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from checkpoint import CheckpointError, architecture
+from checkpoint import CheckpointError, architecture, found, latest, read_state, write_text
 from config import Config
+from config.cli import Parser, run_cli
 from eval import benchmarks, curves
 from eval.curves import Curve, CurveError
 from eval.watch import read_lines
-from manifest import found, latest, read_state
 from model import Lucie
-from runlog import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -338,7 +336,7 @@ def page(phases: list[Phase], behind: list[Curve], x: str = "tokens") -> str:
         section(
             "Needle in a haystack",
             needle_maps(phases),
-            f'python -m eval.watch {last} --needle "--haystack FILES"',
+            f'python -m eval.watch {last} --needle="--haystack FILES"',
         ),
         section("Samples over time", samples(phases), f"python -m eval.watch {last}"),
         section("Configuration", configuration(phases)),
@@ -354,7 +352,7 @@ def page(phases: list[Phase], behind: list[Curve], x: str = "tokens") -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -370,13 +368,9 @@ def main(argv: list[str]) -> None:
     except ImportError:
         raise CurveError("drawing needs: pip install matplotlib") from None
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, content)
+    write_text(args.out, content)
     print(f"{args.out}: {len(content.encode()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (CheckpointError, CurveError, OSError) as error:
-        print(f"eval.report: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_cli(main, CheckpointError, CurveError)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
-import hf_layout
-from checkpoint import CheckpointError
+import hf
+from checkpoint import CheckpointError, write_text
+from data.token_stream import DataError
 from eval.tasks import Task, spelt
-from runlog import write_whole
 
 COLUMNS = ("training_phase", "training_steps", "training_tokens", "benchmark", "dataset")
 COLUMNS += ("num_fewshot", "score_name", "score", "stderr")
@@ -34,20 +34,20 @@ class Weights(NamedTuple):
 
 def weights_of(source: str) -> tuple[Weights, str, Path]:
     """(which weights they are, source without "the newest of", folder for their scores) of anything
-    that loading.open_model takes. Raises CheckpointError if there is nothing to be evaluated."""
+    that checkpoint.open_model takes. Raises CheckpointError if there is nothing to be evaluated."""
     newest = None if source.startswith("hf:") else checkpoint.latest(source)
     if newest is None:
         path = Path(source.removeprefix("hf:"))
-        folder = hf_layout.folder_of(str(path)) if source.startswith("hf:") else path
+        folder = hf.folder_of(str(path)) if source.startswith("hf:") else path
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{source}: no complete checkpoint there")
         run = path if path.is_dir() else Path("out", path.name)  # not the cache of downloads
-        return Weights(path.name, **hf_layout.training_of(folder)), source, run
+        return Weights(path.name, **hf.training_of(folder)), source, run
     state = checkpoint.read_state(newest)
     name = state["config"].get("name", "")
     phase = next((phase for word, phase in PHASES.items() if word in name), name)
     run = newest.parent.parent if newest.parent.name == "checkpoints" else newest
-    return Weights(phase, **checkpoint.trained(state)), str(newest), run
+    return Weights(phase, **hf.trained(state)), str(newest), run
 
 
 def rows_of(results: dict, task: Task, weights: Weights) -> list[dict]:
@@ -73,7 +73,7 @@ def _number(value: object) -> str:
 
 
 def read_rows(out: Path) -> list[dict]:
-    """The rows of a table of scores, none if there is none yet. Raises ValueError for another
+    """The rows of a table of scores, none if there is none yet. Raises DataError for any other
     file."""
     try:
         with open(out, encoding="utf-8", newline="") as file:
@@ -82,9 +82,9 @@ def read_rows(out: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{out}: no table of scores") from None
+        raise DataError(f"{out}: not a table of scores") from None
     if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() for row in rows):
-        raise ValueError(f"{out}: no table of scores with the columns {','.join(COLUMNS)}")
+        raise DataError(f"{out}: not a table of scores with the columns {','.join(COLUMNS)}")
     return rows
 
 
@@ -96,4 +96,4 @@ def add_rows(out: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(table.values())
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, text.getvalue())
+    write_text(out, text.getvalue())

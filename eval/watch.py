@@ -2,7 +2,7 @@
 
     python -m eval.watch out/pretrain                                completions of five prompts
     python -m eval.watch out/pretrain --tasks french,arc_challenge \\
-        --needle "--haystack essays/ --lengths 1000 8000 8"
+        --needle="--haystack essays/ --lengths 1000 8000 8"
 
 Writes into the run's directory:
 
@@ -11,10 +11,10 @@ Writes into the run's directory:
     needle/CHECKPOINT/  with --needle, by eval.needle: its map
     evaluated.jsonl     which checkpoints those two are done with
 
-What is written there is not computed again, so a watcher that was killed, at whatever moment, is
-started again with the same command. It ends when the last checkpoint of the run's schedule is
-evaluated. A task that cannot be loaded or computed is a line; the next start tries it again.
-Of the training job it needs nothing but the directory: give it a device of its own.
+What is written there is not computed again: a watcher that was killed at any moment is started
+again with the same command. It ends when the last checkpoint of the run's schedule is evaluated. A
+task that cannot be loaded or computed is reported in a line, and tried again at the next start.
+The watcher needs only the directory of the training job; give it a device of its own.
 """
 
 import argparse
@@ -29,14 +29,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from checkpoint import CheckpointError
-from completion import Sampling, complete
+import torch
+
+from checkpoint import CheckpointError, found, read_state, write_text
+from config.cli import ConfigError, Parser, run_cli
 from data.reading import find_files
+from data.token_stream import DataError
 from eval import harness
 from eval.harness import TasksFailed
-from eval.opening import add_model_options, command_line, open_with_tokenizer
-from manifest import found, read_state
-from runlog import write_whole
+from eval.opening import add_model_options, open_with_tokenizer
+from generate import Sampling, complete
 from schedule import Schedule
 
 PROMPTS = (
@@ -66,7 +68,7 @@ def watch(
     """Evaluate the complete checkpoints of a run, then those to come, to the last of its schedule.
 
     once: only those that are there. poll: seconds between looks. A checkpoint that is removed
-    before it is evaluated, as passing ones are, is a line on stderr, and so are TasksFailed. Raises
+    before it is evaluated, as rolling ones are, is a line on stderr, and so are TasksFailed. Raises
     CheckpointError for a directory that holds no run, or at the end if tasks failed; and what else
     an evaluation raises.
     """
@@ -91,7 +93,7 @@ def watch(
             return
         else:
             if waiting != (waiting := len(steps)):
-                print(f"{waiting} checkpoints evaluated; step {last:,} is to come", flush=True)
+                print(f"{waiting} checkpoints evaluated; the last is step {last:,}", flush=True)
             time.sleep(poll)
 
 
@@ -108,7 +110,7 @@ def _evaluate(path: Path, evaluation: Evaluation) -> bool:
     except Exception:  # whatever reading what vanishes may raise
         if path.is_dir():
             raise
-        line = f"eval.watch: {path.name} was removed before {evaluation.name} had it (keep_last)"
+        line = f"eval.watch: {path.name} was removed before {evaluation.name} read it (keep_last)"
         print(line, file=sys.stderr, flush=True)
     else:
         seconds = time.monotonic() - started
@@ -122,7 +124,7 @@ def _last_step(run: Path) -> int:
         options = json.loads((run / "config.json").read_text(encoding="utf-8"))
         return Schedule(SimpleNamespace(**options)).num_steps()
     except OSError:
-        raise CheckpointError(f"{run}: no run there (no config.json); --once needs none") from None
+        raise CheckpointError(f"{run}: no config.json there; only --once needs none") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{run}/config.json: damaged ({error})") from None
 
@@ -160,7 +162,7 @@ def samples(
 
 def command(
     name: str,
-    main: Callable[[list[str]], None],
+    main: Callable[[list[str]], object],
     args_for: Callable[[Path], list[str]],
     asked: Sequence[str],
     file: Path,
@@ -190,13 +192,13 @@ def read_lines(file: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except ValueError:
-        raise CheckpointError(f"{file}: damaged; without it all is evaluated again") from None
+        raise CheckpointError(f"{file}: damaged; remove it to evaluate everything again") from None
 
 
 def add_lines(file: Path, lines: list[dict]) -> None:
     """Add to a .jsonl all of them, or none if the process is killed."""
     lines = [json.dumps(line, ensure_ascii=False) for line in [*read_lines(file), *lines]]
-    write_whole(file, "\n".join(lines) + "\n")
+    write_text(file, "\n".join(lines) + "\n")
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -215,34 +217,39 @@ def only_one(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, even killed
             yield
     except BlockingIOError:
-        raise CheckpointError(f"{run}: is watched already, by another process") from None
+        raise CheckpointError(f"{run}: another process watches it already") from None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.watch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    parser.add_argument("--tasks", help="of eval.harness, with commas between them")
-    parser.add_argument("--include-path", metavar="DIR", help="tasks of your own, as eval.harness")
-    parser.add_argument("--needle", metavar="OPTIONS", help="of eval.needle, in quotes")
-    parser.add_argument("--prompts", metavar="FILE", help="UTF-8, one a line; \\n is a line break")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--once", action="store_true", help="not those to come")
+    parser.add_argument("--tasks", help="tasks of eval.harness, separated by commas")
+    parser.add_argument(
+        "--include_path", metavar="DIR", help="folder of your own tasks, as in eval.harness"
+    )
+    parser.add_argument("--needle", metavar="OPTIONS", help="run eval.needle with these, in quotes")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line; \\n is a line break")
+    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--once", action="store_true", help="do not wait for more checkpoints")
     parser.add_argument("--poll", type=float, default=30.0, metavar="SECONDS")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not args.poll > 0:
-        raise ValueError("--max-new-tokens is 1 or more, and --poll over 0")
+        raise ConfigError("--max_new_tokens must be at least 1, and --poll above 0")
     return args
 
 
 def read_prompts(file: str) -> list[str]:
-    lines = Path(file).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start:,}") from None
     prompts = [line.replace("\\n", "\n") for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{file}: no prompt in it")
+        raise DataError(f"{file}: holds no prompt")
     return prompts
 
 
@@ -250,7 +257,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     run = Path(args.model)
     if not (run / "checkpoints").is_dir() and not (run / "config.json").is_file():
-        raise CheckpointError(f"{run}: no run there; it is out_dir/name of the training config")
+        raise CheckpointError(f"{run}: is not a run, the folder out_dir/name of a training config")
     names = ("device", "dtype", "tokenizer")
     options = {name: getattr(args, name) for name in names}
     model_args = [f"--{name}={value}" for name, value in options.items() if value]
@@ -262,7 +269,7 @@ def main(argv: list[str]) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
         def tasks_args(path: Path) -> list[str]:
-            own = ["--include-path", args.include_path] if args.include_path else []
+            own = ["--include_path", args.include_path] if args.include_path else []
             return [str(path), "--tasks", args.tasks, *own, *model_args]
 
         names = harness.names_in(args.tasks)
@@ -271,7 +278,10 @@ def main(argv: list[str]) -> None:
     if args.needle:
         from eval import needle
 
-        given = shlex.split(args.needle)
+        try:
+            given = shlex.split(args.needle)
+        except ValueError as error:
+            raise ConfigError(f"--needle {args.needle}: {error}") from None
 
         def needle_args(path: Path) -> list[str]:
             out = run / "needle" / path.name
@@ -284,4 +294,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line("eval.watch", main, sys.argv[1:]))
+    run_cli(main, CheckpointError, DataError, ValueError, torch.OutOfMemoryError)

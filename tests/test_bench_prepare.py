@@ -5,8 +5,9 @@ from text_cases import lucie_json
 
 from bench import prepare as bench
 from bench.prepare import Figures
-from data.dataset import DataError
+from config.cli import ConfigError
 from data.reading import find_files, read_documents
+from data.token_stream import DataError
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
@@ -69,7 +70,7 @@ def test_the_best_counts_and_all_are_shown(capsys):
 
 
 def run(folder, *more):
-    bench.main([str(folder), str(folder / "texts.jsonl"), "--megabytes=0.01", *more])
+    return bench.main([str(folder), str(folder / "texts.jsonl"), "--megabytes=0.01", *more])
 
 
 def test_other_numbers_of_tokens_are_an_error(folder, capsys, monkeypatch):
@@ -77,26 +78,20 @@ def test_other_numbers_of_tokens_are_an_error(folder, capsys, monkeypatch):
     monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
     differing = FOUND | {bench.THEIRS: [Figures(1.0, 1001, 1, 1)]}
     monkeypatch.setattr(bench, "run", lambda *args: differing)
-    with pytest.raises(SystemExit) as ended:
-        run(folder)
-    assert ended.value.code == 1
+    assert run(folder) == 1
     assert "the numbers of tokens differ" in capsys.readouterr().err
     monkeypatch.setattr(bench, "run", lambda *args: FOUND)
-    run(folder)
+    assert run(folder) == 0
 
 
-def test_what_is_missing_is_one_line(folder, capsys, monkeypatch):
+def test_what_is_missing_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "datasets" else name)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(ConfigError, match="missing: pip install datasets"):
         run(folder)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("what it measures with is missing: pip install datasets")
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     for args in (["none", "x.jsonl"], [str(folder), "none.jsonl"]):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(DataError, match="none"):
             bench.main(args)
-        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.slow

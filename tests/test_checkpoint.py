@@ -13,7 +13,11 @@ from conftest import TINY, launch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import hf
 from checkpoint import CheckpointError
+from config.cli import ConfigError
+from data import tokenizer as tokenizers
+from data.token_stream import DataError
 from model import Lucie, LucieConfig
 
 CONFIG = LucieConfig(**TINY, max_position_embeddings=64)
@@ -145,7 +149,7 @@ def life(k):
     os._exit(0)
 
 def look():
-    path = t.checkpoint.newest_sound(folder, 0, 1)
+    path = t.checkpoint.newest_sound(folder)
     step = t.checkpoint.read_state(path)["step"]
     left = sorted(os.listdir(folder / "checkpoints"))
     os._exit(step if left == [f"step{n:07d}" for n in range(3, step + 1)] else 99)
@@ -213,15 +217,15 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_used(tmp_path, capsys
         (path / file).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"step0001000/{file}: (damaged|missing)"):
         checkpoint.verify(path)
-    sound = checkpoint.newest_sound(tmp_path, 0, 1)
+    sound = checkpoint.newest_sound(tmp_path)
     assert sound == tmp_path / "checkpoints/step0000900"
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"step0001000/{file}: " in line
-    assert "set aside, the one before it is used" in line
+    assert "renamed, and the one before it is used" in line
     assert checkpoint.load(sound, model, optimizer)["step"] == 900
     names = ["step0000900", "step0001000.damaged"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == names
-    assert checkpoint.newest_sound(tmp_path, 0, 1) == sound and not capsys.readouterr().err
+    assert checkpoint.newest_sound(tmp_path) == sound and not capsys.readouterr().err
 
 
 def test_every_bit_of_the_manifest_matters(tmp_path):
@@ -249,7 +253,7 @@ def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path, capsys):
     os.truncate(tmp_path / "checkpoints/step0000003/state.json", 10)
     for _ in range(3):
         with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
-            checkpoint.newest_sound(tmp_path, 0, 1)
+            checkpoint.newest_sound(tmp_path)
 
 
 def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -265,7 +269,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", failing)
         with pytest.raises(CheckpointError, match=r"safetensors: Input/output error"):
-            checkpoint.newest_sound(tmp_path, 0, 1)
+            checkpoint.newest_sound(tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step0000003"]
     path = tmp_path / "checkpoints/step0000003"
     (path / "state.json").rename(tmp_path / "state.json")
@@ -346,7 +350,7 @@ def test_loading_a_damaged_shard_unverified_is_one_clear_error(tmp_path, damage)
         shard.unlink()
     else:
         os.truncate(shard, shard.stat().st_size // 2 if damage == "truncated" else 0)
-    with pytest.raises(CheckpointError, match="step0000003: damaged or incomplete"):
+    with pytest.raises(CheckpointError, match=r"step0000003.*: damaged"):
         checkpoint.load(path, model, optimizer)
 
 
@@ -368,7 +372,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
         for read in (
             lambda copy=copy: checkpoint.load(copy, model, optimizer),
             lambda run=run: checkpoint.from_run(run),
-            lambda run=run: checkpoint.newest_sound(run, 0, 1),
+            lambda run=run: checkpoint.newest_sound(run),
         ):
             try:
                 read()
@@ -384,7 +388,9 @@ def test_what_was_saved_is_not_written_over(tmp_path):
     model, optimizer = trained()
     path = tmp_path / "checkpoints" / "step0000003"
     checkpoint.save(path, model, optimizer, STATE)
-    with pytest.raises(CheckpointError, match=r"step0000003: not saved .*there is one"):
+    with pytest.raises(
+        CheckpointError, match=r"step0000003: not saved .*there is a checkpoint of this name"
+    ):
         checkpoint.save(path, model, optimizer, STATE | {"samples": 99})
     checkpoint.verify(path)
     assert checkpoint.read_state(path) == STATE | {"milestone": False}
@@ -444,7 +450,7 @@ def test_another_architecture_is_named(tmp_path):
     model, optimizer = trained()
     checkpoint.save(tmp_path / "c", model, optimizer, STATE)
     other = Lucie(LucieConfig(**(TINY | {"hidden_size": 128}), max_position_embeddings=64))
-    with pytest.raises(CheckpointError, match=r"hidden_size 64 \(here 128\)"):
+    with pytest.raises(CheckpointError, match="hidden_size is 64 there and 128 here"):
         checkpoint.load(tmp_path / "c", other, None)
 
 
@@ -457,4 +463,159 @@ def test_weights_pass_to_a_longer_context(tmp_path):
     assert torch.equal(longer.embed_tokens.weight, model.embed_tokens.weight)
 
 
-# --- Hugging Face
+# --- inspect and export
+
+BYTES = {bytes([b]): 4 + b for b in range(256)} | {b"ab": 260, b" a": 261}
+
+
+def saved(folder, step=3, tokenizer=""):
+    """A checkpoint whose tokenizer is known, or not."""
+    config = LucieConfig(**TINY | {"vocab_size": 262}, max_position_embeddings=600)
+    model = Lucie(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randint(262, (2, 9)), torch.randint(262, (2, 9))).backward()
+    optimizer.step()
+    options = vars(config) | {"seq_len": 600, "name": "run", "tokenizer": str(tokenizer)}
+    del options["max_position_embeddings"]
+    state = {"step": step, "samples": 24, "tokens": 14_400, "config": options}
+    checkpoint.save(folder / f"step{step:07d}", model, optimizer, state)
+    return model
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    tokenizers.save(BYTES, tmp_path / "ranks.tiktoken")
+    return tmp_path / "ranks.tiktoken"
+
+
+def cut_in_two(path):
+    """The same checkpoint as two ranks would have written it: rows of every tensor in two files."""
+    (shard,) = path.glob("shard-*")
+    tensors = load_file(shard)
+    shard.unlink()
+    facts = json.loads((path / "manifest.json").read_text())["files"]
+    del facts[shard.name]
+    for number in (1, 2):
+        part, places = {}, {}
+        for name, tensor in tensors.items():
+            middle = -(-len(tensor) // 2)
+            part[name] = tensor[:middle] if number == 1 else tensor[middle:].clone()
+            places[name] = {"saved_offsets": [(number - 1) * middle] + [0] * (tensor.ndim - 1)}
+        file = path / f"shard-{number:05d}.safetensors"
+        save_file(part, file, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+        content = file.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        facts[file.name] = {"bytes": len(content), "sha256": digest}
+    (path / "manifest.json").write_text(checkpoint.manifest(facts))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks_that_wrote", [1, 2])
+def test_transformers_reads_what_is_exported(tmp_path, ranks, dtype, ranks_that_wrote, capsys):
+    transformers = pytest.importorskip("transformers")
+    model = saved(tmp_path / "out/run/checkpoints", tokenizer=ranks)
+    if ranks_that_wrote == 2:
+        cut_in_two(tmp_path / "out/run/checkpoints/step0000003")
+    out = tmp_path / "hf"
+    checkpoint.main(["export", f"{tmp_path}/out/run", "--out", str(out), f"--dtype={dtype}"])
+    assert capsys.readouterr().out == f"{tmp_path}/out/run/checkpoints/step0000003 is in {out}\n"
+    assert sorted(os.listdir(out)) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    rounded = getattr(torch, dtype)
+    assert theirs.dtype == rounded
+    model.to(rounded)
+    tokens = torch.randint(262, (1, 600))
+    with torch.no_grad():
+        difference = model.float()(tokens) - theirs.float()(input_ids=tokens).logits
+    if dtype == "float32":  # in bf16 transformers 5 rounds the angles, too
+        assert difference.abs().max() < 1e-4
+    for name, tensor in theirs.state_dict().items():
+        ours, start, end = hf.rows_of(model.config)[name]
+        assert torch.equal(tensor, dict(model.named_parameters())[ours][start:end]), name
+    text = "ab a\nété <s> ab"
+    ids = transformers.AutoTokenizer.from_pretrained(out)(text).input_ids
+    assert ids == tokenizers.load(ranks).encode(text)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["training_steps"], config["training_tokens"]) == (3, 14_400)
+    assert "| training_steps | 3 |" in (out / "README.md").read_text()
+
+
+def test_inspect_tells_what_is_there_and_verifies_it(tmp_path, ranks, capsys):
+    for step in (3, 12):
+        model = saved(tmp_path / "run/checkpoints", step, tokenizer=ranks)
+    checkpoint.main(["inspect", str(tmp_path / "run")])
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}/run/checkpoints/step0000012"
+    told = dict(line.strip().split("  ", 1) for line in lines)
+    told = {name: value.strip() for name, value in told.items()}
+    assert told["parameters"] == f"{model.num_params():,}" and told["vocab_size"] == "262"
+    assert told["training_steps, all phases"] == "12" and told["tokenizer"] == str(ranks)
+    assert told["milestones"] == "none" and last == "    every byte is as it was written"
+    checkpoint.main(["inspect", str(tmp_path / "run/checkpoints/step0000003")])
+    assert "step                         3\n" in capsys.readouterr().out
+
+
+def test_bad_input_of_the_command(tmp_path, ranks):
+    def refused(*args):
+        with pytest.raises((ConfigError, CheckpointError, DataError)) as caught:
+            checkpoint.main(list(map(str, args)))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    saved(tmp_path / "run/checkpoints", tokenizer=ranks)
+    run, out = tmp_path / "run", tmp_path / "out"
+    path = tmp_path / "run/checkpoints/step0000003"
+    assert "no complete checkpoint" in refused("export", tmp_path / "nowhere", "--out", out)
+    assert "exists already" in refused("export", run, "--out", run)
+    assert "nowhere" in refused("export", run, "--out", out, "--tokenizer", tmp_path / "nowhere")
+    assert "no complete checkpoint" in refused("inspect", tmp_path)
+    assert "--out" in refused("export", run)
+    tokenizers.save(dict(list(BYTES.items())[:-1]), tmp_path / "small")
+    line = refused("export", run, "--out", out, "--tokenizer", tmp_path / "small")
+    assert "small has 261 tokens, but the model's vocabulary has 262" in line
+    shard = path / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert "shard-00001.safetensors: damaged" in refused("inspect", run)
+    assert "shard-00001.safetensors: damaged" in refused("export", run, "--out", out)
+    done = launch("checkpoint", "inspect", f"{tmp_path}/nowhere")
+    line = f"checkpoint: {tmp_path}/nowhere: no complete checkpoint there\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "out"))]
+
+
+def test_rows_that_are_missing_or_come_twice_are_noticed(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "step0000003"
+    cut_in_two(path)
+    second = path / "shard-00002.safetensors"
+    tensors = load_file(second)
+    places = {name: {"saved_offsets": [0] * t.ndim} for name, t in tensors.items()}
+    save_file(tensors, second, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="damaged or incomplete"):
+            checkpoint.from_run(path)
+        second.unlink(missing_ok=True)
+
+
+def test_versions_name_the_libraries_and_the_code(tmp_path, monkeypatch):
+    found = checkpoint.versions()
+    assert found["torch"] == torch.__version__ and len(found["python"].split(".")) == 3
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # an archive
+    assert checkpoint.versions()["code"] == "not a git checkout"
+
+
+def test_a_text_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    checkpoint.write_text(tmp_path / "a.txt", "before")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        checkpoint.write_text(tmp_path / "a.txt", "after, and longer")
+    assert (tmp_path / "a.txt").read_text() == "before"

@@ -257,14 +257,6 @@ def test_bad_data_is_named(tiny_data, change, message):
     bad(tiny_data, change, message)
 
 
-def test_a_mixture_with_a_byte_order_mark_is_the_same(tiny_data):
-    """Excel's "CSV UTF-8" begins with one."""
-    plain = (tiny_data / "mixture.csv").read_bytes()
-    (tiny_data / "excel.csv").write_bytes(b"\xef\xbb\xbf" + plain)
-    ours, theirs = (Mixture(tiny_data / f"{n}.csv", 7, 42, 97) for n in ("mixture", "excel"))
-    assert ours.names == theirs.names and ours.fingerprint() == theirs.fingerprint()
-
-
 def test_an_id_past_the_vocabulary_names_file_and_place(tiny_data):
     tokens = np.fromfile(tiny_data / "b.bin", np.uint16)
     tokens[123] = 97

@@ -1,10 +1,16 @@
+"""Completions: the function against recomputing and transformers, then the command."""
+
+import codecs
 import io
+import itertools
 import json
-import os
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,28 +18,256 @@ from conftest import TINY
 
 import checkpoint
 import generate
-from completion import Completion, Sampling
+import hf
+import quantize
 from data import tokenizer
-from data.tokenizer import Tokenizer
-from model import Lucie, LucieConfig
+from data.tokenizer import EOS, Tokenizer
+from generate import Completion, Sampling, complete, decode, sample
+from model import KVCache, Lucie, LucieConfig
 
-BYTES = {bytes([b]): b + 4 for b in range(256)}
+RANKS = {bytes([b]): b + 4 for b in range(256)}
+BYTES = Tokenizer(RANKS)
 PROMPT = "Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?"
+GREEDY = Sampling(temperature=0)
+SIZES = TINY | {"vocab_size": 260}
+
+
+@pytest.fixture
+def model():
+    return Lucie(LucieConfig(**SIZES, max_position_embeddings=400))
+
+
+def rows(model, prompts, *args):
+    """The ids that decode yields for each prompt, and their log-probabilities."""
+    ids, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    for tokens in decode(model, prompts, *args):
+        for row, token, logprob in tokens:
+            ids[row].append(token)
+            logprobs[row].append(logprob)
+    return ids, logprobs
+
+
+def recomputed(model, prompt, count):
+    """Greedy decoding without a cache: the whole sequence anew for each token."""
+    ids, logprobs = list(prompt), []
+    with torch.no_grad():
+        while len(logprobs) < count and len(ids) < model.config.max_position_embeddings:
+            logits = model(torch.tensor([ids]))[0, -1].double()
+            ids.append(int(logits.argmax()))
+            logprobs.append(float(logits.log_softmax(-1).max()))
+            if ids[-1] == EOS:
+                break
+    return ids[len(prompt) :], logprobs
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 2048])
+def test_a_batch_of_unequal_prompts_equals_recomputing_each_alone(model, monkeypatch, chunk):
+    """Prompts in chunks, rows that end before others, one that fills the context."""
+    lengths = [3, 1, 51, 120, 395, 120]
+    monkeypatch.setattr(generate, "PREFILL", chunk * len(lengths))
+    torch.manual_seed(0)
+    prompts = [torch.randint(4, 260, (n,)).tolist() for n in lengths]
+    ids, logprobs = rows(model, prompts, 40, GREEDY)
+    for row, prompt in enumerate(prompts):
+        expected, exact = recomputed(model, prompt, 40)
+        assert ids[row] == expected
+        assert logprobs[row] == pytest.approx(exact, abs=1e-5)
+    assert len(ids[4]) == 5 and len(ids[0]) > 5
+
+
+def test_greedy_equals_transformers_over_200_tokens(tmp_path, monkeypatch):
+    """Cached, prompts in chunks of 64 columns, of different lengths in one batch."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(generate, "PREFILL", 256)
+    torch.manual_seed(0)
+    model = Lucie(LucieConfig(**SIZES, rope_theta=2e7, max_position_embeddings=500))
+    hf.to_hf(model, tmp_path / "hf")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    prompts = [torch.randint(4, 260, (n,)).tolist() for n in (1, 40, 173, 280)]
+    ids, _ = rows(model, prompts, 200, GREEDY)
+    for prompt, ours in zip(prompts, ids):
+        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 3}
+        out = theirs.generate(torch.tensor([prompt]), eos_token_id=EOS, **options)
+        assert ours == out[0, len(prompt) :].tolist()
+    assert sum(len(x) == 200 for x in ids) >= 2
+
+
+@pytest.mark.parametrize(
+    "eos, count, new, reason",
+    [
+        ((1,), 7, 7, "length"),
+        ((9,), 7, 0, "stop"),
+        ((1, 9), 7, 0, "stop"),
+        ((1,), 400, 397, "context"),
+    ],
+)
+def test_where_a_text_ends(model, eos, count, new, reason):
+    head = model.lm_head.forward
+
+    def always_9(*args):
+        logits = head(*args)
+        logits[..., 9] = 100.0
+        return logits
+
+    model.lm_head.forward, model.eos_token_ids = always_9, eos
+    found = complete(model, BYTES, ["ab"], count, GREEDY)[0]
+    assert (found.finish_reason, found.ids, found.text) == (reason, [9] * new, "\x05" * new)
+    assert len(found.logprobs) == new
+
+
+@pytest.mark.parametrize("prompt", [[], [0] * 400])
+def test_empty_and_too_long_prompts_are_refused(model, prompt):
+    with pytest.raises(ValueError, match=f"1 to 399 tokens, not {len(prompt)}"):
+        next(decode(model, [[0], prompt], 5))
+
+
+def test_too_little_memory_is_known_before_anything_is_computed(model, monkeypatch):
+    monkeypatch.setattr(generate, "prefill", None)
+    size = 2 * 202 * model.config.num_hidden_layers * 2 * 16 * 4  # rows of k and v, fp32
+    monkeypatch.setattr(generate, "available_memory", lambda device: size)
+    with pytest.raises(ValueError, match=r"of 2 x 210 tokens take 0\.0 GB"):
+        complete(model, BYTES, ["a", "b" * 9], 200)
+    with pytest.raises(ValueError, match="1 x 203 tokens"):
+        next(decode(model, [[0, 5]], 201))
+    generate.check_room(model, 1, 202)
+
+
+def test_a_log_probability_is_the_models_own(model):
+    """Whatever temperature, top_k and top_p make of the draw."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = BYTES.encode("ab")
+    ids, logprobs = rows(model, [prompt], 10, Sampling(0.3, 20, 0.7), generator)
+    logits = model(torch.tensor([prompt + ids[0]]))[0, len(prompt) - 1 : -1].double()
+    exact = logits.log_softmax(-1).gather(1, torch.tensor(ids[0])[:, None])[:, 0]
+    assert logprobs[0] == pytest.approx(exact.tolist(), abs=1e-5)
+
+
+def test_sampling_follows_the_distribution():
+    """Chi-square of 100,000 draws against the exact truncated distribution."""
+    torch.manual_seed(0)
+    logits = torch.randn(12) * 2
+    generator = torch.Generator().manual_seed(1)
+    for temperature, top_k, top_p in itertools.product((0.7, 1.0, 1.4), (0, 1, 5), (0.5, 0.8, 1.0)):
+        p = (logits.double() / temperature).softmax(-1)
+        order = p.argsort(descending=True)
+        keep = order[: top_k or 12]
+        q = p[keep] / p[keep].sum()
+        keep = keep[: int((q.cumsum(0) - q < top_p).sum())]
+        expected = torch.zeros(12, dtype=torch.float64)
+        expected[keep] = p[keep] / p[keep].sum()
+        sampling = Sampling(temperature, top_k, top_p)
+        draws, _ = sample(logits.expand(100_000, 12), sampling, generator)
+        counts = torch.bincount(draws, minlength=12).double()
+        assert not counts[expected == 0].any()
+        e = 100_000 * expected[keep]
+        chi2 = ((counts[keep] - e) ** 2 / e).sum().item()
+        freedom = max(1, len(keep) - 1)
+        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def test_edges_of_sampling():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]])  # each row its own
+    for sampling in (Sampling(0), Sampling(1e-45), Sampling(top_k=1), Sampling(top_p=1e-9)):
+        assert sample(logits, sampling)[0].tolist() == [1, 0]
+
+
+def model_on_a_gpu(int4):
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, vocab_size=260)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05)
+    model = Lucie(LucieConfig(**sizes, max_position_embeddings=400)).to("cuda", torch.bfloat16)
+    return quantize.quantize_(model) if int4 else model
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 20])  # 20 rows of 4-bit products unpack
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 50, 0.9)])
+def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
+    """64 steps of a CUDA graph against the same steps launched one by one."""
+    model = model_on_a_gpu(int4)
+    prompts = [BYTES.encode("a" * n) for n in (70, 1, 200, *range(2, 19))[:batch]]
+
+    def run():
+        return rows(model, prompts, 64, sampling, torch.Generator("cuda").manual_seed(1))
+
+    captured = run()
+    monkeypatch.setattr(generate, "_captured", generate._plain)
+    assert captured == run()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("int4", [False, True])
+def test_batch_after_batch_takes_no_more_memory(int4):
+    model, held = model_on_a_gpu(int4), []
+    for _ in range(40):
+        complete(model, BYTES, ["a", "b" * 40], 8, GREEDY)
+        held.append(torch.cuda.memory_allocated())
+    assert held[2] == held[-1]
+
+
+def test_the_host_side_of_a_captured_step(model, monkeypatch):
+    """Without a GPU: a stand-in for the graph replays what was captured, on the same tensors."""
+    prompts = [BYTES.encode("a" * n) for n in (1, 30, 70)]
+    expected, _ = rows(model, prompts, 12, GREEDY)
+    cache, plain, calls = KVCache(model.config, 3, 90), generate._plain, []
+
+    def recorded(model, cache):
+        run = plain(model, cache)
+
+        def step(ids):
+            calls.append((run, ids, run(ids)))
+            return calls[-1][2]
+
+        return step
+
+    class Graph:
+        def replay(self):
+            run, ids, logits = calls[-1]
+            logits.copy_(run(ids))
+
+    @contextmanager
+    def capture(graph, stream):
+        before = cache.positions.clone()
+        yield
+        cache.positions.copy_(before)  # nothing runs while it is captured
+
+    monkeypatch.setattr(generate, "_plain", recorded)
+    monkeypatch.setattr(torch, "cuda", MagicMock(CUDAGraph=Graph, graph=capture))
+    with torch.no_grad():
+        logits = generate.prefill(model, prompts, cache)
+        step, ids = generate._captured(model, cache), []
+        for _ in range(12):
+            ids.append(logits.argmax(-1))
+            logits = step(ids[-1])
+    assert torch.stack(ids, 1).tolist() == expected
+    assert len(calls) == 2  # to compile, and to capture
+
+
+# --- the command
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of one step of a tiny model, whose vocabulary are the bytes."""
+    """A run of one step of a tiny model whose vocabulary is the bytes; a context of 200 tokens."""
     folder = tmp_path_factory.mktemp("run")
-    model = Lucie(LucieConfig(**(TINY | {"vocab_size": 260}), max_position_embeddings=200))
-    tokenizer.save(BYTES, folder / "r.tiktoken")
-    options = TINY | {"vocab_size": 260, "seq_len": 200, "tokenizer": str(folder / "r.tiktoken")}
-    options["rope_theta"] = model.config.rope_theta
+    model = Lucie(LucieConfig(**SIZES, max_position_embeddings=200))
+    tokenizer.save(RANKS, folder / "r.tiktoken")
+    options = SIZES | {"seq_len": 200, "tokenizer": str(folder / "r.tiktoken")}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
     optimizer.step()
     state = {"step": 1, "samples": 4, "tokens": 800, "config": options}
-    checkpoint.save(folder / "checkpoints" / "step0000001", model, optimizer, state)
+    saver = checkpoint.Saver(folder / "checkpoints")
+    saver.save("step0000001", model, optimizer, state)
+    saver.wait()
     return folder
 
 
@@ -42,155 +276,151 @@ def command(monkeypatch, capsys):
     """generate.py with these arguments, in this process: (exit code, stdout, stderr)."""
 
     def call(*args, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = generate.command_line(list(map(str, args)))
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(generate.__file__, run_name="__main__")
+        return end.value.code, *capsys.readouterr()
 
     return call
 
 
-FEW = "--max-new-tokens=5"
+FEW = ("--max_new_tokens=5", "--temperature=0")
 
 
 def test_the_prompt_is_echoed_or_not(run, command):
-    code, out, err = command(run, "--prompt", PROMPT.replace("\n", "\\n"), FEW, "--temperature=0")
+    code, out, err = command(run, "--prompt", PROMPT.replace("\n", "\\n"), *FEW)
     assert code == 0 and out.startswith(PROMPT) and out.endswith("\n")
     read = len(PROMPT.encode()) + 1
     assert f"{read} tokens read, 5 generated" in err and "peak memory" in err
-    alone = command(run, "--prompt", PROMPT, FEW, "--temperature=0", "--no-echo")[1]
-    assert PROMPT + alone == out
+    assert PROMPT + command(run, "--prompt", PROMPT, "--no_echo", *FEW)[1] == out
 
 
-def test_seeds_and_sequences(run, command):
-    args = (run, "--prompt", PROMPT, FEW, "--num-return-sequences=3")
-    first = command(*args, "--seed=1")[1]
-    texts = first.split(PROMPT)[1:]
-    assert len(texts) == 3 and len(set(texts)) > 1
-    assert command(*args, "--seed=1")[1] == first
-    assert command(*args, "--seed=2")[1] != first
+def test_options_by_space_or_equals_sign_with_underscores_or_hyphens(run, command):
+    first = command(run, "--prompt", "a-b_c", "--max_new_tokens", "5", "--top_k", "3")[1]
+    assert first.startswith("a-b_c")
+    assert command("--top-k=3", "--max-new-tokens=5", "--prompt=a-b_c", run)[1] == first
+
+
+def test_several_completions_are_separated_and_depend_on_the_seed(run, command):
+    args = (run, "--prompt", PROMPT, "--max_new_tokens=5", "--num_return_sequences=3")
+    code, first, _ = command(*args, "--seed=1")
+    texts = first.split(f"\n{PROMPT}")
+    assert code == 0 and texts[0] == "--- 1 of 3"
+    assert texts[1].endswith("\n--- 2 of 3") and texts[2].endswith("\n--- 3 of 3")
+    assert len(set(texts)) == 4
+    assert command(*args, "--seed=1")[1] == first != command(*args, "--seed=2")[1]
 
 
 def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
-    (tmp_path / "whole.txt").write_text("Zwei\nZeilen é", encoding="utf-8")
+    """Files and the input may begin with a byte order mark."""
+    bom = codecs.BOM_UTF8
+    (tmp_path / "whole.txt").write_bytes(bom + "Zwei\nZeilen é".encode())
     raw = json.dumps({"prompt": "b\nc\u2028d", "other": 1}, ensure_ascii=False)
-    lines = [json.dumps({"prompt": "première"}), "", raw]
-    (tmp_path / "many.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    files = [f"--prompt-file={tmp_path / 'whole.txt'}", f"--prompt-file={tmp_path / 'many.jsonl'}"]
-    args = (run, "--prompt=ab", *files, "--prompt-file=-", "--json", "--temperature=0", FEW)
-    code, out, _ = command(*args, "--batch-size=2", stdin="del corazón".encode())
+    lines = "\n".join([json.dumps({"prompt": "première"}), "", raw])
+    (tmp_path / "many.jsonl").write_bytes(bom + lines.encode())
+    files = [f"--prompt_file={tmp_path / name}" for name in ("whole.txt", "many.jsonl")]
+    args = (run, "--prompt=ab", *files, "--prompt_file=-", "--json", *FEW)
+    code, out, _ = command(*args, "--batch_size=2", stdin=bom + "del corazón".encode())
     found = [Completion(**json.loads(line)) for line in out.rstrip("\n").split("\n")]
-    assert code == 0
-    assert [x.prompt for x in found] == [
-        "ab",
-        "Zwei\nZeilen é",
-        "première",
-        "b\nc\u2028d",
-        "del corazón",
-    ]
+    prompts = ["ab", "Zwei\nZeilen é", "première", "b\nc\u2028d", "del corazón"]
+    assert code == 0 and [x.prompt for x in found] == prompts
     for x in found:
-        assert x.prompt_ids == Tokenizer(BYTES).encode(x.prompt)
-        assert len(x.ids) == len(x.logprobs) == 5 or x.finish_reason == "stop"
-        alone = command(run, FEW, "--temperature=0", stdin=x.prompt.encode())[1]
-        assert alone == x.prompt + x.text + "\n"
+        assert x.prompt_ids == BYTES.encode(x.prompt)
+        assert command(run, *FEW, stdin=x.prompt.encode())[1] == x.prompt + x.text + "\n"
 
 
-def test_a_lone_completion_streams_what_a_batch_gives(run, command):
-    model, _ = checkpoint.from_run(run)
-    ours = Tokenizer(BYTES)
-    lone = Completion("été", ours.encode("été"))
-    generator = torch.Generator().manual_seed(3)
-    pieces = list(generate.stream(model, ours, lone, 60, Sampling(), generator))
-    _, out, _ = command(run, "--prompt=été", "--json", "--seed=3", "--max-new-tokens=60")
-    batched = Completion(**json.loads(out))
-    assert (lone.text, lone.ids) == (batched.text, batched.ids) and "".join(pieces) == lone.text
-    assert len(pieces) > 5
+def test_where_the_context_is_full_the_text_ends_and_the_command_says_why(run, command):
+    long, args = "x" * 195, (run, "--max_new_tokens=50", "--temperature=0")
+    code, _, err = command(*args, "--prompt", long)
+    assert code == 0 and "\nstopped where the context of 200 tokens is full\n" in "\n" + err
+    _, out, err = command(*args, "--prompt", long, "--prompt=a", "--json")
+    assert [json.loads(x)["finish_reason"] for x in out.splitlines()] == ["context", "length"]
+    assert "1 of 2 texts: stopped where" in err
 
 
 def test_interactive(run, command):
-    """Prompts until the input ends; one that is too long is told, and the next goes on."""
+    """Prompts until the input ends, blank lines among them; an error does not end it."""
     typed = f"ab\n\n{'x' * 300}\ncd\n".encode()
-    code, out, err = command(run, "--interactive", FEW, "--temperature=0", stdin=typed)
+    code, out, err = command(run, "--interactive", *FEW, stdin=typed)
     assert code == 0 and out.count("> ") == 5
-    assert err.splitlines() == ["the prompt is empty", "a prompt has 1 to 199 tokens here, not 301"]
-    alone = [
-        command(run, "--prompt", p, FEW, "--no-echo", "--temperature=0")[1] for p in ("ab", "cd")
-    ]
-    assert all(text in out for text in alone)
+    assert err == "a prompt of 301 tokens leaves no room in the model's context of 200\n"
+    for prompt in ("ab", "cd"):
+        assert f"> {command(run, '--prompt', prompt, '--no_echo', *FEW)[1]}" in out
 
 
-def test_four_bits_are_saved_and_loaded(run, command, tmp_path):
-    common = ("--prompt=ab", "--temperature=0", "--json", "--max-new-tokens=20")
-    code, direct, err = command(
-        run, *common, "--quantize=int4", f"--save-quantized={tmp_path / 'int4'}"
-    )
-    assert code == 0, err
-    assert command(tmp_path / "int4", *common)[1] == direct  # with its tokenizer beside it
-    assert command(f"hf:{tmp_path / 'int4'}", *common)[1] == direct
+def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, command, tmp_path):
+    common = ("--prompt=ab", "--temperature=0", "--json", "--max_new_tokens=20")
+    model, options = checkpoint.from_run(run)
+    hf.to_hf(model, tmp_path / "hf", tokenizer=options["tokenizer"])
+    save = ("--quantize=int4", f"--save_quantized={tmp_path / 'int4'}")
+    expected = {"hf": command(run, *common), "int4": command(run, *common, *save)}
+    for name, (code, direct, err) in expected.items():
+        assert code == 0, err
+        for source in (tmp_path / name, f"hf:{tmp_path / name}"):
+            assert command(source, *common)[1] == direct
     code, _, err = command(tmp_path / "int4", *common, "--dtype=bfloat16")
     assert code == 2 and "4-bit weights are for float32" in err
 
 
-def test_a_hugging_face_folder_brings_its_tokenizer(run, command, tmp_path):
-    model, options = checkpoint.from_run(run)
-    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
-    tokenizer.save_folder(tokenizer.load(options["tokenizer"]), tmp_path / "hf")
-    common = ("--prompt=ab", "--temperature=0", FEW)
-    expected = command(run, *common)[1]
-    assert command(f"hf:{tmp_path / 'hf'}", *common)[1] == expected
-    assert command(tmp_path / "hf", *common)[1] == expected
-
-
 @pytest.mark.parametrize(
-    "args,message",
+    "args, message",
     [
-        (["--prompt=x", "--temperature=-1"], "temperature"),
-        (["--prompt=x", "--temperature=nan"], "temperature"),
-        (["--prompt=x", "--top-p=0"], "top_p"),
-        (["--prompt=x", "--top-k=300"], "top_k is 0 to the vocabulary's 260, not 300"),
-        (["--prompt=x", "--device=abacus"], "device abacus is not to be had"),
-        (["--prompt=x", "--max-new-tokens=0"], "max_new_tokens"),
-        (["--prompt=" + "x" * 300], "1 to 199 tokens here, not 301"),
-        (["--prompt=a", "--prompt=" + "x" * 300], "1 to 199 tokens here, not 301"),
-        (["--prompt="], "the prompt is empty"),
-        ([], "the prompt is empty"),
-        (["--prompt=x", "--tokenizer=none.tiktoken"], "none.tiktoken: No such file"),
-        (["--prompt-file=none.txt"], "none.txt: No such file"),
-        (["--prompt-file=LATIN"], "latin.txt: not UTF-8 at byte 2"),
-        (["--prompt-file=LINES"], "lines.jsonl, line 2: a line is"),
-        (["--prompt=x", "--save-quantized=d"], "--save-quantized needs --quantize"),
-        (["--quantize=int4", "--save-quantized=tests"], "tests: there is something of this name"),
-        (["--prompt=a", "--prompt-file=HALF"], "not valid Unicode: the prompt 'x\\ud83d'"),
-        (["--prompt=x", "--interactive"], "--interactive takes its prompts from you"),
+        (
+            "gpt2 --prompt=x",
+            "gpt2: no such run or folder; a model of the Hugging Face hub is hf:gpt2",
+        ),
+        ("RUN --promt x", "no option is called --promt; did you mean '--prompt'?"),
+        ("RUN --prompt=x --temperature=nan", "temperature must be 0 or more, not nan"),
+        ("RUN --prompt=x --top_k=300", "top_k must be 0 to 260, the vocabulary, not 300"),
+        ("RUN --prompt=x --device=cuda:77", "device 'cuda:77' is not available here"),
+        ("RUN --prompt=x --batch_size=0", "--batch_size must be at least 1"),
+        (
+            "RUN --prompt=" + "x" * 300,
+            "a prompt of 301 tokens leaves no room in the model's context",
+        ),
+        ("RUN", "the prompt is empty"),
+        ("RUN --prompt=x --tokenizer=TMP/261.tiktoken", "has 261 tokens, but the model's"),
+        ("RUN --prompt_file=TMP/latin.txt", "latin.txt: not UTF-8 at byte 2"),
+        ("RUN --prompt_file=TMP/lines.jsonl", "lines.jsonl, line 2: a line must be"),
+        ("RUN --prompt_file=TMP/half.jsonl", "not valid Unicode: the prompt 'x\\ud83d'"),
+        ("RUN --prompt=x --save_quantized=d", "--save_quantized needs --quantize"),
+        ("RUN --quantize=int4 --save_quantized=TMP", "exists already; choose another name"),
+        ("RUN --prompt=x --interactive", "--interactive asks for its prompts"),
     ],
 )
 def test_bad_input_is_one_line(run, command, tmp_path, args, message):
+    tokenizer.save(RANKS | {b"ab": 260}, tmp_path / "261.tiktoken")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "lines.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     (tmp_path / "half.jsonl").write_text('{"prompt": "x\\ud83d"}')
-    places = {name.upper(): tmp_path / f"{name}.jsonl" for name in ("lines", "half")}
-    places["LATIN"] = tmp_path / "latin.txt"
-    for name, place in places.items():
-        args = [arg.replace(name, str(place)) for arg in args]
-    code, out, err = command(run, *args)
+    args = args.replace("RUN", str(run)).replace("TMP", str(tmp_path))
+    code, out, err = command(*args.split())
     assert code == 2 and not out
-    assert message in err and len(err.splitlines()) == 1
+    assert err.startswith("generate.py: ") and message in err and len(err.splitlines()) == 1
 
 
-def test_a_vocabulary_of_another_size_and_a_missing_model(run, command, tmp_path):
-    tokenizer.save(BYTES | {b"ab": 260}, tmp_path / "other.tiktoken")
-    code, _, err = command(run, "--prompt=x", f"--tokenizer={tmp_path / 'other.tiktoken'}")
-    assert code == 2 and "has 261 tokens, the model 260" in err
-    code, _, err = command(tmp_path / "none", "--prompt=x")
-    assert code == 2 and "no complete checkpoint" in err and len(err.splitlines()) == 1
+@pytest.mark.parametrize(
+    "shell, code, out, err",
+    [
+        ("COMMAND <&-", 2, b"", b"generate.py: the prompt is empty\n"),
+        ("COMMAND --prompt=hello --max_new_tokens=190 | head -c 1", 0, b"h", b""),
+        ("PYTHONIOENCODING=ascii COMMAND --prompt=\u00e9", 0, b"?", b"tokens read"),
+    ],
+)
+def test_in_a_shell(run, shell, code, out, err):
+    """A closed input, an output that nobody reads any more, one that lacks the letters."""
+    words = [sys.executable, generate.__file__, run, "--temperature=0"]
+    shell = shell.replace("COMMAND", shlex.join(map(str, words)))
+    done = subprocess.run(shell, shell=True, capture_output=True)
+    assert done.returncode == code and done.stdout.startswith(out)
+    assert err in done.stderr and b"Traceback" not in done.stderr
 
 
-def test_as_a_command_of_its_own(run):
-    """Through a shell: text arrives as it is made, Ctrl-C ends it."""
-    args = [sys.executable, "generate.py", str(run), "--prompt=été", "--temperature=0"]
+def test_text_arrives_as_it_is_made_and_ctrl_c_ends_it(run):
+    args = [sys.executable, generate.__file__, run, "--prompt=été", "--max_new_tokens=190"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        begun = os.read(process.stdout.fileno(), 4)
-        assert begun.decode(errors="replace").startswith("ét")
-        time.sleep(0.05)
+        assert process.stdout.read(5).decode() == "été"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) in (0, 130)  # it may have been done
         assert b"Traceback" not in process.stderr.read()

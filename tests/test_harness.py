@@ -24,15 +24,19 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import checkpoint
-from completion import Sampling, complete
+from checkpoint import CheckpointError
+from config.cli import ConfigError
 from data import tokenizer as tokenizers
+from data.token_stream import DataError
 from data.tokenizer import BOS, Tokenizer
 from eval import adapter, harness, scores
 from eval.adapter import LucieLM
 from eval.harness import TasksFailed
-from eval.opening import command_line, fingerprint
+from eval.opening import fingerprint
 from eval.scores import Weights
 from eval.tasks import GROUPS, PUBLISHED, Task, spelt
+from generate import Sampling, complete
+from hf import to_hf
 from model import Lucie, LucieConfig
 
 pytestmark = pytest.mark.slow  # and of packages that only benchmarks need
@@ -55,7 +59,7 @@ def model():
 def folder(model, tmp_path_factory):
     """The model as others read it."""
     folder = tmp_path_factory.mktemp("exported") / "tiny"
-    checkpoint.to_hf(model, folder, torch.float32)
+    to_hf(model, folder)
     tokenizers.save_folder(TOKENIZER, folder)
     return folder
 
@@ -341,13 +345,13 @@ def test_a_record_of_other_weights_is_refused(model, tmp_path, counted):
     other = Lucie(model.config, seed=2)
     for refused in (other, with_another(model, "norm.weight").bfloat16()):
         counted.clear()
-        with pytest.raises(ValueError, match=r"letters.json is of other weights .* --again"):
+        with pytest.raises(ConfigError, match=r"letters.json is of other weights .* --again"):
             harness.evaluate(refused, TOKENIZER, ["passages", "letters"], WEIGHTS, out, **own())
         assert counted == [] and out.read_text() == table
     rows = harness.evaluate(other, TOKENIZER, ["letters"], WEIGHTS, out, **own(again=True))
     alone = harness.evaluate(other, TOKENIZER, ["letters"], WEIGHTS, tmp_path / "o.csv", **own())
     assert rows == alone == scores.read_rows(out) and out.read_text() != table
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ConfigError, match="other weights"):
         harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, out, **own())
 
 
@@ -392,12 +396,13 @@ def test_tasks_that_fail_do_not_stop_the_others(model, tmp_path, counted, broken
 
 
 def test_scores_are_shown_before_what_failed(folder, tmp_path, capsys, broken):
-    args = ["--include-path", broken, "--device=cpu", "--out", str(tmp_path / "e.csv")]
-    code = command_line("eval.harness", harness.main, [str(folder), "--tasks=gone,letters", *args])
-    out, err = capsys.readouterr()
-    assert code == 2 and "letters" in out and out.splitlines()[-1] == str(tmp_path / "e.csv")
-    assert [line for line in err.splitlines() if line.startswith("eval.harness: gone: not loaded")]
-    assert command_line("eval.harness", harness.main, [str(folder), "--tasks=gone", *args]) == 2
+    args = ["--include_path", broken, "--device=cpu", "--out", str(tmp_path / "e.csv")]
+    with pytest.raises(TasksFailed, match=r"^gone: not loaded"):
+        harness.main([str(folder), "--tasks=gone,letters", *args])
+    out = capsys.readouterr().out
+    assert "letters" in out and out.splitlines()[-1] == str(tmp_path / "e.csv")
+    with pytest.raises(TasksFailed, match=r"^gone: not loaded"):
+        harness.main([str(folder), "--tasks=gone", *args])
     assert capsys.readouterr().out == ""
 
 
@@ -431,7 +436,7 @@ def test_a_task_without_examples_says_so(model, tmp_path, counted, capsys):
 
 def test_a_model_in_shards_is_not_evaluated(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model.norm.weight, "device_mesh", "of a DTensor", raising=False)
-    with pytest.raises(ValueError, match="a model in shards: evaluate its checkpoint"):
+    with pytest.raises(ValueError, match="this model is sharded: evaluate its checkpoint"):
         harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, tmp_path / "e.csv", **own())
 
 
@@ -495,7 +500,7 @@ def run(*args, ranks, script=("-m", "eval.harness")):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_scores_of_one(folder, tmp_path, capsys):
-    args = [folder, "--tasks", ",".join(ALL), "--include-path", TASKS, "--device", "cpu", "--out"]
+    args = [folder, "--tasks", ",".join(ALL), "--include_path", TASKS, "--device", "cpu", "--out"]
     harness.main([str(arg) for arg in [*args, tmp_path / "1.csv"]])
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == str(tmp_path / "1.csv") and "capitals_it" in shown
@@ -512,10 +517,10 @@ def test_two_ranks_give_the_scores_of_one(folder, tmp_path, capsys):
 
 
 FAILS_ON_ONE = """
-import os, sys
+import os
 from lm_eval.tasks import TaskManager
+from config.cli import run_cli
 from eval import harness
-from eval.opening import command_line
 
 load = TaskManager.load
 
@@ -525,50 +530,49 @@ def flaky(self, names):
     return load(self, names)
 
 TaskManager.load = flaky
-sys.exit(command_line("eval.harness", harness.main, sys.argv[1:]))
+run_cli(harness.main, harness.TasksFailed)
 """
 
 
 @pytest.mark.slow
 def test_a_task_that_fails_on_one_rank_fails_on_all(folder, tmp_path):
     (tmp_path / "flaky.py").write_text(FAILS_ON_ONE)
-    args = [folder, "--tasks=letters,passages", "--include-path", TASKS, "--device=cpu", "--out"]
+    args = [folder, "--tasks=letters,passages", "--include_path", TASKS, "--device=cpu", "--out"]
     done = run(*args, tmp_path / "e.csv", ranks=2, script=[tmp_path / "flaky.py"])
     assert done.returncode == 1, done.stderr
-    assert "eval.harness: letters: not loaded (ConnectionError: no network)" in done.stderr
+    assert done.stderr.count("flaky.py: letters: not loaded (ConnectionError: no network)") == 1
     assert {row["dataset"] for row in scores.read_rows(tmp_path / "e.csv")} == {"passages"}
 
 
-def failed(capsys, *args):
-    """The line on stderr of a command that ends with 2."""
-    assert command_line("eval.harness", harness.main, [str(arg) for arg in args]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("eval.harness: ")
-    return lines[0]
+def failed(*args):
+    """What the command reports of bad input."""
+    with pytest.raises((CheckpointError, ConfigError, DataError, ValueError)) as raised:
+        harness.main([str(arg) for arg in args])
+    return str(raised.value)
 
 
-def test_bad_input_is_one_line(model, manager, folder, tmp_path, capsys, monkeypatch):
-    common = ["--include-path", TASKS, "--device", "cpu", "--out", tmp_path / "e.csv"]
+def test_bad_input_is_an_error(model, manager, folder, tmp_path, monkeypatch):
+    common = ["--include_path", TASKS, "--device", "cpu", "--out", tmp_path / "e.csv"]
 
     def line(*args):
-        return failed(capsys, *args, *common)
+        return failed(*args, *common)
 
     assert "tmp/none: no complete checkpoint there" in line("/tmp/none", "--tasks", "letters")
-    for name, least in (("fewshot", 0), ("limit", 1), ("batch-tokens", 1)):
+    for name, least in (("fewshot", 0), ("limit", 1), ("batch_tokens", 1)):
         said = line(folder, "--tasks", "letters", f"--{name}={least - 1}")
         assert f"--{name} must be at least {least}" in said
-    assert "ends with .csv" in failed(capsys, folder, "--tasks=letters", "--out=x.json")
+    assert "must end with .csv" in failed(folder, "--tasks=letters", "--out=x.json")
     assert "/tmp/none: No such file" in line(folder, "--tasks=letters", "--tokenizer=/tmp/none")
-    nowhere = ["--include-path", tmp_path / "none"]
-    assert "no such folder of tasks" in failed(capsys, folder, "--tasks=a", *nowhere)
-    here = ["--include-path", TASKS]
-    assert "device cuda:99" in failed(capsys, folder, "--tasks=cities", "--device=cuda:99", *here)
+    nowhere = ["--include_path", tmp_path / "none"]
+    assert "no such folder of tasks" in failed(folder, "--tasks=a", *nowhere)
+    here = ["--include_path", TASKS]
+    assert "device 'cuda:99'" in failed(folder, "--tasks=cities", "--device=cuda:99", *here)
     with monkeypatch.context() as patch:  # those that lm_eval brings are many
         patch.setattr(harness, "_tasks_there_are", lambda *given: manager)
         assert "no task leters" in line("/tmp", "--tasks=leters")  # before weights are looked for
 
     (tmp_path / "e.csv").write_text("step,loss\n1,2\n")
-    assert "no table of scores" in line(folder, "--tasks", "letters")
+    assert "not a table of scores" in line(folder, "--tasks", "letters")
     assert (tmp_path / "e.csv").read_text() == "step,loss\n1,2\n"
     (tmp_path / "e.csv").unlink()
 
@@ -590,7 +594,7 @@ def test_out_of_memory_says_what_to_do(model, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "hidden", full)
-    with pytest.raises(TasksFailed, match="letters: out of memory, try --batch-tokens=8192"):
+    with pytest.raises(TasksFailed, match="letters: out of memory, try --batch_tokens=8192"):
         harness.evaluate(model, TOKENIZER, ["letters"], WEIGHTS, tmp_path / "e.csv", **own())
 
 
@@ -608,9 +612,9 @@ def test_names_of_tasks(manager):
         ("answers", "answers", 3), ("capitals", "capitals", 3), ("letters", "letters", 0),
     ]  # fmt: skip
     assert ("cities", "capitals_de", None) in names("cities") and len(names("cities")) == 6
-    with pytest.raises(ValueError, match=r"no task capitales: .*; did you mean capitals\?"):
+    with pytest.raises(ConfigError, match=r"no task capitales: .*; did you mean capitals\?"):
         names("capitales")
-    with pytest.raises(ValueError, match="french: lm-evaluation-harness has no french_bench_arc"):
+    with pytest.raises(ConfigError, match="french: lm-evaluation-harness has no french_bench_arc"):
         names("french")
 
 

@@ -6,7 +6,9 @@ import random
 import pytest
 from conftest import SHARED, needs_shared
 
+from config.cli import ConfigError
 from data import tokenizer as tokenizers
+from data.token_stream import DataError
 from data.tokenizer import BOS, Tokenizer
 from eval.haystack import (
     NEEDLES,
@@ -124,7 +126,7 @@ def test_a_short_haystack_is_repeated_and_that_is_said(capsys):
     assert haystack.borders == [0, 9, 21, 30, 42, 51]
     assert "19 tokens of 50: it is repeated" in capsys.readouterr().err
     for nothing in ([], ["", " \n"]):
-        with pytest.raises(ValueError, match="holds no text"):
+        with pytest.raises(DataError, match="holds no text"):
             read_haystack(nothing, BYTES, 50)
 
 
@@ -135,22 +137,22 @@ def test_needles_of_ones_own(tmp_path):
         "question": "{place}?",
         "needles": {"Oslo": "7", "Rome": "9"},
     }
-    file.write_text(json.dumps({"fr": form}), encoding="utf-8")
+    file.write_text(json.dumps({"fr": form}), encoding="utf-8-sig")  # as some editors do
     assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7"), ("Rome: 9.", "Rome?", "9")]
-    with pytest.raises(ValueError, match=r"needles.json: not of the form .*\(no 'en'\)"):
+    with pytest.raises(DataError, match=r"needles.json: not of the form .*\(no 'en'\)"):
         read_needles("en", file)
     for other in ("[1]", "{", '{"fr": {"fact": "", "question": "", "needles": [1]}}'):
         file.write_text(other)
-        with pytest.raises(ValueError, match=r"needles.json: not of the form"):
+        with pytest.raises(DataError, match=r"needles.json: not of the form"):
             read_needles("fr", file)
     file.write_text('{"fr": {"fact": "", "question": "", "needles": {}}}')
-    with pytest.raises(ValueError, match=r"needles.json: no needles in fr"):
+    with pytest.raises(DataError, match=r"needles.json: no needles in fr"):
         read_needles("fr", file)
 
 
 def test_a_length_without_room_is_refused_and_the_shortest_is_not():
     haystack, (needle, *_) = Haystack(list(range(4, 200)), [0]), read_needles("it")
-    with pytest.raises(ValueError, match=r"length 20 is too short: .* take \d+ tokens") as error:
+    with pytest.raises(ConfigError, match=r"length 20 is too short: .* take \d+ tokens") as error:
         hide(haystack, needle, 20, 50, BYTES, 10)
     shortest = int(str(error.value).split()[-2])
     ids, position = hide(haystack, needle, shortest, 50, BYTES, 10)

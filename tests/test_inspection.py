@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import inspection, prepare, tokenizer
-from data.dataset import Mixture, TokenStream
+from data.dataset import DataError, Mixture, TokenStream
 from data.inspection import Index, pieces
 from data.prepare import StreamWriter, write_mixture
 
@@ -32,18 +32,18 @@ def text_data(tmp_path):
 
 
 def run(capsys, command, folder, *args):
-    """Exit code, stdout, stderr without the progress bar."""
-    code = 0
+    """(stdout, the error raised or None); lines about single streams are on stderr."""
     args = [command, folder / "mixture.csv", *args]
     if command != "count":
         args += ["--tokenizer", folder / "ranks.tiktoken"]
+    error = None
     try:
         inspection.main(list(map(str, args)))
-    except SystemExit as stopped:
-        code = stopped.code
+    except DataError as raised:
+        error = str(raised)
     out, err = capsys.readouterr()
     lines = err.replace("\r", "\n").split("\n")
-    return code, out, "\n".join(x for x in lines if x.strip() and "B/s]" not in x)
+    return out, [x for x in lines if x.strip() and "B/s]" not in x], error
 
 
 # --- show
@@ -98,8 +98,7 @@ def test_the_text_of_a_sample_is_shown_with_its_documents(text_data, capsys):
     # 16 bytes of text with <s> and </s>: a sample of 20 and one more begins the second document
     mixture = Mixture(text_data / "mixture.csv", 20, 42, 260)
     i = next(i for i in range(500) if mixture.locate(i)[::2] == (0, 0))
-    code, out, _ = run(capsys, "show", text_data, "--sample", i, "--seq-len", 20)
-    assert code == 0
+    out, _, _ = run(capsys, "show", text_data, "--sample", i, "--seq_len", 20)
     assert f"sample {i}: a, epoch {mixture.locate(i).epoch}, its sample 0 of" in out
     assert "tokens 0 to 20 of" in out
     first, second = out.split("\n--- ")[1:]
@@ -109,7 +108,7 @@ def test_the_text_of_a_sample_is_shown_with_its_documents(text_data, capsys):
 
 def test_another_seed_shows_another_sample(text_data, capsys):
     shown = {
-        run(capsys, "show", text_data, "--sample", 3, "--seq-len", 5, "--seed", seed)[1]
+        run(capsys, "show", text_data, "--sample", 3, "--seq_len", 5, "--seed", seed)[0]
         for seed in range(4)
     }
     assert len(shown) > 1
@@ -129,8 +128,8 @@ def checksum(folder, name):
 
 def test_whole_streams_are_whole(text_data, capsys):
     checksum(text_data, "a")
-    code, out, err = run(capsys, "verify", text_data)
-    assert code == 0 and err.strip() == ""
+    out, faults, error = run(capsys, "verify", text_data)
+    assert not faults and error is None
     a, b = [line for line in out.splitlines() if "whole" in line]
     assert a.startswith("a: whole, 5 documents,") and a.endswith("checksums hold")
     assert b.startswith("b: whole, 5 documents,") and b.endswith("no checksums to compare")
@@ -154,7 +153,7 @@ def test_what_prepare_writes_is_verified(text_data, capsys):
     options = ["--tokenizer", str(text_data / "ranks.tiktoken"), "--out", str(text_data / "a")]
     prepare.main(["tokens", str(text_data / "fr.jsonl"), *options])
     capsys.readouterr()
-    _, out, _ = run(capsys, "verify", text_data)
+    out, _, _ = run(capsys, "verify", text_data)
     (line,) = [line for line in out.splitlines() if line.startswith("a: ")]
     assert line.startswith("a: whole, 5 documents") and line.endswith("checksums hold")
 
@@ -189,11 +188,10 @@ def patch(path, at, content):
 )
 def test_what_is_wrong_is_named_and_the_rest_still_checked(text_data, capsys, change, said):
     change(text_data)
-    code, out, err = run(capsys, "verify", text_data)
-    assert code == 2 and "a: whole" in out and "b: whole" not in out
-    faults = [line for line in err.splitlines() if line]
+    out, faults, error = run(capsys, "verify", text_data)
+    assert "a: whole" in out and "b: whole" not in out
     assert faults[0].startswith("b: ") and said in faults[0]
-    assert faults[-1].endswith(f"mixture.csv: {len(faults) - 1} faults")
+    assert error == f"{text_data}/mixture.csv: {len(faults)} faults"
 
 
 @pytest.mark.parametrize("kind", ["bin", "idx"])
@@ -201,9 +199,9 @@ def test_a_changed_byte_breaks_the_checksum(text_data, capsys, kind):
     checksum(text_data, "b")
     # one letter for another; an index that agrees with itself
     patch(text_data / "b.bin", 2, b"\x42") if kind == "bin" else set_length(text_data, 7)
-    code, _, err = run(capsys, "verify", text_data)
-    assert code == 2 and f"b.{kind}: not the file whose sha256 was written down" in err
-    assert "1 faults" in err
+    _, (fault,), error = run(capsys, "verify", text_data)
+    assert f"b.{kind}: not the file whose sha256 was written down" in fault
+    assert error == f"{text_data}/mixture.csv: 1 faults"
 
 
 def set_length(folder, length):
@@ -245,26 +243,26 @@ def test_an_index_is_checked_across_its_chunks(tmp_path, monkeypatch):
 
 
 def test_counts(text_data, capsys):
-    code, out, _ = run(capsys, "count", text_data)
+    out, _, _ = run(capsys, "count", text_data)
     tokens = sum(len(text.encode()) + 2 for text in TEXTS)
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     mean = f"{tokens / 5:,.1f}"
-    assert code == 0 and rows["a"] == rows["b"] == ["5", f"{tokens}", mean]
+    assert rows["a"] == rows["b"] == ["5", f"{tokens}", mean]
     assert rows["all"] == ["10", f"{2 * tokens}", mean]
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "count"])
 def test_missing_files_are_named_and_partial_does_without(text_data, capsys, command):
-    args = ["--sample", "1", "--seq-len", "5"] if command == "show" else []
+    args = ["--sample", "1", "--seq_len", "5"] if command == "show" else []
     os.remove(text_data / "b.bin")
-    code, _, err = run(capsys, command, text_data, *args)
-    assert code == 2 and "b.bin: no such file" in err and err.strip().count("\n") == 0
-    code, out, _ = run(capsys, command, text_data, *args, "--partial")
-    assert code == 0
+    _, _, error = run(capsys, command, text_data, *args)
+    assert "b.bin: no such file" in error and "\n" not in error
+    out, _, error = run(capsys, command, text_data, *args, "--partial")
+    assert error is None
     assert command == "show" or "without files: b" in out
 
 
 def test_a_vocabulary_that_is_not_there(text_data, capsys):
     os.remove(text_data / "ranks.tiktoken")
-    code, _, err = run(capsys, "verify", text_data)
-    assert code == 2 and "ranks.tiktoken" in err and err.strip().count("\n") == 0
+    _, _, error = run(capsys, "verify", text_data)
+    assert "ranks.tiktoken" in error and "\n" not in error

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import DataError
-from data.loader import IGNORE, read_share
+from data.loader import IGNORE, document_starts, read_share
+from data.tokenizer_base import BOS
 
 
 class Numbers:
@@ -42,7 +43,7 @@ def test_ranks_read_everything_once_in_as_many_passes(world, size, micro, first)
         assert ours == list(share.samples)
         read += ours
     assert sorted(read) == list(range(first, first + size))
-    assert len(passes) == 1  # every rank meets the others as often
+    assert len(passes) == 1
     assert counted == size * 16
 
 
@@ -56,8 +57,26 @@ def test_targets_are_the_tokens_that_follow():
 
 
 @pytest.mark.parametrize("bad", [0, 3, 6])
-def test_what_cannot_be_read_makes_the_passes_without_weight(bad):
-    share = read_share(Numbers(bad), range(7), 2)
-    assert str(share.error) == f"sample {bad}" and share.targets == 0
-    assert len(share.batches) == 4
-    assert read_share(Numbers(bad=99), range(7), 2).error is None
+def test_a_sample_that_cannot_be_read_raises(bad):
+    with pytest.raises(DataError, match=f"^sample {bad}$"):
+        read_share(Numbers(bad), range(7), 2)
+    assert read_share(Numbers(bad), range(7), 2, rank=(bad + 1) % 2, world=2).targets
+
+
+rows = st.integers(1, 9).flatmap(
+    lambda length: st.lists(
+        st.lists(st.sampled_from([BOS, 1, 7]), min_size=length, max_size=length), min_size=1
+    )
+)
+
+
+@given(rows)
+def test_documents_start_with_each_row_and_each_bos(rows):
+    expected, at = [], 0
+    for row in rows:
+        for column, token in enumerate(row):
+            if column == 0 or token == BOS:
+                expected.append(at)
+            at += 1
+    starts = document_starts(torch.tensor(rows))
+    assert starts.dtype == torch.int32 and starts.tolist() == [*expected, at]

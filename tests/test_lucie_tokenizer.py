@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from text_cases import code_points, hard_strings, lucie_json
 
 from data.lucie_tokenizer import LucieTokenizer
+from data.token_stream import DataError
 from data.tokenizer import load
-from data.tokenizer_base import BOS, EOS, TokenizerError, last_merge
+from data.tokenizer_base import BOS, EOS, last_merge
 
 tokenizers = pytest.importorskip("tokenizers")
 RELEASED = SHARED / "lucie/tokenizer.json"
@@ -270,7 +271,7 @@ BAD = {
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
 def test_another_file_is_refused_in_one_line(content):
-    with pytest.raises(TokenizerError, match=r"not a tokenizer\.json, or not one of Lucie's form"):
+    with pytest.raises(DataError, match=r"not a tokenizer\.json, or not one of Lucie's form"):
         LucieTokenizer(content)
 
 
@@ -278,7 +279,7 @@ def test_a_token_of_two_words_is_refused():
     content = json.loads(json.dumps(SMALL))
     content["model"]["vocab"]["e▁"] = len(content["model"]["vocab"])
     content["model"]["merges"] = ["e ▁"]
-    with pytest.raises(TokenizerError, match="more than one word: 'e▁'"):
+    with pytest.raises(DataError, match="more than one word: 'e▁'"):
         LucieTokenizer(json.dumps(content).encode())
 
 

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import parallel
-import start
 import train
 from config import Config
 from model import Lucie, LucieConfig
@@ -29,9 +28,10 @@ import json, sys, torch, parallel, train
 import torch.distributed as dist
 ranks = parallel.start_processes(torch.device("cpu"))
 parallel.start_processes = lambda device: ranks
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 for arguments in json.load(open(sys.argv[1])):
     train.main(arguments)
-dist.destroy_process_group()
+destroy()
 """
 
 
@@ -159,15 +159,16 @@ def imagined(request):
 
 
 @pytest.mark.parametrize("way", ["fsdp", "hsdp", "ddp"])
-def test_nothing_is_left_uninitialised(alone, way):
+def test_nothing_is_left_uninitialised(alone, tmp_path, way):
     """A parameter or table that nobody fills keeps the NaN it is given here."""
     with torch.device("meta"):
         model = Lucie(LucieConfig(**TINY, max_position_embeddings=64))
-    parallel.spread(model, way, 1, torch.device("cpu"), torch.float32)
+    parallel.parallelize(model, way, 1, torch.device("cpu"), torch.float32)
     for tensor in (*model.parameters(), *model.buffers()):
         assert not tensor.is_meta
         parallel.local_rows(tensor)[0].fill_(torch.nan)
-    start.fill(model, None, None, False, Config(seed=3), 0)
+    config = Config(seed=3, init_from="scratch")
+    checkpoint.start(config, tmp_path / "run", "", model, None)
     whole = Lucie(model.config, seed=3)
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
         assert torch.equal(parallel.local_rows(ours)[0], theirs), name
@@ -180,7 +181,7 @@ def test_nothing_is_left_uninitialised(alone, way):
 def test_lucie_7b_is_never_whole_on_a_rank(imagined, way, replica_size, parts):
     with torch.device("meta"):
         model = Lucie(LucieConfig())
-    parallel.spread(model, way, replica_size, torch.device("cpu"), torch.bfloat16)
+    parallel.parallelize(model, way, replica_size, torch.device("cpu"), torch.bfloat16)
     here = sum(parallel.local_rows(p)[0].numel() for p in model.parameters())
     assert here == 6_706_958_336 // parts
     assert parallel.shards(way, replica_size, 512) == parts
@@ -195,16 +196,16 @@ def test_lucie_7b_is_never_whole_on_a_rank(imagined, way, replica_size, parts):
 def test_groups_that_do_not_divide_the_ranks_are_refused(imagined):
     for size in (4, 5):
         with pytest.raises(ValueError, match=f"replica_size {size} does not divide the 6"):
-            parallel.spread(nn.Linear(1, 1), "hsdp", size, torch.device("cpu"), torch.float32)
+            parallel.parallelize(nn.Linear(1, 1), "hsdp", size, torch.device("cpu"), torch.float32)
     for size, parts in ((1, 1), (2, 2), (3, 3), (6, 6), (7, 6)):
         assert parallel.shards("hsdp", size, 6) == parts
 
 
 def test_unknown_words_are_refused(tiny_config):
-    with pytest.raises(ValueError, match="parallel is fsdp, ddp, hsdp, not 'tp'"):
-        parallel.spread(Lucie(tiny_config), "tp", 0, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="activation_checkpointing is none, selective, full"):
-        parallel.recompute(Lucie(tiny_config), "some")
+    with pytest.raises(ValueError, match="parallel must be one of fsdp, ddp, hsdp, not 'tp'"):
+        parallel.parallelize(Lucie(tiny_config), "tp", 0, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="activation_checkpointing must be one of none, selective"):
+        parallel.checkpoint_activations(Lucie(tiny_config), "some")
 
 
 # --- messages
@@ -230,7 +231,7 @@ def spread(way, config, replica_size=0):
     """What to call of a model in fp32 whose weights are all alike."""
     with torch.device("meta"):
         model = Lucie(config)
-    forward = parallel.spread(model, way, replica_size, torch.device("cpu"), torch.float32)
+    forward = parallel.parallelize(model, way, replica_size, torch.device("cpu"), torch.float32)
     for p in model.parameters():
         parallel.local_rows(p)[0].data.fill_(0.1)
     return forward
@@ -320,7 +321,7 @@ def test_clipping_equals_torchs(tiny_config, largest):
     exact = torch.stack([g.norm() for g in gradients]).norm()
     norm = parallel.clip_gradients(models[0], largest)
     expected = nn.utils.clip_grad_norm_(models[1].parameters(), largest or torch.inf)
-    assert norm.shape == (1,) and norm.dtype == torch.float32
+    assert norm.shape == () and norm.dtype == torch.float32
     assert float(norm) == float(exact.float())
     assert float(expected) == pytest.approx(float(norm), rel=1e-6)
     for ours, theirs in zip(*(m.parameters() for m in models)):
@@ -340,7 +341,7 @@ def test_rows_have_the_same_norms_on_any_number_of_ranks():
 def test_clipping_shards_equals_clipping_the_whole(alone, tiny_config):
     with torch.device("meta"):
         model = Lucie(tiny_config)
-    forward = parallel.spread(model, "fsdp", 0, torch.device("cpu"), torch.float32)
+    forward = parallel.parallelize(model, "fsdp", 0, torch.device("cpu"), torch.float32)
     whole = Lucie(tiny_config)
     for name, p in model.named_parameters():
         parallel.fill_rows(p, 0, whole.get_parameter(name).detach())
@@ -362,7 +363,7 @@ AGAIN = {"none": (0, 0), "selective": (0, 2), "full": (3, 2)}  # products and no
 @pytest.mark.parametrize("mode", AGAIN)
 def test_what_is_kept_is_not_computed_again(tiny_config, mode):
     plain, model = Lucie(tiny_config), Lucie(tiny_config)
-    parallel.recompute(model, mode)
+    parallel.checkpoint_activations(model, mode)
     tokens = torch.randint(97, (2, 33))
     seen = []
     for one in (plain, model):
@@ -389,7 +390,7 @@ def test_the_kernels_attention_is_kept_too(chip, mode):
     gradients = []
     for each in ("none", mode):
         model = Lucie(config).to(chip)
-        parallel.recompute(model, each)
+        parallel.checkpoint_activations(model, each)
         loss = model(tokens, tokens)
         with Operations() as operations:
             loss.backward()
@@ -403,9 +404,9 @@ def test_the_kernels_attention_is_kept_too(chip, mode):
 def test_less_is_kept(tiny_config):
     """Bytes that a forward leaves behind, by torch's own count: each mode less than the last."""
     held = []
-    for mode in parallel.RECOMPUTATION:
+    for mode in parallel.ACTIVATION_CHECKPOINTING:
         model = Lucie(tiny_config)
-        parallel.recompute(model, mode)
+        parallel.checkpoint_activations(model, mode)
         tokens = torch.randint(97, (2, 64))
         model(tokens, tokens)
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -422,7 +423,7 @@ def test_compiled_blocks_compute_again_alike(tiny_config, mode):
     tokens, gradients = torch.randint(97, (2, 64)), []
     for compiled in (False, True):
         model = Lucie(tiny_config)
-        parallel.recompute(model, mode)
+        parallel.checkpoint_activations(model, mode)
         if compiled:
             for block in model.layers:
                 block.compile()

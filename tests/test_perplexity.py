@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
 import eval.perplexity as perplexity
+from config.cli import ConfigError
+from data.token_stream import DataError
 from data.tokenizer import BOS, EOS, Tokenizer, save
-from eval.opening import command_line
 from eval.perplexity import BUCKETS, Window, batches, evaluate, token_losses, windows
+from hf import to_hf
 from model import Lucie, LucieConfig
 
 BYTES = Tokenizer({bytes([b]): b + 4 for b in range(256)})
@@ -35,7 +36,7 @@ def documents(*lengths):
 def test_bits_per_byte_and_positions_equal_transformers(model, tmp_path, window, stride):
     """Its own loop over overlapping windows of one document at a time, in fp64, on our weights."""
     transformers = pytest.importorskip("transformers")
-    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
+    to_hf(model, tmp_path / "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").double()
     texts = [*documents(1, 31, 32, 33, 64, 70, 150), GIVEN * 2, ""]
     nats, count = 0.0, 0
@@ -116,7 +117,7 @@ def test_only_documents_of_enough_tokens_count(model):
     texts = documents(5, 20, 19, 30)
     tally = evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=20)
     assert (tally.documents, tally.bytes, tally.tokens.sum()) == (2, 50, 50)
-    with pytest.raises(ValueError, match="long: no document with 31 tokens"):
+    with pytest.raises(DataError, match="long: no document with 31 tokens"):
         evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=31)
 
 
@@ -133,7 +134,7 @@ def test_special_tokens_in_a_text_are_text(model):
 def folder(model, tmp_path):
     """An exported model that has its tokenizer, and texts beside it."""
     save(BYTES.ranks, tmp_path / "ranks")
-    checkpoint.to_hf(model, tmp_path / "hf", torch.float32)
+    to_hf(model, tmp_path / "hf")
     lines = [json.dumps({"text": text}) for text in (GIVEN * 3, GIVEN * 5)]
     (tmp_path / "fr.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "en.txt").write_text("The years go by. " * 9, encoding="utf-8")
@@ -142,14 +143,14 @@ def folder(model, tmp_path):
 
 def run(folder, *more):
     given = [str(folder / "hf"), "--tokenizer", str(folder / "ranks"), "--device", "cpu"]
-    return command_line("eval.perplexity", perplexity.main, [*given, *map(str, more)])
+    perplexity.main([*given, *map(str, more)])
 
 
 def test_the_command_prints_a_table_and_writes_csv_and_picture(folder, model, capsys):
     pytest.importorskip("matplotlib")
     texts = [f"fr={folder}/fr.jsonl", f"en={folder}/en.txt"]
     out = ["--csv", folder / "new" / "a.csv", "--png", folder / "a.png"]
-    assert run(folder, "--texts", *texts, "--window", 64, "--stride", 32, *out) == 0
+    run(folder, "--texts", *texts, "--window", 64, "--stride", 32, *out)
     shown = capsys.readouterr().out
     expected = evaluate(model, BYTES, "fr", [GIVEN * 3, GIVEN * 5], 64, 32)
     with open(folder / "new" / "a.csv", encoding="utf-8", newline="") as f:
@@ -169,7 +170,7 @@ def test_so_many_bytes_of_each_text(folder, capsys):
     whole = len((GIVEN * 3).encode())
     limit = whole + len(b"Les ann") + 1  # in the middle of é
     texts = f"fr={folder}/fr.jsonl"
-    assert run(folder, "--texts", texts, "--bytes", limit, "--csv", folder / "a.csv") == 0
+    run(folder, "--texts", texts, "--bytes", limit, "--csv", folder / "a.csv")
     with open(folder / "a.csv", encoding="utf-8", newline="") as f:
         row = next(csv.DictReader(f))
     assert (row["documents"], int(row["bytes"])) == ("2", limit - 1)
@@ -180,8 +181,8 @@ def test_so_many_bytes_of_each_text(folder, capsys):
 def test_a_window_alone_moves_by_half_of_it(folder, window):
     texts = f"fr={folder}/fr.jsonl"
     own = ["--stride", max(1, window // 2), "--csv", folder / "a.csv"]
-    assert run(folder, "--texts", texts, "--window", window, *own) == 0
-    assert run(folder, "--texts", texts, "--window", window, "--csv", folder / "b.csv") == 0
+    run(folder, "--texts", texts, "--window", window, *own)
+    run(folder, "--texts", texts, "--window", window, "--csv", folder / "b.csv")
     assert (folder / "a.csv").read_text() == (folder / "b.csv").read_text()
 
 
@@ -196,12 +197,11 @@ def test_a_window_alone_moves_by_half_of_it(folder, window):
         (["--texts", "fr={}/fr.jsonl", "--stride", "0"], "a stride is 1 to the window's 4,096"),
         (["--texts", "fr={}/fr.jsonl", "--window", "0"], "--window must be at least 1"),
         (["--texts", "fr={}/fr.jsonl", "--bytes", "0"], "must be at least 1"),
-        (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "cuda:77 is not to be had"),
+        (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "device 'cuda:77' is not available"),
     ],
 )
-def test_bad_input_is_one_line(folder, capsys, given, message):
+def test_bad_input_is_an_error(folder, given, message):
     (folder / "empty").mkdir()
     (folder / "empty" / "a.txt").write_text("")
-    assert run(folder, *(part.format(folder) for part in given)) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("eval.perplexity: ") and message in last
+    with pytest.raises((ConfigError, DataError, ValueError), match=message):
+        run(folder, *(part.format(folder) for part in given))

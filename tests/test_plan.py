@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import parallel
 import train
 from bench import plan, step
-from config import Config, ConfigError, load
+from config import Config, load
+from config.cli import ConfigError
 
 CUDA = torch.cuda.is_available()
 SMALL = dict(
@@ -59,8 +60,8 @@ def prepare(config, device):
             with parallel.micro_batch(
                 forward, final, config.reduce_each_micro_batch, config.gather_each_micro_batch
             ):
-                with marked("forward"), train.autocast(forward, device, dtype):
-                    loss = forward(x, x, reduction="sum") / (size * config.seq_len)
+                with marked("forward"):
+                    loss = train.loss_sum(forward, x, x, config, device) / (size * config.seq_len)
                 loss.backward()
         parallel.clip_gradients(model, config.clip_grad)
         optimizer.step()
@@ -171,7 +172,7 @@ def test_the_planned_peak_is_the_measured_one(change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
+@pytest.mark.parametrize("mode", parallel.ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_block_keeps_what_the_plan_says(mode, dtype):
     """The difference of one more block: nothing but what it keeps grows with their number."""
@@ -261,7 +262,7 @@ def test_the_traffic_is_what_the_ranks_exchange(on_two_ranks, case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
+@pytest.mark.parametrize("mode", parallel.ACTIVATION_CHECKPOINTING)
 def test_the_planned_peak_is_that_of_a_gpu(mode):
     """Of 2 GB and more, beside which the workspace of cuBLAS is small."""
     change = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=8, seq_len=2048)
@@ -313,7 +314,7 @@ def test_activations_of_the_7b():
 def test_where_the_7b_fits(path, gpus, card, fits):
     for mode, expected in fits.items():
         config = load([path, f"--activation_checkpointing={mode}"])
-        assert (planned(config, gpus)[2] <= plan.CARDS[card].memory) == expected, mode
+        assert (planned(config, gpus)[2] <= plan.GPUS[card].memory) == expected, mode
 
 
 def test_lucies_own_hours():
@@ -380,10 +381,10 @@ def test_it_prints_the_published_phases(capsys):
         ("--card v100", "v100"),
         ("--gpus 0", "--gpus must be at least 1"),
         ("--gpus many", "invalid int value"),
-        ("--mfu 40", "--mfu lies over 0"),
+        ("--mfu 40", "--mfu must be above 0"),
         ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide the 12"),
-        ("--gpus 4 --parallel=tp", "parallel is fsdp, ddp, hsdp"),
-        ("--gpus 4 --micro_batchsize=2", "did you mean 'micro_batch_size'"),
+        ("--gpus 4 --parallel=tp", "parallel must be one of fsdp, ddp, hsdp"),
+        ("--gpus 4 --micro_batchsize=2", "did you mean '--micro_batch_size'"),
         ("--gpus 4 --activation_checkpointing=some", "none, selective, full"),
         ("--gpus 4 --hidden_size=100", "hidden_size 100"),
         ("nowhere.py", "nowhere.py: No such file"),

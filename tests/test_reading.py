@@ -1,3 +1,5 @@
+import base64
+import codecs
 import gzip
 import json
 import os
@@ -8,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import reading
-from data.dataset import DataError
+from data import reading, tokenizer
+from data.bpe_training import read_texts
+from data.dataset import DataError, read_rows
 from data.reading import find_files, parse, place, read_documents, records
 
 pa = pytest.importorskip("pyarrow")
@@ -293,9 +296,34 @@ def test_folders_by_links_are_read_and_what_is_not_is_said(tmp_path, capsys):
     assert len(find_files([f"{tmp_path}/[in]*"])) == 2  # a glob is not to blame for what it meets
 
 
-def test_a_mark_of_byte_order_before_an_array(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"text": "x"},\n{"text": "y"}]')
-    assert list(read_documents([tmp_path / "a.json"])) == ["x", "y"]
+RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), b + 4) for b in range(256))
+BYTES = tokenizer.to_tokenizer_json(tokenizer.Tokenizer({bytes([b]): b + 4 for b in range(256)}))
+
+
+def tokens_of(file):
+    loaded = tokenizer.load(file)
+    return loaded.vocab_size, loaded.encode("un été")
+
+
+@pytest.mark.parametrize(
+    "name, content, read",
+    [
+        ("m.csv", b"name,path,weight\na,s3://a,1\n", read_rows),
+        ("r.tiktoken", RANKS, tokens_of),
+        ("tokenizer.json", json.dumps(BYTES).encode(), tokens_of),
+        ("a.txt", b"text", lambda file: list(read_documents([file]))),
+        ("a.jsonl", LINES, lambda file: list(read_documents([file]))),
+        ("a.json", b'[{"text": "x"},\n{"text": "y"}]', lambda file: list(read_documents([file]))),
+        ("a.py", b"x = 1\n", lambda file: list(read_texts([file]))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_byte_order_mark_changes_nothing(tmp_path, name, content, read):
+    """Excel and Windows' editors begin a file in UTF-8 with one."""
+    (tmp_path / name).write_bytes(content)
+    expected = read(tmp_path / name)
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+    assert read(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("form", ["arrow", "stream", "parquet"])

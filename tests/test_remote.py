@@ -287,14 +287,12 @@ def test_a_run_that_goes_on_later_reads_the_commit_that_it_began_with(hub, tmp_p
     assert hub.asked == ["c1", "c2"]
 
 
-def test_a_data_set_that_is_not_there_is_one_line(hub, tmp_path, capsys):
+def test_a_data_set_that_is_not_there_is_one_line(hub, tmp_path):
     tokenizer.save({bytes([b]): b + 4 for b in range(256)}, tmp_path / "r.tiktoken")
     args = ["tokens", "hf:me/texts#de", f"--tokenizer={tmp_path}/r.tiktoken"]
-    with pytest.raises(SystemExit) as ended:
+    message = "^hf:me/texts@c1#de: ValueError: BuilderConfig 'de' not found.$"
+    with pytest.raises(DataError, match=message):
         prepare.main([*args, f"--out={tmp_path}/x"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2
-    assert last == "data.prepare: hf:me/texts@c1#de: ValueError: BuilderConfig 'de' not found."
     assert not list(tmp_path.glob("x*"))
 
 

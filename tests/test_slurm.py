@@ -105,7 +105,7 @@ def test_mistyped_options_start_nothing(tiny_data, cluster):
     (cluster / "srun").write_text(f"#!/bin/bash\ntouch {cluster}/started\n")
     code, requeued = end(start(cluster, *options(tiny_data, sampels=160)), cluster)
     assert code == 1 and not requeued and not (cluster / "started").exists()
-    assert "did you mean 'samples'?" in (cluster / "log").read_text().splitlines()[-1]
+    assert "did you mean '--samples'?" in (cluster / "log").read_text().splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_every_op_is_measured():
 @pytest.mark.parametrize(
     "args, interpret, said",
     [
-        (["softmax"], "0", "no op softmax; there are rms_norm, "),
+        (["softmax"], "0", "no op 'softmax'; there are rms_norm, "),
         ([], "1", "TRITON_INTERPRET is set"),
     ],
 )

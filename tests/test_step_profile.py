@@ -364,7 +364,7 @@ def recorded(tmp_path, **change):
     return step_profile.analyse(events, shapes, CEILINGS, 1, wall), config, wall, shapes
 
 
-@pytest.mark.parametrize("mode", parallel.RECOMPUTATION)
+@pytest.mark.parametrize("mode", parallel.ACTIVATION_CHECKPOINTING)
 def test_a_real_step_is_told_apart(one_rank, tmp_path, mode):
     found, config, wall, _ = recorded(tmp_path, activation_checkpointing=mode)
     with torch.device("meta"):

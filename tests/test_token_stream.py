@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from conftest import launch
 
 from data.dataset import Mixture
 from data.inspection import Index
@@ -274,3 +275,21 @@ def test_files_on_disk_are_read_without_fsspec(tiny_data):
         "Mixture(sys.argv[1], 7, 42, 97)[0]\nassert 'fsspec' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_data / "mixture.csv")], check=True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data.mixture show {0}/none.csv",
+        "data.dataset count {0}/none.csv",
+        "data.prepare tokens {0}/none.txt --tokenizer {0}/none --out {0}/x",
+        "data.passages fr={0}/none.txt --out {0}/x",
+        "data.tokenizer train {0}/none.txt --out {0}/x",
+        "data.tokenizer compare --texts {0}/none.txt --tokenizers {0}/none",
+    ],
+)
+def test_a_command_reports_data_that_it_cannot_read_in_one_line(tmp_path, command):
+    module, *args = command.format(tmp_path).split()
+    done = launch(module, *args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{module}: {tmp_path}/none") and done.stderr.count("\n") == 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from text_cases import code_points, hard_strings, lucie_json
 
 from data import bpe_training, demo_corpus, tokenizer, tokenizer_base
-from data.tokenizer import BOS, EOS, LucieTokenizer, Tokenizer, TokenizerError
+from data.token_stream import DataError
+from data.tokenizer import BOS, EOS, LucieTokenizer, Tokenizer
 
 SAMPLE = "L'été, à 18h30 :  «Où est-ce ?»\n\n    def f(x):\n\treturn x * 42\r\n🙂 ﬁn \u00a0 e\u0301"
 
@@ -75,6 +76,17 @@ def test_a_ranks_file_comes_back(tmp_path, texts, trained):
     assert loaded.vocab_size == 1000
 
 
+def test_the_vocabulary_of_a_model_is_that_of_its_tokenizer(tmp_path):
+    path = tmp_path / "r.tiktoken"
+    tokenizer.save({bytes([b]): b + 4 for b in range(256)}, path)
+    assert tokenizer.load(path, 260).vocab_size == 260
+    message = "r.tiktoken has 260 tokens, but the model's vocabulary has 65,024$"
+    with pytest.raises(DataError, match=message):
+        tokenizer.load(path, 65_024)
+    with pytest.raises(DataError, match=r"^no tokenizer is known"):
+        tokenizer.load("", 260)
+
+
 @pytest.mark.parametrize(
     "content,message",
     [
@@ -88,7 +100,7 @@ def test_bad_ranks_files_are_named(tmp_path: Path, content, message):
     path = tmp_path / "r.tiktoken"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=f"{path}.*{message}"):
+    with pytest.raises(DataError, match=f"{path}.*{message}"):
         tokenizer.load(path)
 
 
@@ -174,7 +186,7 @@ def test_merges_are_found_whatever_the_order_of_ranks(trained):
     rng = random.Random(0)
     check_ids(ours, theirs, ("".join(rng.choices("abc ", k=20)) for _ in range(1000)))
     unmade = Tokenizer({t: i for i, t in enumerate([*single, b"abc"], start=4)})
-    with pytest.raises(TokenizerError, match="cannot be made by merges"):
+    with pytest.raises(DataError, match="cannot be made by merges"):
         tokenizer.to_tokenizer_json(unmade)
 
 
@@ -241,10 +253,10 @@ def test_another_tokenizer_json_is_refused_in_one_line(tmp_path, trained):
     path = tmp_path / "tokenizer.json"
     for message, content in contents.items():
         path.write_bytes(content)
-        with pytest.raises(TokenizerError, match=f"{path}: .*{message}") as error:
+        with pytest.raises(DataError, match=f"{path}: .*{message}") as error:
             tokenizer.load(tmp_path)
         assert "\n" not in str(error.value)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: No such file or directory$"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: No such file or directory$"):
         (tmp_path / "empty").mkdir()
         tokenizer.load(tmp_path / "empty")
 
@@ -293,7 +305,7 @@ def test_the_commands_train_and_compare(tmp_path, texts):
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
     ranks = tmp_path / "new/r.tiktoken"
-    done = command("train", tmp_path, "--vocab-size", 500, "--out", ranks)
+    done = command("train", tmp_path, "--vocab_size", 500, "--out", ranks)
     assert done.returncode == 0, done.stderr
     assert tokenizer.load(ranks).vocab_size == 500
     done = command("compare", "--texts", f"t={tmp_path}", "--tokenizers", f"mine={ranks}")

@@ -1,5 +1,4 @@
 import csv
-import gc
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from itertools import pairwise
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from conftest import SHARED, TINY, fork, launch, needs_shared
 
 import checkpoint
+import hf
 import train
 from config import Config
 
@@ -47,6 +48,12 @@ def run(data, *args, ranks=0, script="train.py", last=None, **change):
     arguments = [*options(data, **change), *args, *([last] if last else [])]
     # Ranks that disagree wait for each other for ever: the time limit makes that a failure.
     return launch(script, *arguments, ranks=ranks, timeout=90)
+
+
+def command(arguments):
+    """train.py with these arguments, to its exit code."""
+    sys.argv = ["train.py", *arguments]
+    train.run_cli(train.main, train.DataError, train.CheckpointError)
 
 
 def said(done):
@@ -213,7 +220,8 @@ def patched(data, code, ranks, **change):
         "import os, signal, sys, torch, train\n"
         "rank = int(os.environ.get('RANK', 0))\n"
         f"{code}\n"
-        "train.command_line(sys.argv[1:])\n"
+        "sys.argv[0] = 'train.py'\n"
+        "train.run_cli(train.main, train.DataError, train.CheckpointError)\n"
     )
     return run(data, ranks=ranks, script=script, **change)
 
@@ -310,7 +318,7 @@ def test_a_slow_disk_is_hidden_behind_the_step_and_shows_where_it_is_slower(
     bar = capsys.readouterr().err.replace("\r", "\n").splitlines()
     told = [line for line in bar if "waiting for data" in line]
     assert any("67% of the time waiting for data" in line for line in told) == (seconds == 57)
-    assert (seconds > 1) == bool(told)  # a tenth of the time is not worth a word
+    assert seconds > 1 or not told  # a tenth of the time is not worth a word
 
 
 def test_waits_add_up_between_two_rows(tiny_data, monkeypatch):
@@ -353,7 +361,8 @@ def test_a_number_that_is_none_names_step_and_samples(tiny_data, number):
     done = patched(tiny_data, code, 0, checkpoint_every=5)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = said(done)
-    assert line.startswith("train.py: step 7: loss nan") and "rank 0, samples 49, 53;" in line
+    assert line.startswith("train.py: step 7: loss nan, gradient norm nan, from samples 48 to 55")
+    assert "(rank 0: [48, 49, 50, 51, 52, 53, 54, 55]);" in line
     assert "stopped before the update, step 5 is the last one saved" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
@@ -366,11 +375,11 @@ def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data, way):
     assert done.returncode != 0
     (line,) = said(done)
     assert "step 7: loss nan" in line
-    assert "from rank 1, samples 51; stopped before the update" in line
+    assert "from samples 48 to 55 (rank 1: [49, 51, 53, 55]); stopped before the update" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
-def test_a_gradient_that_no_sample_explains_stops_too(tiny_data, monkeypatch):
+def test_a_gradient_that_no_loss_explains_stops_too(tiny_data, monkeypatch, capsys):
     clip, count = train.parallel.clip_gradients, [0]
 
     def poisoned(model, largest):
@@ -380,8 +389,9 @@ def test_a_gradient_that_no_sample_explains_stops_too(tiny_data, monkeypatch):
         return clip(model, largest)
 
     monkeypatch.setattr(train.parallel, "clip_gradients", poisoned)
-    with pytest.raises(train.Diverged, match=r"step 7: .*norm inf, from no sample of its own"):
-        train_here(tiny_data, checkpoint_every=5)
+    assert train.main(options(tiny_data, checkpoint_every=5)) == 1
+    line = "gradient norm inf, from samples 48 to 55 (the loss of each is finite); stopped before"
+    assert line in capsys.readouterr().err
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
@@ -403,7 +413,6 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
     monkeypatch.setattr(train.parallel, "clip_gradients", counting)
-    gc.unfreeze()
     train_here(tiny_data, validation="", log_every=100, max_minutes=60)
     steps = [asked[a:b] for a, b in pairwise(seen)]
     reading = [name for step in steps for name in step if name != "tolist"]
@@ -411,7 +420,6 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     # The thread that reads ahead counts the targets, on the host, one number a micro-batch.
     assert set(reading) <= {"__int__"} and len(reading) <= 2 * 20
     assert all(step.count("tolist") == 1 for step in steps)
-    assert gc.get_freeze_count() > 10_000  # no collection goes through the model and torch either
 
 
 def test_data_that_vanishes_mid_run_is_one_line_and_loses_nothing(tiny_data):
@@ -427,10 +435,10 @@ train_main = train.main
 train.main = lambda args: train_main(args[:-1])
 """
     script = tiny_data / "patched.py"
-    done = patched(tiny_data, code, 0, last=str(tiny_data / "a.bin"))
+    done = patched(tiny_data, code, 0, save_every=3, last=str(tiny_data / "a.bin"))
     assert script.exists() and done.returncode == 2
     assert "a.bin: No such file" in done.stderr and "Traceback" not in done.stderr
-    assert checkpoint.latest(tiny_data / "out/run").name in ("step0000004", "step0000005")
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000003"
 
 
 SPYING = """
@@ -448,7 +456,7 @@ train.main = lambda args: train_main(args[:-1])
 
 @pytest.mark.slow
 def test_a_run_moves_between_worlds_and_trains_on_the_same_samples(tiny_data):
-    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some, spread in all ways."""
+    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some, parallelized in all ways."""
     change = dict(global_batch_size=5, samples=100, warmup_samples=15, micro_batch_size=2)
     change |= dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5, validation="")
     whole = train_here(tiny_data, name="whole", **change)
@@ -504,7 +512,7 @@ def test_hand_over_between_phases_takes_weights_only(tiny_data):
 def test_starting_from_a_hugging_face_folder(tiny_data):
     train_here(tiny_data, name="main", samples=8, warmup_samples=0)
     model, _ = checkpoint.from_run(tiny_data / "out/main")
-    checkpoint.to_hf(model, tiny_data / "hf", torch.float32)
+    hf.to_hf(model, tiny_data / "hf")
     change = dict(name="on", samples=8, learning_rate=0.0, min_learning_rate=0.0, warmup_samples=0)
     train_here(tiny_data, init_from=f"hf:{tiny_data}/hf", **change)
     a, b = weights_of(tiny_data, "main"), weights_of(tiny_data, "on")
@@ -515,7 +523,7 @@ def test_a_changed_mixture_is_not_resumed(tiny_data):
     train_here(tiny_data, max_minutes=1e-6)
     (tiny_data / "mixture.csv").write_text("name,path,weight\na,a,0.6\nb,b,0.4\n")
     done = run(tiny_data)
-    assert done.returncode == 2 and "changed since it was begun" in done.stderr
+    assert done.returncode == 2 and "have changed since it began" in done.stderr
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_data):
@@ -565,7 +573,8 @@ def test_a_checkpoint_says_what_it_was_computed_with(tiny_data):
     state = checkpoint.read_state(checkpoint.latest(tiny_data / "out/run"))
     assert state["versions"]["torch"] == torch.__version__
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert state["versions"]["code"].startswith(head.stdout.strip() or "not a git checkout")
+    commit = state["versions"]["code"].removesuffix("-dirty")
+    assert head.stdout.strip().startswith(commit) or commit == "not a git checkout"
 
 
 @pytest.mark.slow
@@ -592,7 +601,7 @@ def test_one_gpu_follows_the_cpu(tiny_data):
 
 def test_ctrl_c_saves_and_exits_cleanly(tiny_data):
     args = options(tiny_data, samples=8_000_000, validation="")
-    process = fork(train.command_line, args)
+    process = fork(command, args)
     log = tiny_data / "out/run/log.csv"
     for _ in range(600):
         if log.is_file() and len(log.read_text().splitlines()) > 5:
@@ -614,7 +623,191 @@ def test_max_minutes_saves_and_stops(tiny_data):
 def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
     rows = train_here(tiny_data)
     assert results(train_here(tiny_data)) == results(rows)
-    assert "step 20 of 20" in capsys.readouterr().out
+    assert "run: had finished before, all 20 steps" in capsys.readouterr().out
+
+
+# --- what a run says
+
+
+def test_start_validation_and_end_are_told(tiny_data, capsys):
+    train_here(tiny_data, max_minutes=1e-6)
+    out = capsys.readouterr().out
+    assert out.startswith("run: 74,176 parameters, float32, 1 x CPU\n20 steps, 160 samples, 2,560 ")
+    assert f"tokens; begins at step 0; writes to {tiny_data}/out/run\n" in out
+    assert "sources read more than once: a (1.9 times)\n" in out
+    assert "run: stopped after step 1 of 20; the same command goes on: python " in out
+    train_here(tiny_data)
+    out = capsys.readouterr().out
+    assert "; resumes after step 1; " in out and "run: finished, all 20 steps\n" in out
+    assert f"newest checkpoint: {tiny_data}/out/run/checkpoints/step0000020" in out
+    validated = [line for line in out.splitlines() if "validation loss" in line]
+    rows = {row["training_steps"]: row["validation_loss"] for row in log_of(tiny_data)}
+    assert validated == [f"step {n}: validation loss {float(rows[n]):.4f}" for n in ("10", "20")]
+
+
+def test_a_log_file_has_lines(tiny_data):
+    done = run(tiny_data)
+    assert done.returncode == 0 and "\r" not in done.stderr + done.stdout
+    (line,) = done.stderr.splitlines()  # of a run under a minute the last state of the bar
+    assert "100%" in line and "160/160" in line
+
+
+# --- one process a run
+
+
+def test_a_second_process_is_refused_before_it_touches_anything(tiny_data):
+    train_here(tiny_data, max_minutes=1e-6)
+    unfinished = tiny_data / "out/run/checkpoints/.step0000002.tmp"
+    unfinished.mkdir()  # as the first one would be writing it
+    before = (tiny_data / "out/run/log.csv").read_bytes()
+    held = checkpoint.lock(tiny_data / "out/run")
+    done = run(tiny_data)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"train.py: {tiny_data}/out/run: another process is training this run\n"
+    assert (tiny_data / "out/run/log.csv").read_bytes() == before and unfinished.is_dir()
+    held.close()
+    assert run(tiny_data).returncode == 0
+
+
+# --- longer runs
+
+
+def test_a_constant_schedule_can_be_extended_bit_for_bit(tiny_data):
+    constant = dict(lr_decay="constant", validation="")
+    whole = train_here(tiny_data, name="whole", samples=240, **constant)
+    train_here(tiny_data, **constant)
+    assert results(train_here(tiny_data, samples=240, **constant)) == results(whole)
+    with pytest.raises(train.ConfigError, match="samples was 240 and is 80"):
+        train_here(tiny_data, samples=80, **constant)
+
+
+def test_a_cosine_schedule_says_how_to_train_on(tiny_data):
+    train_here(tiny_data)
+    with pytest.raises(train.ConfigError, match=r"cosine schedule.*--name=NEW --init_from=.*/run"):
+        train_here(tiny_data, samples=240)
+
+
+def test_a_run_from_before_an_option_goes_on(tiny_data, monkeypatch):
+    train_here(tiny_data, max_minutes=1e-6)
+    read = checkpoint.read_state
+
+    def without(path):
+        state = read(path)
+        del state["config"]["document_mask"]
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", without)
+    assert len(train_here(tiny_data)) == 20
+
+
+# --- logs
+
+
+def open_log(tmp_path, step, **change):
+    return train.open_log(Config(**SMALL | change), tmp_path, step)
+
+
+def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
+    """Of other columns too: as it was before data_seconds, and with one that is gone."""
+    (tmp_path / "log.csv").write_text(
+        "training_steps,training_tokens,training_loss,walltime,gputime,learning_rate,grad_norm,"
+        "loudness,tokens_per_second,mfu,validation_loss\n"
+        "1,16,4.5,0.1,0.2,0.001,1.5,11,99,,4.25\n2,32,4.25,0.2,0.4,0.002,1.25,11,98,0.5,\n"
+        "3,48,4.0,0.3,0.6,0.003,1.0,11,97,0.5,\n2,32,4.25\n"  # killed in the middle of a row
+    )
+    expected = [
+        ",".join(train.LOG_COLUMNS),
+        "1,16,4.5,0.1,0.2,0.001,1.5,99,,4.25,",
+        "2,32,4.25,0.2,0.4,0.002,1.25,98,0.5,,",
+    ]
+    write = open_log(tmp_path, 2)
+    assert (tmp_path / "log.csv").read_text().splitlines() == expected
+    write(dict.fromkeys(train.LOG_COLUMNS) | {"training_steps": 3, "training_loss": 1.5})
+    assert (tmp_path / "log.csv").read_text().splitlines() == [*expected, "3,,1.5,,,,,,,,"]
+    for text in ("", "\n", "no,log\n1,2\n"):
+        (tmp_path / "log.csv").write_text(text)
+        open_log(tmp_path, 2)
+        assert (tmp_path / "log.csv").read_text() == expected[0] + "\n"
+
+
+@pytest.mark.parametrize("fails", ["at the start", "at a row"])
+def test_a_broken_tensorboard_is_a_warning(tiny_data, monkeypatch, capsys, fails):
+    class Broken:
+        def __init__(self, *args, **kwargs):
+            if fails == "at the start":
+                raise TypeError("Descriptors cannot be created directly")
+
+        def add_scalar(self, *args):
+            raise RuntimeError("its thread is gone")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Broken)
+    assert len(train_here(tiny_data)) == 20
+    assert capsys.readouterr().err.count("train.py: goes on without TensorBoard (") == 1
+
+
+def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys):
+    seen = []
+    board = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)))
+    wandb = types.SimpleNamespace(init=lambda **options: seen.append(options) or board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rows = train_here(tiny_data, wandb_project="lucie")
+    options, *logged = seen
+    assert (options["project"], options["name"], options["resume"]) == ("lucie", "run", "allow")
+    assert options["config"]["hidden_size"] == 64
+    for (step, numbers), row in zip(logged, rows, strict=True):
+        assert str(step) == row["training_steps"]
+        assert {n: str(v) for n, v in numbers.items()} == {
+            n: v for n, v in row.items() if v and n != "training_steps"
+        }
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    assert len(train_here(tiny_data, name="other", wandb_project="lucie")) == 20
+    assert "goes on without Weights & Biases (" in capsys.readouterr().err
+
+
+# --- documents
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_sample_has_the_loss_of_its_documents_alone(dtype):
+    """Of random lengths, some of them of one token; the first begins before the sample."""
+    config = Config(**SMALL | {"seq_len": 64, "document_mask": True, "dtype": dtype})
+    model = train.Lucie(checkpoint.architecture(vars(config)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 97, (2, 65), generator=generator)
+    starts = [[9, 10, 30, 63], [0, 31]]
+    for row, positions in zip(tokens, starts):
+        row[positions] = 0
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    cpu = torch.device("cpu")
+    packed = train.loss_sum(model, x, y, config, cpu)
+    alone = 0.0
+    config.document_mask = False
+    for row, positions in enumerate(starts):
+        for a, b in pairwise([*dict.fromkeys([0, *positions]), 64]):
+            one = slice(row, row + 1), slice(a, b)
+            alone += train.loss_sum(model, x[one], y[one], config, cpu).item()
+    # In fp32 the sum itself is rounded; in bf16 each of 128 losses is, independently of the others.
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    tolerance = 8 * eps * alone if dtype == "float32" else 2 * eps * alone / math.sqrt(128)
+    assert abs(packed.item() - alone) < tolerance
+    unmasked = train.loss_sum(model, x, y, config, cpu).item()
+    assert abs(unmasked - alone) > 2 * tolerance
+
+
+def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
+    seen, forward = [], train.Lucie.forward
+
+    def noting(self, tokens, targets, **options):
+        seen.append(options["cu_seqlens"])
+        return forward(self, tokens, targets, **options)
+
+    monkeypatch.setattr(train.Lucie, "forward", noting)
+    plain = train_here(tiny_data, name="plain", samples=32)
+    assert not any(mask is not None for mask in seen)
+    seen.clear()
+    masked = train_here(tiny_data, name="masked", samples=32, document_mask=True)
+    assert all(int(mask[-1]) == 64 and len(mask) >= 5 for mask in seen)  # 4 samples of 16
+    assert masked[0]["training_loss"] != plain[0]["training_loss"]
 
 
 # --- bad input: one line, exit 2, nothing lost or half written
@@ -623,26 +816,26 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"learning_rat": 1}, "did you mean 'learning_rate'?"),
+        ({"learning_rat": 1}, "did you mean '--learning_rate'?"),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
-        ({"samples": 7, "warmup_samples": 0}, "not enough for one step"),
+        ({"samples": 7, "warmup_samples": 0}, "samples: 7 are not enough for one step"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
         ({"vocab_size": 50}, "past the vocabulary of 50"),
         ({"seq_len": 100_000}, "too few for one sample of 100,000"),
         ({"tokenizer": "none.tiktoken"}, "none.tiktoken: No such file"),
-        ({"tokenizer": "{data}/r.tiktoken"}, "has 260 tokens, but vocab_size is 97"),
+        ({"tokenizer": "{data}/r.tiktoken"}, "has 260 tokens, but the model's vocabulary has 97"),
         ({"init_from": "resume"}, "no complete checkpoint"),
         ({"init_from": "{data}/nowhere"}, "no complete checkpoint"),
         ({"init_from": "hf:{data}/nowhere"}, "nowhere"),
-        ({"dtype": "int8"}, "dtype is bfloat16, float32 or auto"),
+        ({"dtype": "int8"}, "dtype must be bfloat16, float32 or auto"),
         ({"device": "cuda"}, "device 'cuda'"),
         ({"kernels": "cuda"}, "kernels are auto, triton, torch, not 'cuda'"),
         ({"kernels": "triton"}, "need a CUDA GPU, and there is none here"),
         ({"out_dir": "/dev/null/x"}, "/dev/null/x"),
-        ({"parallel": "tp"}, "parallel is fsdp, ddp, hsdp, not 'tp'"),
-        ({"activation_checkpointing": "some"}, "activation_checkpointing is none, selective, full"),
+        ({"parallel": "tp"}, "parallel must be one of fsdp, ddp, hsdp, not 'tp'"),
+        ({"activation_checkpointing": "some"}, "activation_checkpointing must be one of none"),
         ({"keep_last": 0}, "keep_last must be at least 1"),
         ({"save_every": -1}, "save_every must be 0 or more"),
         ({"learning_rate": -1}, "learning_rate must be 0 or more"),
@@ -657,7 +850,8 @@ def test_bad_input_is_one_line(tiny_data, change, message):
 
     tokenizer.save({bytes([b]): b + 4 for b in range(256)}, tiny_data / "r.tiktoken")
     change = {k: v.format(data=tiny_data) if type(v) is str else v for k, v in change.items()}
-    with pytest.raises(train.EXPECTED) as caught:
+    expected = (train.ConfigError, train.DataError, train.CheckpointError, OSError)
+    with pytest.raises(expected) as caught:
         train_here(tiny_data, **change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert checkpoint.latest(tiny_data / "out/run") is None
@@ -666,9 +860,9 @@ def test_bad_input_is_one_line(tiny_data, change, message):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"learning_rat": 1}, "--learning_rat=1: no option is called 'learning_rat'"),
+        ({"learning_rat": 1}, "no option is called --learning_rat; did you mean"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
-        ({"out_dir": "/dev/null/x"}, "/dev/null/x/run: Not a directory"),
+        ({"out_dir": "/dev/null/x"}, "/dev/null/x: Not a directory"),
     ],
 )
 def test_an_error_that_is_expected_ends_with_its_line_and_2(tiny_data, change, message):
@@ -678,15 +872,9 @@ def test_an_error_that_is_expected_ends_with_its_line_and_2(tiny_data, change, m
     assert "Traceback" not in done.stderr
 
 
-def test_forced_kernels_need_the_gpu_that_device_forbids(tiny_data, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(train.ConfigError, match="kernels=triton: not with --device=cpu"):
-        train_here(tiny_data, kernels="triton")
-
-
 def test_lucie_7b_on_a_small_machine_says_what_it_needs(tiny_data, monkeypatch):
-    monkeypatch.setattr(train.hardware, "memory_of_machine", lambda device: 24 * 10**9)
-    with pytest.raises(train.ConfigError, match=r"6\.71 B parameters train in 107 GB.*demo"):
+    monkeypatch.setattr(train.parallel, "memory_of_machine", lambda device: 24 * 10**9)
+    with pytest.raises(train.ConfigError, match=r"6\.71 B parameters takes at least 107 GB.*demo"):
         train.main(["config/pretrain.py", "--device=cpu"])
 
 
@@ -712,7 +900,7 @@ def test_real_text_in_five_languages_trains(tmp_path):
     prepare = [sys.executable, "-m", "data.prepare"]
     learn = [sys.executable, "-m", "data.tokenizer", "train"]
     ranks = tmp_path / "r.tiktoken"
-    command = [*learn, str(files[1]), "--vocab-size=2000", "--out", str(ranks)]
+    command = [*learn, str(files[1]), "--vocab_size=2000", "--out", str(ranks)]
     subprocess.run(command, check=True, capture_output=True)
     lines = ["name,path,weight"]
     for file, weight in zip(files, (33.2, 32.4, 6.9, 6.6, 3.8)):

@@ -17,16 +17,15 @@ from conftest import TINY
 import checkpoint
 import eval.harness
 import eval.needle
-from checkpoint import CheckpointError
-from completion import Sampling, complete
+from checkpoint import CheckpointError, open_model, write_text
+from config.cli import ConfigError
 from data import tokenizer
+from data.token_stream import DataError
 from eval import watch
 from eval.harness import TasksFailed
-from eval.opening import command_line
 from eval.watch import Evaluation
-from loading import open_model
+from generate import Sampling, complete
 from model import Lucie, LucieConfig
-from runlog import write_whole
 
 BYTES = {bytes([b]): b + 4 for b in range(256)}
 SCHEDULE = dict(
@@ -77,7 +76,7 @@ def stand_in(file: Path, seconds: float = 0.0) -> Evaluation:
         with open(file.with_name("begun"), "a") as f:
             f.write(f"{step}\n")
         time.sleep(seconds)
-        write_whole(file, "\n".join([*lines(), f"{step} {path.name}"]) + "\n")
+        write_text(file, "\n".join([*lines(), f"{step} {path.name}"]) + "\n")
 
     return Evaluation(
         "stand-in", lambda path: any(line.endswith(path.name) for line in lines()), run
@@ -103,11 +102,11 @@ def test_killed_and_restarted_at_random_each_checkpoint_is_evaluated_once(whole,
             known = tasks.read_text().splitlines() if tasks.exists() else []
             if line not in known:
                 time.sleep(0.004)
-                write_whole(tasks, "\n".join([*known, line]) + "\n")
+                write_text(tasks, "\n".join([*known, line]) + "\n")
 
     ledger = run / "evaluated.jsonl"
     evaluations = [
-        stand_in(results, 0.01),
+        stand_in(results, 0.03),
         watch.command("tasks", two_tasks, lambda path: [str(path)], ["a", "b"], ledger),
     ]
     coming = sorted((whole / "checkpoints").iterdir())
@@ -229,22 +228,23 @@ def test_tasks_that_fail_are_lines_and_tried_at_the_next_start(run, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_at_the_start(run, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_told_at_the_start(run, tmp_path, monkeypatch):
     """Before any checkpoint: not hours later, when the first one is there."""
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
     own = manager(include_path="tests/eval_tasks", include_defaults=False)
     monkeypatch.setattr(eval.harness, "_tasks_there_are", lambda *given: own)
 
     def line(*args: object) -> str:
-        assert command_line("eval.watch", watch.main, [str(run), *map(str, args)]) == 2
-        (said,) = capsys.readouterr().err.splitlines()
+        with pytest.raises((ConfigError, DataError)) as raised:
+            watch.main([str(run), *map(str, args)])
         assert not (run / "samples.jsonl").exists()
-        return said
+        return str(raised.value)
 
     assert "no task leters" in line("--tasks=letters,leters")
-    assert "a.txt: not a folder" in line("--needle", f"--haystack {tmp_path}/a.txt")
+    assert "a.txt: not a folder" in line(f"--needle=--haystack {tmp_path}/a.txt")
     (tmp_path / "a.txt").write_text("a b")
-    assert "--depths 1 or more" in line("--needle", f"--haystack {tmp_path}/a.txt --depths 0")
+    assert "--depths >= 1" in line(f"--needle=--haystack {tmp_path}/a.txt --depths 0")
+    assert "No closing quotation" in line(f"--needle=--haystack '{tmp_path}/a.txt")
     for name in [name for name in sys.modules if name.startswith("lm_eval")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "eval.adapter", raising=False)
@@ -255,8 +255,8 @@ def test_samples_are_what_the_checkpoint_completes(run, capsys):
     (run / "prompts.txt").write_text("Bonjour\n\nligne 1\\nligne 2\u2028x\n", encoding="utf-8")
     for step in (1, *range(3, LAST)):
         shutil.rmtree(run / "checkpoints" / f"step{step:07d}")
-    args = [str(run), f"--prompts={run / 'prompts.txt'}", "--max-new-tokens=6", "--device=cpu"]
-    assert command_line("watch", watch.main, args) == 0
+    args = [str(run), f"--prompts={run / 'prompts.txt'}", "--max_new_tokens=6", "--device=cpu"]
+    watch.main(args)
     lines = watch.read_lines(run / "samples.jsonl")
     prompts = ["Bonjour", "ligne 1\nligne 2\u2028x"]
     assert [(s["training_steps"], s["training_tokens"], s["prompt"]) for s in lines] == [
@@ -270,11 +270,11 @@ def test_samples_are_what_the_checkpoint_completes(run, capsys):
     # a further prompt is completed alone; a whole file is not computed again
     with open(run / "prompts.txt", "a") as f:
         f.write("Ciao\n")
-    assert command_line("watch", watch.main, args) == 0
+    watch.main(args)
     more = watch.read_lines(run / "samples.jsonl")
     assert more[:4] == lines and [s["prompt"] for s in more[4:]] == ["Ciao", "Ciao"]
     before = (run / "samples.jsonl").stat().st_mtime_ns
-    assert command_line("watch", watch.main, args) == 0
+    watch.main(args)
     assert (run / "samples.jsonl").stat().st_mtime_ns == before
 
 
@@ -288,10 +288,10 @@ def test_the_commands_that_are_run(run, monkeypatch):
     monkeypatch.chdir(run)
     for name in ("a.txt", "b c.txt"):
         (run / name).write_text("a haystack")
-    args = [str(run), "--max-new-tokens=1", "--device=cpu", "--tasks=french,arc_easy"]
-    watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
+    args = [str(run), "--max_new_tokens=1", "--device=cpu", "--tasks=french,arc_easy"]
+    watch.main([*args, "--include_path=mine", "--needle=--haystack a.txt 'b c.txt' --depths 3"])
     path = str(run / "checkpoints" / f"step{LAST:07d}")
-    own = ["--include-path", "mine", "--device=cpu"]
+    own = ["--include_path", "mine", "--device=cpu"]
     hay = [
         "a.txt",
         "b c.txt",
@@ -307,13 +307,13 @@ def test_the_commands_that_are_run(run, monkeypatch):
     ]
     eval.harness.parse(called[0][1])  # both know these options
     assert eval.needle.parse(called[1][1]).haystack == ["a.txt", "b c.txt"]
-    watch.main([*args, "--include-path=mine", "--needle", "--haystack a.txt 'b c.txt' --depths 3"])
+    watch.main([*args, "--include_path=mine", "--needle=--haystack a.txt 'b c.txt' --depths 3"])
     assert len(called) == 2
     # the same, from elsewhere and on another device
     monkeypatch.chdir(run.parent)
-    other = ["tiny", "--max-new-tokens=1", "--device=cuda", "--tasks=french,arc_easy"]
+    other = ["tiny", "--max_new_tokens=1", "--device=cuda", "--tasks=french,arc_easy"]
     hay = f"--haystack tiny/a.txt '{run}/b c.txt' --depths 3"
-    watch.main([*other, "--include-path", str(run / "mine"), "--needle", hay])
+    watch.main([*other, "--include_path", str(run / "mine"), f"--needle={hay}"])
     assert len(called) == 2
     watch.main([*other, "--needle=--haystack tiny/a.txt"])  # something else
     assert len(called) == 3
@@ -324,7 +324,7 @@ def test_the_commands_that_are_run(run, monkeypatch):
 def test_one_watcher_of_a_run(run):
     pytest.importorskip("fcntl")
     with watch.only_one(run):
-        with pytest.raises(CheckpointError, match="watched already"):
+        with pytest.raises(CheckpointError, match="watches it already"):
             with watch.only_one(run):
                 pass
     with watch.only_one(run):
@@ -346,10 +346,9 @@ def test_the_command_killed_in_each_part_does_all_once(run, tmp_path):
         shutil.rmtree(run / "checkpoints" / f"step{step:07d}")
     (tmp_path / "hay.txt").write_text("The year opens slowly. The wind turns. " * 40)
     command = [sys.executable, "-m", "eval.watch", run, "--tasks=letters", "--device=cpu"]
-    command += ["--include-path=tests/eval_tasks", "--max-new-tokens=2", "--needle"]
-    command += [
-        f"--haystack {tmp_path}/hay.txt --lengths 450 900 4 --depths 9 --scoring likelihood"
-    ]
+    command += ["--include_path=tests/eval_tasks", "--max_new_tokens=2"]
+    hay = f"--haystack {tmp_path}/hay.txt --lengths 450 900 4 --depths 9 --scoring likelihood"
+    command += [f"--needle={hay}"]
     names = [f"step{step:07d}" for step in (8, 9, 10)]
     cells = [run / "needle" / name / "en_likelihood.csv" for name in names]
     records = [run / "evaluation" / f"tiny_{name}" / "letters.json" for name in names]
@@ -383,17 +382,18 @@ def test_the_command_killed_in_each_part_does_all_once(run, tmp_path):
     assert ledger == [(name, what) for name in names for what in ("tasks", "needle")]
 
 
-def test_bad_input_is_one_line(run, tmp_path, capsys):
+def test_bad_input_is_an_error(run, tmp_path):
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bytes").write_bytes(b"a\xff\n")
     (run / "samples.jsonl").write_text("{")
     (tmp_path / "no" / "checkpoints").mkdir(parents=True)
     for args, message in (
-        ([tmp_path / "nothing"], "no run there"),
+        ([tmp_path / "nothing"], "is not a run"),
         ([tmp_path / "no"], "no config.json"),
-        ([run, "--poll=0"], "--poll over 0"),
-        ([run, f"--prompts={tmp_path / 'empty'}"], "no prompt in it"),
+        ([run, "--poll=0"], "--poll above 0"),
+        ([run, f"--prompts={tmp_path / 'empty'}"], "holds no prompt"),
+        ([run, f"--prompts={tmp_path / 'bytes'}"], "not UTF-8 at byte 1"),
         ([run], "samples.jsonl: damaged"),
     ):
-        assert command_line("eval.watch", watch.main, list(map(str, args))) == 2
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, err
+        with pytest.raises((CheckpointError, ConfigError, DataError), match=message):
+            watch.main(list(map(str, args)))

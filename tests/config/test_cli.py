@@ -1,0 +1,112 @@
+"""What all commands share: options, exit codes, and progress in a log file.
+
+tests/test_generate.py tries the streams of a real command: a closed input, a closed output, ASCII.
+"""
+
+import io
+import re
+import sys
+
+import pytest
+from tqdm import tqdm
+
+from config.cli import ConfigError, LogFile, Parser, run_cli
+
+
+@pytest.fixture
+def parser():
+    parser = Parser(prog="tool")
+    parser.add_argument("--top_k", type=int)
+    commands = parser.add_subparsers()
+    commands.add_parser("inspect").add_argument("--check_bytes", action="store_true")
+    return parser
+
+
+def test_hyphens_are_accepted_for_underscores_in_names_only():
+    parser = Parser()
+    parser.add_argument("--out_dir")
+    parser.add_argument("rest", nargs="*")
+    for args in (["--out-dir", "a-b_c=--d"], ["--out_dir=a-b_c=--d"], ["--out-dir=a-b_c=--d"]):
+        assert parser.parse_args(args).out_dir == "a-b_c=--d"
+    assert parser.parse_args(["--", "--a-b"]).rest == ["--a-b"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--topk=3"], "no option is called --topk; did you mean '--top_k'?"),
+        (["--top=3"], "no option is called --top; did you mean '--top_k'?"),
+        (["inspect", "--check"], "no option is called --check; did you mean '--check_bytes'?"),
+        (["inspect", "more"], "unexpected argument 'more'"),
+        (["--top_k", "x"], "--top_k: invalid int value: 'x'"),
+    ],
+)
+def test_options_that_do_not_exist_suggest_the_nearest(parser, args, message):
+    with pytest.raises(ConfigError) as error:
+        parser.parse_args(args)
+    assert str(error.value) == message
+
+
+class OurError(Exception):
+    pass
+
+
+def ending(result):
+    """A main that ends so."""
+
+    def main(args):
+        assert args == ["--an=option"]
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "result, code, line",
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (ConfigError("no such thing\nand more"), 2, "tool.py: no such thing\n"),
+        (OurError("of ours"), 2, "tool.py: of ours\n"),
+        (FileNotFoundError(2, "No such file", "a.csv"), 2, "tool.py: a.csv: No such file\n"),
+        (KeyboardInterrupt(), 130, "\n"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_an_exit_code(monkeypatch, capsys, result, code, line):
+    monkeypatch.setattr(sys, "argv", ["some/tool.py", "--an=option"])
+    with pytest.raises(SystemExit) as end:
+        run_cli(ending(result), OurError)
+    assert (end.value.code, capsys.readouterr().err) == (code, line)
+
+
+def test_any_other_error_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
+    with pytest.raises(ZeroDivisionError):
+        run_cli(ending(ZeroDivisionError()), OurError)
+
+
+def test_ranks_report_an_option_once_and_other_errors_each(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for error in (ConfigError("seed"), OurError("of one rank")):
+        with pytest.raises(SystemExit):
+            run_cli(ending(error), OurError)
+    assert capsys.readouterr().err == "tool.py: rank 3: of one rank\n"
+
+
+def test_a_bar_in_a_log_file_leaves_a_line_a_minute_and_its_last_one(monkeypatch):
+    now, file = [0.0], io.StringIO()
+    monkeypatch.setattr("config.cli.time.monotonic", lambda: now[0])
+    log = LogFile(file)
+    with tqdm(total=170, desc="steps", file=log, mininterval=0, miniters=1) as bar:
+        for now[0] in range(1, 171):
+            bar.update()
+            if now[0] == 90:
+                tqdm.write("a message", file=log)
+    print("the end", file=log)
+    assert "\r" not in file.getvalue()
+    lines = [re.sub(r".* (\d+)/170 .*", r"\1", line) for line in file.getvalue().splitlines()]
+    assert lines == ["60", "a message", "120", "170", "the end"]

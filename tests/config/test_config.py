@@ -1,0 +1,134 @@
+"""Defaults, config files and the command line become a Config, or one line says why not."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import config
+from config import Config, ConfigError, load
+
+PHASES = ("pretrain", "extension", "annealing")
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    """The file begins with a byte order mark, as some editors write it."""
+    file, text = tmp_path / "c.py", '"""A phase."""\nseed = 7  # lucky\nlearning_rate = 1\n'
+    file.write_text(text + "samples = 2e6\n", encoding="utf-8-sig")
+    c = load([str(file), "--seed=8"])
+    assert (c.seed, c.learning_rate, c.samples, c.beta2) == (8, 1.0, 2_000_000, 0.95)
+    assert (type(c.learning_rate), type(c.samples)) == (float, int)
+
+
+@pytest.mark.parametrize(
+    "args, name, value",
+    [
+        (["--name=2024_01"], "name", "2024_01"),
+        (["--name", "my-run"], "name", "my-run"),
+        (["--name=None"], "name", "None"),
+        (["--samples=2e6"], "samples", 2_000_000),
+        (["--samples", "2_000_000"], "samples", 2_000_000),
+        (["--rope-theta=20000000"], "rope_theta", 2e7),
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+        (["--compile"], "compile", True),
+        (["--compile", "--seed=3"], "compile", True),
+        (["--compile", "config/pretrain.py"], "compile", True),
+        (["--reduce-each-micro-batch", "False"], "reduce_each_micro_batch", False),
+    ],
+)
+def test_an_option_is_read_as_its_type_and_never_evaluated(args, name, value):
+    found = getattr(load(args), name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--learning_rat=1e-4"], "--learning_rat; did you mean '--learning_rate'?"),
+        (["--compile", "yes"], "--compile: must be true or false, not 'yes'"),
+        (["--rope_theta=12e3456"], "--rope_theta: must be a number, not '12e3456'"),
+        (["--seed=1.5"], "--seed: must be a whole number, not '1.5'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["nowhere.py"], "nowhere.py: No such file"),
+        (["--seq_len=0"], "seq_len must be at least 1, not 0"),
+        (["--clip_grad=-1"], "clip_grad must be 0 or more, not -1.0"),
+        (["--beta1=2"], "beta1"),
+        (["--name="], "name must not be empty"),
+    ],
+)
+def test_bad_arguments_are_named(args, message):
+    with pytest.raises(ConfigError) as error:
+        load(args)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("warmup = 3", "no option is called 'warmup'; did you mean 'warmup_samples'"),
+        ("seed = 'x'", "seed is a whole number, not 'x'"),
+        ("seed = True", "seed is a whole number, not True"),
+        ("learning_rate = 'high'", "learning_rate is a number, not 'high'"),
+        ("import os", "line 1: a config file holds only lines like"),
+        ("name = open('/etc/passwd').read()", "line 1"),
+        ("seed = 1\nseed: int = 2", "line 2"),
+        ("seed = = 2", "not a config file"),
+    ],
+)
+def test_bad_files_are_refused_and_never_executed(tmp_path, text, message):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"c\.py.*{message}"):
+        load([str(tmp_path / "c.py")])
+
+
+def test_fewer_samples_shorten_warmup_and_ramp_in_proportion(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("samples = 1000\nwarmup_samples = 200\nbatch_ramp_samples = 50")
+
+    def schedule(*args):
+        c = load([str(tmp_path / "c.py"), *args])
+        return c.warmup_samples, c.batch_ramp_samples
+
+    assert schedule("--samples=100") == (20, 5)
+    told = "warmup_samples from 200 to 20 and batch_ramp_samples from 50 to 5"
+    assert capsys.readouterr().err == f"--samples=100 shortens {told}\n"
+    assert schedule("--samples=100", "--warmup_samples=30") == (30, 50)
+    assert schedule("--samples=500") == schedule() == (200, 50)  # long enough
+    assert not capsys.readouterr().err
+    assert schedule("--samples=100", "--batch_ramp_samples=40") == (20, 40)
+    assert capsys.readouterr().err == "--samples=100 shortens warmup_samples from 200 to 20\n"
+
+
+def test_every_option_is_documented_and_shown_by_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(["--help"])
+    shown, source = capsys.readouterr().out, inspect.getsource(config)
+    assert stop.value.code == 0
+    for field in dataclasses.fields(Config):
+        (line,) = [x for x in source.splitlines() if x.startswith(f"    {field.name}: ")]
+        before = source[: source.index(line)].rstrip().splitlines()[-1]
+        assert line in shown and ("#" in line or before.lstrip().startswith("#")), field.name
+
+
+def test_published_numbers():
+    pretrain, extension, annealing = (load([f"config/{phase}.py"]) for phase in PHASES)
+    for c in (pretrain, extension, annealing):
+        assert (c.beta1, c.beta2, c.eps, c.weight_decay, c.clip_grad) == (0.9, 0.95, 1e-5, 0.1, 1)
+        assert (c.hidden_size, c.num_hidden_layers, c.vocab_size) == (4096, 32, 65024)
+        assert (c.seed, c.initializer_range, c.max_minutes) == (42, 0.009, 1190)
+    assert (pretrain.seq_len, pretrain.rope_theta) == (4096, 5e5)
+    assert (pretrain.learning_rate, pretrain.min_learning_rate) == (3e-4, 3e-5)
+    for c in (extension, annealing):
+        assert (c.seq_len, c.rope_theta, c.global_batch_size) == (32_000, 2e7, 128)
+    assert (extension.learning_rate, extension.lr_decay) == (2e-5, "constant")
+    assert (annealing.learning_rate, annealing.min_learning_rate) == (3e-5, 0)
+
+
+def test_the_demo_has_the_same_shape():
+    phases = [load([f"config/demo_{phase}.py"]) for phase in PHASES]
+    assert phases[0].batch_ramp_samples and phases[0].warmup_samples
+    assert [c.lr_decay for c in phases] == ["cosine", "constant", "linear"]
+    assert phases[1].seq_len > phases[0].seq_len and phases[1].rope_theta > phases[0].rope_theta
+    assert phases[1].init_from.endswith(phases[0].name)
+    assert phases[2].init_from.endswith(phases[1].name)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "tokenizer"):
+        assert len({getattr(c, name) for c in phases}) == 1
