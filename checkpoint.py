@@ -33,8 +33,6 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -147,13 +145,11 @@ class Saver:
             # torch.distributed.checkpoint's key and format for where the rows of a shard belong
             offsets = {key: [row, 0][: copies[key].ndim] for key, row in first_rows.items()}
             places = {key: {"saved_offsets": offset} for key, offset in offsets.items()}
-            try:
-                if copies:
-                    save_file(copies, file, {"DCP_SHARDING_INFO": json.dumps(places)})
-                    hf.sync(file)
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: {in_one_line(error)}") from None
-            return {file.name: _facts(file)} if copies else {}
+            if not copies:
+                return {}
+            hf.save_tensors(copies, file, {"DCP_SHARDING_INFO": json.dumps(places)})
+            hf.sync(file)
+            return {file.name: _facts(file)}
 
         def complete(files: dict[str, dict]) -> None:
             if rank > 0:

@@ -447,7 +447,7 @@ def write_folder(
             for name, tensor in shard.items():
                 if dtype == torch.float16 and not tensor.isfinite().all():
                     raise CheckpointError(f"{path}: {name} has values that fp16 cannot hold")
-            save_file(shard, folder / file, {"format": "pt"})
+            save_tensors(shard, folder / file, {"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
             bar.update(sum(sizes[n] for n in names))
         if len(shards) > 1:
@@ -459,6 +459,16 @@ def write_folder(
             (folder / name).write_text(content, encoding="utf-8")
         if known:
             tokenizers.save_folder(known, folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
+    """Write a safetensors file. Raises CheckpointError."""
+    try:
+        save_file(tensors, file, about)
+        # The library makes files private; this is what any other file in that folder would have.
+        file.chmod(file.parent.stat().st_mode & 0o666)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {in_one_line(error)}") from None
 
 
 @contextmanager
@@ -488,7 +498,7 @@ def new_folder(path: Path, nbytes: int = 0) -> Iterator[Path]:
             path.rmdir()  # an empty one
         os.replace(unfinished, path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: could not be written ({in_one_line(error)})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,9 +15,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -85,24 +86,24 @@ def main(argv: list[str]) -> int:
     log = parallel.together(lambda: None if rank else open_log(config, run, first), errors=expected)
 
     # --- the loop
-    steps = schedule.steps_from(first)
+    def steps_and_shares() -> Iterator[tuple[Step, Future[Share]]]:
+        """Each step and this rank's share of it, read while the step before computes."""
+        reader, ahead = ThreadPoolExecutor(1), []
+        for step in schedule.steps_from(first):
+            samples = range(step.samples_before, step.samples_before + step.batch_size)
+            share = (mixture, samples, config.micro_batch_size, rank, world, device.type == "cuda")
+            ahead.append((step, reader.submit(read_share, *share)))
+            if len(ahead) == 2:
+                yield ahead.pop(0)
+        yield from ahead
+
     milestones = set(schedule.checkpoint_steps())
-    reader = ThreadPoolExecutor(1)  # reads the next step's samples while this one computes
-
-    def read_ahead():
-        if (step := next(steps, None)) is None:
-            return None
-        samples = range(step.samples_before, step.samples_before + step.batch_size)
-        share = (mixture, samples, config.micro_batch_size, rank, world, device.type == "cuda")
-        return step, reader.submit(read_share, *share)
-
     flops, peak = model.flops_per_token(config.seq_len), parallel.peak_flops(device)
     bar = tqdm(desc=config.name, total=schedule.samples_after(last), initial=state["samples"],
                unit=" samples", smoothing=0.05, disable=rank > 0)  # fmt: skip
-    upcoming, stopping, saved = read_ahead(), False, first
-    step_began, row_began, row_tokens, waited = started, time.monotonic(), 0, 0.0
-    while upcoming and not stopping:
-        (step, reading), upcoming = upcoming, read_ahead()
+    stopping = diverged = False
+    saved, step_began, row_began, row_tokens, waited = first, started, time.monotonic(), 0, 0.0
+    for step, reading in steps_and_shares():
         asked = time.monotonic()
         share = reading.result()
         waited += time.monotonic() - asked
@@ -113,19 +114,19 @@ def main(argv: list[str]) -> int:
         # What happens to one rank happens to all, at the same step. This is the only time in a
         # step that the host waits for the device.
         late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
-        told = {"stop": bool(signals) or late, "save_failed": saver.failed()}
-        told = parallel.named_sums(device, {"norm": grad_norm}, loss=sum(losses), **told)
-        loss, grad_norm, stopping = told["loss"], told["norm"], told["stop"] > 0
-        if told["save_failed"]:
-            saver.wait()  # raises why
+        flags = {"stop": bool(signals) or late, "save_failed": saver.failed()}
+        sums = parallel.named_sums(device, {"grad_norm": grad_norm}, loss=sum(losses), **flags)
+        loss, grad_norm, stopping = sums["loss"], sums["grad_norm"], sums["stop"] > 0
+        if sums["save_failed"]:
+            saver.wait()  # raises the reason
         if not math.isfinite(loss + grad_norm):
+            diverged = True
             where = not_finite(step, share, losses, config.micro_batch_size)
             if rank == 0:
                 line = f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from {where}"
                 line += f"; stopped before the update, step {saved:,} is the last one saved"
                 tqdm.write(f"train.py: {line}", file=sys.stderr)
-            saver.wait()
-            return 1
+            break
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step.samples_before)
         optimizer.step()
@@ -176,16 +177,18 @@ def main(argv: list[str]) -> int:
             name = revision_name(step.step, config.checkpoint_prefix)
             saver.save(name, model, optimizer, state, milestone=step.step in milestones)
             saved = step.step
+        if stopping:
+            break
     bar.close()
     saver.wait()
-    if rank == 0:
+    if rank == 0 and not diverged:
         newest = run / "checkpoints" / revision_name(saved, config.checkpoint_prefix)
         print(summary(config, newest, first, saved, last))
     if lock:
         lock.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return int(diverged)
 
 
 # --- set-up --------------------------------------------------------------------------------------
@@ -309,6 +312,8 @@ def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
         with optional("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
+            # A full disk ends its thread; add_scalar reports that, and a traceback would hide it.
+            threading.excepthook = lambda failure: None
             add = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1).add_scalar
             boards["TensorBoard"] = lambda row, step: [add(n, v, step) for n, v in row.items()]
     if config.wandb_project:

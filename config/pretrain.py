@@ -30,7 +30,7 @@ batch_ramp_increment = 64  # 12 stairs
 batch_ramp_samples = 10_000_000
 learning_rate = 3e-4  # at the end of the warm-up
 min_learning_rate = 3e-5  # at the last sample
-warmup_samples = 2_000_000  # ends at step 7,402
+warmup_samples = 2_000_000  # ends in step 6,728
 lr_decay = "cosine"  # over all samples
 
 beta1 = 0.9

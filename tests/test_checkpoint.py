@@ -105,6 +105,9 @@ def test_shards_are_safetensors_that_others_can_read(tmp_path):
     manifest = json.loads((shard.parent / "manifest.json").read_text())
     assert manifest["files"].keys() == {shard.name, "state.json"}
     for name, facts in manifest["files"].items():
+        assert (shard.parent / name).stat().st_mode == (
+            shard.parent / "manifest.json"
+        ).stat().st_mode
         content = (shard.parent / name).read_bytes()
         assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

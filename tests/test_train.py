@@ -906,7 +906,7 @@ def test_real_text_in_five_languages_trains(tmp_path):
     for file, weight in zip(files, (33.2, 32.4, 6.9, 6.6, 3.8)):
         language = file.name[:2]
         command = [*prepare, "tokens", str(file), "--tokenizer", str(ranks)]
-        command += ["--out", str(tmp_path / language), "--workers=2", "--validation=0.05"]
+        command += ["--out", str(tmp_path / language), "--processes=2", "--validation=0.05"]
         subprocess.run(command, check=True, capture_output=True)
         lines.append(f"{language},{language},{weight}")
     (tmp_path / "mixture.csv").write_text("\n".join(lines))

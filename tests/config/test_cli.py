@@ -28,6 +28,7 @@ def test_hyphens_are_accepted_for_underscores_in_names_only():
     parser.add_argument("rest", nargs="*")
     for args in (["--out-dir", "a-b_c=--d"], ["--out_dir=a-b_c=--d"], ["--out-dir=a-b_c=--d"]):
         assert parser.parse_args(args).out_dir == "a-b_c=--d"
+    assert parser.parse_args(["--out_dir", "--- a-b"]).out_dir == "--- a-b"
     assert parser.parse_args(["--", "--a-b"]).rest == ["--a-b"]
 
 
@@ -87,14 +88,27 @@ def test_any_other_error_shows_its_traceback(monkeypatch):
         run_cli(ending(ZeroDivisionError()), OurError)
 
 
-def test_ranks_report_an_option_once_and_other_errors_each(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "rank, local_rank, kind, on_all_ranks, line",
+    [
+        ("3", "1", OurError, False, "tool.py: rank 3: why\n"),
+        ("3", "1", ConfigError, False, ""),  # all ranks have the same command line
+        ("4", "0", ConfigError, False, "tool.py: rank 4: why\n"),  # first of its machine
+        ("4", "0", OurError, True, ""),
+        ("0", "0", OurError, True, "tool.py: why\n"),
+    ],
+)
+def test_a_rank_reports_its_own_errors_and_one_of_all_what_they_share(
+    monkeypatch, capsys, rank, local_rank, kind, on_all_ranks, line
+):
+    error = kind("why")
+    error.on_all_ranks = on_all_ranks
     monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    for error in (ConfigError("seed"), OurError("of one rank")):
-        with pytest.raises(SystemExit):
-            run_cli(ending(error), OurError)
-    assert capsys.readouterr().err == "tool.py: rank 3: of one rank\n"
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        run_cli(ending(error), OurError)
+    assert capsys.readouterr().err == line
 
 
 def test_a_bar_in_a_log_file_leaves_a_line_a_minute_and_its_last_one(monkeypatch):
