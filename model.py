@@ -8,7 +8,7 @@ What is special in it:
 - the output head is not tied to the input embedding
 - q|k|v and gate|up are one matrix each: fewer, larger products
 
-Everything that is not a matrix product is a function of `kernels/`. Nothing here knows of ranks,
+Everything that is not a matrix product is a function of `kernels/`. Nothing here knows about ranks,
 files or optimizers; train.py, generate.py and eval/ use it, checkpoint.py fills it.
 """
 
@@ -61,12 +61,12 @@ class LucieConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, room for `max_length` of them allocated at once.
+    """Keys and values of the tokens so far; memory for `max_length` of them is allocated at once.
 
-    k, v: `[layers, B, max_length, KV, D]`; `length`: tokens in it, advanced by the model. Rows may
-    differ: prompts of several lengths go in padded at their ends, then `decode_from` says where
-    each ends, and from there the model takes one token a row. What it wrote of the padding is
-    written over before it is seen. `positions`: int64 `[B]` then, of the next tokens.
+    k, v: `[layers, B, max_length, KV, D]`; `length`: the number of tokens, advanced by the model.
+    Prompts of different lengths are padded at their ends. `decode_from` then says where each row
+    ends, and from there the model takes one token a row; it overwrites the padding before any
+    query sees it. `positions`: int64 `[B]`, the positions of those next tokens.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, batch_size, max_length)
         shape += (config.num_key_value_heads, config.head_dim)
-        # Zeros, for a masked key weighs nothing, but nothing times NaN is NaN.
+        # Zeros, because a masked key has weight 0, and 0 times NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
@@ -87,12 +87,12 @@ class KVCache:
         self._rows = torch.arange(batch_size, device=device)
 
     def decode_from(self, lengths: list[int]) -> None:
-        """Rows hold so many tokens; from here on each row goes on at its own end."""
+        """Set the number of tokens of each row; from here on each row grows at its own end."""
         self.positions = torch.tensor(lengths, device=self.k.device)
         self.length = max(lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new `[B, T, KV, D]` behind the others; return all keys and values so far."""
+        """Append the new `[B, T, KV, D]`; return all keys and values so far."""
         end = self.length + k.shape[1]
         if self.positions is None:
             self.k[layer, :, self.length : end] = k
@@ -101,7 +101,7 @@ class KVCache:
             self.k[layer, self._rows, self.positions] = k[:, 0].to(self.k.dtype)
             self.v[layer, self._rows, self.positions] = v[:, 0].to(self.v.dtype)
             end = min(end, self.k.shape[2])
-            if k.is_cuda:  # a kernel reads what positions say; a graph must not depend on length
+            if k.is_cuda:  # the kernel reads positions; a CUDA graph must not depend on length
                 end = self.k.shape[2]
         return self.k[layer, :, :end].to(k.dtype), self.v[layer, :, :end].to(v.dtype)
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         positions = None if cache is None else cache.positions
         q, k = rope(q, k, cos, sin, None if positions is None else positions[:, None])
-        v = v.contiguous()  # attention keeps it for its backward, a slice would keep all of qkv
+        v = v.contiguous()  # attention keeps v for its backward; a slice would keep all of qkv
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         return self.o_proj(attention(q, k, v, cu_seqlens, positions).flatten(2))
@@ -175,7 +175,7 @@ class Head(nn.Linear):
 
 
 class Lucie(nn.Module):
-    """The language model. On the meta device its parameters are left to be filled by the caller."""
+    """The language model. On the meta device the caller has to fill its parameters."""
 
     eos_token_ids = (1,)  # a completion ends at any of these; hf.py sets those of a folder
 
@@ -204,22 +204,22 @@ class Lucie(nn.Module):
     ) -> Tensor:
         """Logits `[B, T, vocab_size]`, or with targets the loss, an fp32 scalar.
 
-        tokens, targets: int64 `[B, T]`; a target of -100 does not count. reduction: "mean" over
-        the targets that count, or "sum". cu_seqlens: see `kernels.attention`. With a cache, tokens
-        continue the sequences in it and are appended.
-        Raises ValueError past max_position_embeddings or past the room of the cache.
+        tokens, targets: int64 `[B, T]`; a target of -100 is ignored. reduction: "mean" over the
+        targets that are not ignored, or "sum". cu_seqlens: see `kernels.attention`. With a cache,
+        tokens continue its sequences and are appended to it.
+        Raises ValueError beyond max_position_embeddings or the length of the cache.
         """
         return self.lm_head(self.hidden(tokens, cu_seqlens, cache), targets, reduction)
 
     def hidden(
         self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What the head reads, `[B, T, hidden_size]`: for those who want logits of few tokens."""
+        """The input of the head, `[B, T, hidden_size]`: for callers that need few logits."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         room = self.config.max_position_embeddings if cache is None else cache.k.shape[2]
         if cache is not None and cache.positions is not None:
-            end = min(end, room)  # a row that is full stays where it is, for others to go on
+            end = min(end, room)  # a full row stays where it is while others go on
         if end > min(room, self.config.max_position_embeddings):
             raise ValueError(
                 f"{end} tokens, but max_position_embeddings is "
@@ -252,8 +252,8 @@ class Lucie(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Model FLOPs of training on one token, forward and backward: 6 N + 6 L D S.
 
-        N counts every weight but the input embedding (a look-up). Attention counts the causal half
-        only; the other convention, 12 L D S, counts products that are never needed.
+        N counts every weight except the input embedding (a look-up). Attention counts only the
+        causal half; the other convention, 12 L D S, counts products that are never computed.
         """
         c = self.config
         n = self.num_params() - self.embed_tokens.weight.numel()

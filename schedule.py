@@ -20,10 +20,10 @@ class Step(NamedTuple):
 class Schedule:
     """Schedule of one phase.
 
-    config needs samples, global_batch_size, batch_ramp_start, batch_ramp_increment,
+    config has samples, global_batch_size, batch_ramp_start, batch_ramp_increment,
     batch_ramp_samples, learning_rate, min_learning_rate, warmup_samples, lr_decay,
     checkpoint_every, checkpoint_early_every and checkpoint_early_steps, as documented in
-    `config.Config`. Raises ValueError naming the option that makes no sense.
+    `config.Config`. Raises ValueError naming an option that is out of range.
     """
 
     def __init__(self, config: Any) -> None:
@@ -49,12 +49,14 @@ class Schedule:
             if not getattr(c, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(c, name)}")
         if c.lr_decay not in ("cosine", "linear", "constant"):
-            raise ValueError(f"lr_decay is cosine, linear or constant, not {c.lr_decay!r}")
+            raise ValueError(f"lr_decay must be cosine, linear or constant, not {c.lr_decay!r}")
         if not 0 <= c.warmup_samples < c.samples:
-            raise ValueError(f"warmup_samples must lie in 0 .. samples - 1, not {c.warmup_samples}")
+            raise ValueError(
+                f"warmup_samples must be from 0 to {c.samples - 1}, not {c.warmup_samples}"
+            )
 
     def batch_size(self, samples: int) -> int:
-        """Sequences in the step that follows `samples` consumed ones: a staircase, then flat."""
+        """Sequences of the step that begins after `samples` samples: a staircase, then constant."""
         c = self.config
         stairs = (c.global_batch_size - c.batch_ramp_start) // c.batch_ramp_increment
         if not c.batch_ramp_samples or not stairs or samples > c.batch_ramp_samples:
@@ -63,10 +65,10 @@ class Schedule:
         return c.batch_ramp_start + c.batch_ramp_increment * stair
 
     def learning_rate(self, samples: int) -> float:
-        """Learning rate after `samples` consumed ones.
+        """Learning rate after `samples` samples.
 
-        A step applies the rate of the samples before it; Lucie's logs show, in the row of a step,
-        the rate of the samples after it. Linear warm-up from 0, then by lr_decay: cosine or linear
+        A step applies the rate of the samples before it; the row of that step in Lucie's logs shows
+        the rate of the samples after it. Linear warm-up from 0; then, by lr_decay, cosine or linear
         from learning_rate to min_learning_rate at the last sample, or constant.
         """
         c = self.config
@@ -82,9 +84,9 @@ class Schedule:
         return self.steps_from(0)
 
     def steps_from(self, step: int) -> Iterator[Step]:
-        """The steps that follow `step` finished ones, to the end of the phase.
+        """The steps after the first `step` ones, to the end of the phase.
 
-        The phase ends where one more batch would pass its budget of samples.
+        The phase ends where one more batch would exceed its samples.
         """
         samples = self.samples_after(step)
         while samples + (size := self.batch_size(samples)) <= self.config.samples:

@@ -20,33 +20,33 @@ from config.cli import KINDS, ConfigError, Parser, from_text, nearest
 @dataclass
 class Config:
     # --- run -----------------------------------------------------------------------------------
-    name: str = "pretrain"  # the run lives in out_dir/name
-    out_dir: str = "out"  # of all runs
+    name: str = "pretrain"  # the run is stored in out_dir/name
+    out_dir: str = "out"  # the folder of all runs
     # scratch | resume | auto (resume if there is a checkpoint, else scratch) |
     # PATH of a checkpoint or run (its weights only) | hf:FOLDER_OR_NAME[@revision]
     init_from: str = "auto"
-    seed: int = 42  # of the initial weights and of the data order
+    seed: int = 42  # for the initial weights and the data order
     device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "auto"  # compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
+    dtype: str = "auto"  # of compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
     kernels: str = "auto"  # triton | torch (the definitions) | auto (triton on GPUs that can)
-    compile: bool = False  # each block by torch.compile; a minute or more at the start
+    compile: bool = False  # torch.compile each block; takes a minute or more at the start
     # Save and stop after this many minutes; 0: never. More reliable than a signal to torchrun,
     # which kills its processes 30 seconds later (or --shutdown-timeout), too soon for the 7B.
     max_minutes: float = 0.0
 
     # --- many GPUs -------------------------------------------------------------------------------
-    # fsdp (all ranks share one copy of everything) | hsdp (groups of ranks have a copy each) |
-    # ddp (every rank has one). A single CPU process does without.
+    # fsdp (all ranks share one copy of everything) | hsdp (each group of ranks shares a copy) |
+    # ddp (every rank has a copy). A single CPU process needs none of them.
     parallel: str = "fsdp"
-    replica_size: int = 0  # ranks to a copy in hsdp, at most all; 0: those of one machine
-    # False: gradients are summed over ranks once a step instead of after every micro-batch; each
-    # rank then keeps the whole gradient, 4 bytes a parameter (27 GB at 7B). fsdp and hsdp.
+    replica_size: int = 0  # ranks that share a copy in hsdp; 0: those of one machine
+    # False: sum gradients over ranks once a step instead of after every micro-batch. Each rank then
+    # keeps the whole gradient, 4 bytes a parameter (27 GB at 7B). For fsdp and hsdp.
     reduce_each_micro_batch: bool = True
-    # False: weights are gathered once a step instead of twice a micro-batch; each rank then keeps
-    # all of them in the dtype of compute, 2 bytes a parameter (13 GB at 7B). fsdp and hsdp.
+    # False: gather weights once a step instead of twice a micro-batch. Each rank then keeps all of
+    # them in the dtype of compute, 2 bytes a parameter (13 GB at 7B). For fsdp and hsdp.
     gather_each_micro_batch: bool = True
-    # none | selective (norms, rotation and gate are computed again in the backward) | full (the
-    # matrix products too). Attention never is.
+    # none | selective (compute norms, rotation and gate again in the backward) | full (the matrix
+    # products too). Attention is never computed again.
     activation_checkpointing: str = "none"
 
     # --- model (Hugging Face's names) ------------------------------------------------------------
@@ -55,52 +55,52 @@ class Config:
     intermediate_size: int = 12288  # width of the feed-forward
     num_hidden_layers: int = 32  # blocks of attention and feed-forward
     num_attention_heads: int = 32  # query heads
-    num_key_value_heads: int = 8  # each serves heads / kv_heads query heads
+    num_key_value_heads: int = 8  # each serves num_attention_heads / num_key_value_heads heads
     rms_norm_eps: float = 1e-5  # added to the mean of squares
-    rope_theta: float = 500_000.0  # base of the rotary angles; larger turns slower
+    rope_theta: float = 500_000.0  # base of the rotary angles; a larger one turns slower
     initializer_range: float = 0.009  # standard deviation of the initial weights
 
     # --- data ------------------------------------------------------------------------------------
     tokenizer: str = ""  # ranks file (data/tokenizer.py), checked against vocab_size; "": none
     mixture: str = "data/mixtures/pretraining.csv"  # CSV: name, path, weight or epochs
-    partial: bool = False  # train on those sources of the mixture whose files are there
-    validation: str = ""  # CSV of held-out streams; "": no validation loss
+    partial: bool = False  # train without the sources whose files are missing
+    validation: str = ""  # mixture of held-out streams; "": no validation loss
     seq_len: int = 4096  # tokens in a sample, and positions of the model
     # True: a token attends only to its own document. Lucie attended over the whole sample.
     document_mask: bool = False
 
     # --- schedule, in samples (sequences) --------------------------------------------------------
-    samples: int = 762_144_586  # the budget of the phase
+    samples: int = 762_144_586  # length of the phase
     global_batch_size: int = 1024  # samples in an optimizer step
-    batch_ramp_samples: int = 0  # the batch grows over so many samples; 0: no ramp
+    batch_ramp_samples: int = 0  # the batch grows over this many samples; 0: no ramp
     batch_ramp_start: int = 256  # from this size
-    batch_ramp_increment: int = 64  # by so much at a time
-    learning_rate: float = 3e-4  # its peak
-    min_learning_rate: float = 3e-5  # where cosine or linear decay end
-    warmup_samples: int = 0  # linear from 0
+    batch_ramp_increment: int = 64  # in steps of this size
+    learning_rate: float = 3e-4  # at its peak
+    min_learning_rate: float = 3e-5  # where cosine and linear decay end
+    warmup_samples: int = 0  # linear from 0 to learning_rate
     lr_decay: str = "cosine"  # cosine | linear | constant
 
     # --- optimizer (AdamW) -----------------------------------------------------------------------
-    beta1: float = 0.9  # decay of the gradient's mean
-    beta2: float = 0.95  # and of its square's
+    beta1: float = 0.9  # decay of the running mean of the gradient
+    beta2: float = 0.95  # decay of the running mean of its square
     eps: float = 1e-5  # added to the root of the latter
-    weight_decay: float = 0.1  # of matrices; norms are not decayed
+    weight_decay: float = 0.1  # of matrices; norms do not decay
     clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
 
     # --- one GPU's share -------------------------------------------------------------------------
-    micro_batch_size: int = 1  # samples in one forward pass; the rest is accumulated
+    micro_batch_size: int = 1  # samples in one forward pass; gradients are accumulated
 
     # --- logs and checkpoints, in steps ----------------------------------------------------------
     log_every: int = 25  # steps between rows of log.csv
     eval_every: int = 1000  # steps between validation losses
-    eval_samples: int = 64  # samples in one
+    eval_samples: int = 64  # samples of a validation loss
     checkpoint_every: int = 25_000  # 0: only the last step
     checkpoint_early_every: int = 0  # denser at the start of a run ...
     checkpoint_early_steps: int = 0  # ... up to this step
-    save_every: int = 0  # between those, to resume from; 0: only when the run is stopped
-    keep_last: int = 2  # so many of the latter stay; the ones above always do
+    save_every: int = 0  # rolling checkpoints to resume from; 0: only when the run is stopped
+    keep_last: int = 2  # rolling checkpoints that are kept; the others always are
     checkpoint_prefix: str = ""  # Lucie's names: step0005000, extension_step0000250
-    wandb_project: str = ""  # logs to Weights & Biases as well (pip install wandb); "": no
+    wandb_project: str = ""  # log to Weights & Biases as well (pip install wandb); "": no
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Config)}

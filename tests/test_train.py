@@ -187,24 +187,6 @@ def test_compiled_blocks_train_like_the_others(tiny_data):
     assert names[0] == names[1]  # no _orig_mod in a checkpoint
 
 
-def test_killed_between_checkpoints_repeats_the_lost_steps_alike(tiny_data):
-    whole = train_here(tiny_data, name="whole", validation="")
-    change = dict(name="killed", validation="", checkpoint_every=5)
-    code = """
-update, count = torch.optim.AdamW.step, [0]
-def dying(self, *args):
-    update(self, *args)
-    count[0] += 1
-    if count[0] == 13:
-        os._exit(9)
-torch.optim.AdamW.step = dying
-"""
-    assert patched(tiny_data, code, 0, **change).returncode == 9
-    left = checkpoint.latest(tiny_data / "out/killed")
-    assert left.name in ("step0000005", "step0000010")  # the latter may have been in work yet
-    assert results(train_here(tiny_data, **change)) == results(whole)
-
-
 def test_micro_batches_do_not_change_the_step(tiny_data):
     logs = [train_here(tiny_data, name=f"m{size}", micro_batch_size=size) for size in (1, 3, 8)]
     for rows in logs[1:]:
@@ -543,18 +525,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_data):
     names = ["step0000005", "step0000010", "step0000015", "step0000015.damaged"]
     names += ["step0000020", "step0000020.damaged"]
     assert sorted(os.listdir(folder)) == names
-
-
-def test_a_run_of_damaged_checkpoints_alone_is_one_line_and_not_begun_anew(tiny_data):
-    train_here(tiny_data, max_minutes=1e-6)
-    (shard,) = (tiny_data / "out/run/checkpoints/step0000001").glob("*.safetensors")
-    os.truncate(shard, 1000)
-    before = (tiny_data / "out/run/log.csv").read_text()
-    for _ in range(2):
-        done = run(tiny_data)
-        assert done.returncode == 2 and "every checkpoint is damaged" in said(done)[-1]
-        assert "Traceback" not in done.stderr
-    assert (tiny_data / "out/run/log.csv").read_text() == before
 
 
 def test_damaged_weights_are_not_handed_over(tiny_data):
