@@ -5,9 +5,9 @@
         state.json                    step, samples and tokens consumed, seconds, config, versions
         manifest.json                 the size and SHA-256 of every file above
 
-A directory gets its final name when all of it is on the disk, and its manifest tells whether it
-changed since. Each rank writes the rows that it holds, and the metadata of a shard says which they
-are; so each rank of another run reads the rows that it needs. Nothing is ever unpickled, so a
+A directory gets its final name when all of it is on the disk, and its manifest shows whether it has
+changed since. Each rank writes the rows it holds and records which ones in the metadata of its
+shard, so any other number of ranks can read the rows it needs. Nothing is ever unpickled, so a
 foreign checkpoint cannot run code.
 
     python -m checkpoint inspect out/pretrain
@@ -66,8 +66,8 @@ class Damaged(CheckpointError):
 class Saver:
     """Saves the checkpoints of a run in the background, one at a time.
 
-    Every rank makes one and calls its methods alike. Of the checkpoints that are no milestones,
-    only the newest keep_last stay.
+    Every rank makes one and calls its methods in the same order. Only the newest keep_last rolling
+    checkpoints, those that are no milestones, are kept.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
@@ -88,7 +88,7 @@ class Saver:
     ) -> None:
         """Begin to write folder/name; returns as soon as the tensors may change again.
 
-        state is plain JSON data, with its step. Waits for the save before, if it is still running.
+        state is plain JSON data, with its step. Waits for the previous save if it is still running.
         An existing checkpoint is never overwritten; that is an error, as in `wait`.
         """
         self.wait()
@@ -134,7 +134,7 @@ class Saver:
 
         def begin() -> None:
             if rank == 0 and path.exists():
-                raise CheckpointError("there is a checkpoint of this name already")
+                raise CheckpointError("a checkpoint of this name exists already")
             if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -159,7 +159,7 @@ class Saver:
             write_text(folder / "manifest.json", manifest(files))
             hf.sync(folder)
             os.replace(folder, path)
-            with _reported():  # whatever fails from here on, the new one is complete
+            with _reported():  # the new checkpoint is complete whatever fails from here on
                 hf.sync(path.parent)
             self._remove_old_ones()
 
@@ -172,8 +172,8 @@ class Saver:
     def _remove_old_ones(self) -> None:
         """Remove the rolling checkpoints of this run but the newest.
 
-        A milestone stays one, whatever the schedule of the run that goes on. What has another name
-        or cannot be read is not ours to remove.
+        A milestone stays one, whatever the schedule of the resumed run. Checkpoints with another
+        prefix, or that cannot be read, are left alone.
         """
         prefix, rolling = STEP.sub("", self._path.name), []
         for _, path in found(self.folder):
@@ -184,7 +184,7 @@ class Saver:
                 continue
         for path in rolling[: -self._keep_last]:
             with _reported():
-                os.replace(path, _unfinished(path))  # its name never stands for half of it
+                os.replace(path, _unfinished(path))  # a half-removed one never has its name
                 shutil.rmtree(_unfinished(path), ignore_errors=True)
 
 
@@ -291,7 +291,7 @@ def newest_sound(run: Path) -> Path | None:
 
     Every rank calls this and checks its share of the files. A damaged one is named on stderr and
     renamed to NAME.damaged, and the one before it is tried. Raises CheckpointError when all
-    checkpoints are damaged, for a run never begins anew by mistake; or when one cannot be read,
+    checkpoints are damaged, so that a run never restarts by mistake; or when one cannot be read,
     which does not prove damage.
     """
     folder, rank = run / "checkpoints", parallel.rank()
@@ -315,7 +315,9 @@ def newest_sound(run: Path) -> Path | None:
                 print(line, file=sys.stderr)
             parallel.together(set_aside, path, errors=(OSError,))
     if parallel.gather(any(folder.glob("*.damaged")))[0]:
-        raise CheckpointError(f"{run}: every checkpoint is damaged; begin anew with another --name")
+        raise CheckpointError(
+            f"{run}: every checkpoint is damaged; start again under another --name"
+        )
     return None
 
 
@@ -326,7 +328,7 @@ def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
     one that cannot be read.
     """
     path = Path(path)
-    # Rank 0 looks for all files. If another rank misses one, its machine may not see the disk.
+    # Rank 0 looks for all files. If another rank does not find one, its disk may be at fault.
     missing = Damaged if rank == 0 else CheckpointError
     try:
         try:
@@ -336,9 +338,9 @@ def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
             text, files = "", {}
         if text != manifest(files):
             raise Damaged(f"{path / 'manifest.json'}: damaged")
-        alien = {p.name for p in path.glob("[!.]*.safetensors")} - files.keys()
-        if alien:
-            raise Damaged(f"{path / alien.pop()}: not in the manifest")
+        unlisted = {p.name for p in path.glob("[!.]*.safetensors")} - files.keys()
+        if unlisted:
+            raise Damaged(f"{path / unlisted.pop()}: not in the manifest")
         for name, facts in files.items():
             if (size := (path / name).stat().st_size) != facts["bytes"]:
                 sizes = f"{size:,} bytes, {facts['bytes']:,} were written"
@@ -449,7 +451,7 @@ def _weights_of(path: str | Path) -> tuple[Path, LucieConfig, list[Piece], dict]
 def open_model(
     source: str, device: str, dtype: torch.dtype | None = None, int4: bool = False
 ) -> tuple[Lucie, str]:
-    """(model for use on one device, where its tokenizer lies: for data.tokenizer.load, or "").
+    """(model for use on one device, the path of its tokenizer for data.tokenizer.load, or "").
 
     source: a run or checkpoint directory, `hf:FOLDER_OR_NAME[@revision]`, or a folder in the
     Hugging Face layout, ours in 4 bits among them. dtype: None is bfloat16 on a GPU, else float32,
@@ -473,7 +475,7 @@ def open_model(
         model = quantize.load(folder, device)
         if dtype not in (None, model.embed_tokens.weight.dtype):
             kept = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{source}: its 4-bit weights are for {kept}, no other dtype")
+            raise CheckpointError(f"{source}: its 4-bit weights need dtype {kept}")
     else:
         model = build(config, hf.pieces_of(folder, config), dtype or default, device, folder)
     model.eos_token_ids = hf.eos_token_ids(folder)
@@ -483,12 +485,13 @@ def open_model(
 # --- what a run starts from ----------------------------------------------------------------------
 
 
-def lock(run: Path) -> IO | None:
+def lock(run: Path) -> IO:
     """Keep other processes from training the same run, until this one ends.
 
-    Raises CheckpointError if another process trains it. Systems and file systems without locks do
-    without.
+    Raises CheckpointError if another process trains it. Where locks are not available, nothing is
+    locked.
     """
+    run = run.resolve()
     run.parent.mkdir(parents=True, exist_ok=True)
     file = open(run.with_name(f".{run.name}.lock"), "a")
     try:
@@ -496,17 +499,18 @@ def lock(run: Path) -> IO | None:
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise CheckpointError(f"{run}: another process is training this run") from None
     except (ImportError, OSError):
-        return None
+        pass
     return file
 
 
 def start(config: Config, run: Path, mixture: str, model: Lucie, optimizer: Optimizer) -> dict:
     """Give model and optimizer their first values, as init_from says; returns the state.
 
-    mixture: its fingerprint. Every rank calls this alike. The same command given again resumes a
-    run from its newest checkpoint that is not damaged, whatever its first weights were.
+    mixture: its fingerprint. Every rank calls this with the same arguments. The same command given
+    again resumes a run from its newest undamaged checkpoint, whatever its first weights were.
     """
     expected = (ConfigError, CheckpointError, OSError)
     existing, wanted = newest_sound(run), config.init_from
@@ -530,7 +534,8 @@ def start(config: Config, run: Path, mixture: str, model: Lucie, optimizer: Opti
     source = parallel.gather(latest(wanted))[0] if wanted != "resume" else None
     if source is None:
         where = run if wanted == "resume" else wanted
-        raise ConfigError(f"init_from={wanted}: no complete checkpoint in {where}")
+        hint = f"; use hf:{where}" if hf.is_hf_folder(Path(where)) else ""
+        raise ConfigError(f"init_from={wanted}: no complete checkpoint in {where}{hint}")
     ranks = (parallel.rank(), parallel.world_size())
     parallel.together(verify, source, *ranks, errors=(CheckpointError,))
     return state | {"trained_before": hf.trained(load(source, model, None))}
@@ -544,20 +549,24 @@ def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) ->
         config.init_from not in ("resume", "auto", old["init_from"])
         or config.init_from == "scratch"
     ):
-        raise ConfigError(f"{run} holds a run already: --init_from=resume, or another --name")
+        raise ConfigError(f"{run} already holds a run: use --init_from=resume, or another --name")
     differ = [n for n in new if n not in MAY_CHANGE and old[n] != new[n]]
-    if differ == ["samples"]:
-        if old["lr_decay"] == "constant" and new["samples"] >= state["samples"]:
-            differ = []  # neither its learning rate nor its batches depend on its length
-        else:
+    if differ == ["samples"] and old["lr_decay"] == "constant":
+        differ = []  # neither its learning rate nor its batches depend on its length
+        if new["samples"] < state["samples"]:
             raise ConfigError(
-                f"{run}: samples was {old['samples']:,} and is {new['samples']:,}, but its "
-                f"{old['lr_decay']} schedule depends on it; to train on, begin a new run from its "
-                f"weights: --name=NEW --init_from={run}"
+                f"{run}: has trained on {state['samples']:,} samples already, more than "
+                f"{new['samples']:,}"
             )
+    if "samples" in differ and {*differ} <= {"samples", "warmup_samples", "batch_ramp_samples"}:
+        raise ConfigError(
+            f"{run}: samples was {old['samples']:,} and is now {new['samples']:,}, but its learning"
+            " rate or batch size depends on it; to train on, start a new run from its weights: "
+            f"--name=NEW --init_from={run}"
+        )
     if differ:
-        fields = ", ".join(f"{n} was {old[n]!r} and is {new[n]!r}" for n in differ)
-        raise ConfigError(f"{run} holds another run: {fields}; choose another --name")
+        fields = ", ".join(f"{n} was {old[n]!r} and is now {new[n]!r}" for n in differ)
+        raise ConfigError(f"{run} was started with other options: {fields}; choose another --name")
     if state.get("mixture") != mixture:
         raise ConfigError(
             f"{run}: the sources, weights or tokens of {config.mixture} have changed since it "
@@ -574,14 +583,13 @@ def export(run: str, out: str, dtype: torch.dtype, tokenizer: str = "") -> None:
 
     tokenizer: instead of the run's own. A damaged checkpoint is not exported.
     """
-    path = _weights_of(run)[0]
-    verify(path)
-    state = read_state(path)
-    model, options = from_run(path, dtype)
+    newest, config, pieces, options = _weights_of(run)
+    verify(newest)
+    model = hf.build(config, pieces, dtype, "cpu", newest)
     tokenizer = tokenizer or options["tokenizer"]
-    hf.to_hf(model, out, dtype, tokenizer, state)
+    hf.to_hf(model, out, dtype, tokenizer, read_state(newest))
     print(
-        f"{path} is in {out}" + ("" if tokenizer else ", without a tokenizer: the run names none")
+        f"exported {newest} to {out}" + ("" if tokenizer else ", without a tokenizer: it has none")
     )
 
 
@@ -599,7 +607,7 @@ def inspect(path: str) -> None:
     for name, value in facts.items():
         print(f"    {name:28} {f'{value:,}' if type(value) is int else value or 'none'}")
     verify(newest)
-    print("    every byte is as it was written")
+    print("    verified: no byte has changed")
 
 
 def main(argv: list[str]) -> None:

@@ -38,8 +38,8 @@ PREFILL = 2048  # tokens of all prompts in one forward pass: bounds the memory o
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: temperature first, then the top_k likeliest, then the fewest of them
-    that together reach top_p of the probability (Holtzman et al. 2020, arXiv:1904.09751).
+    """How a token is drawn: apply temperature, keep the top_k most likely tokens, then the smallest
+    set of them whose probability reaches top_p (Holtzman et al. 2020, arXiv:1904.09751).
 
     temperature 0 takes the likeliest token; top_k 0 and top_p 1 do not cut the distribution.
     """
@@ -178,8 +178,8 @@ def decode(
     have not ended: at one of model.eos_token_ids, which is yielded, at max_new_tokens, or where the
     context is full.
 
-    Prompts of different lengths are padded at their ends, where causal attention does not see it,
-    and go through the model in chunks. From there each row of the cache goes on at its own end
+    Prompts of different lengths are padded on the right, which causal attention never sees, and go
+    through the model in chunks. From there each row of the cache goes on at its own end
     (KVCache.decode_from). On a GPU a step is one CUDA graph, replayed, and the host reads a token
     while the next step runs. The cache has the dtype of the embedding.
     Floor of a step: the bytes of the weights and of the keys and values seen, over the bandwidth.
@@ -331,7 +331,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help='UTF-8: the whole file is a prompt; of a .jsonl, the "prompt" of each line;\n'
         "- is standard input; repeatable",
     )
-    prompts.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-D ends")
+    prompts.add_argument(
+        "--interactive", action="store_true", help="read prompts from the terminal; Ctrl-D quits"
+    )
     how = parser.add_argument_group("how tokens are drawn")
     how.add_argument("--max_new_tokens", type=int, default=200)
     how.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
@@ -344,8 +346,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     output.add_argument(
         "--json",
         action="store_true",
-        help="a line of JSON for each completion: prompt, text, tokens, log-probabilities, why it\n"
-        "ended",
+        help="a line of JSON for each completion: prompt, text, tokens, log-probabilities, and\n"
+        "the reason why it ended",
     )
     where = parser.add_argument_group("the model in memory")
     where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,7 +358,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     where.add_argument("--quantize", choices=("int4",), help="matrices in 4 bits")
     where.add_argument("--save_quantized", metavar="DIR", help="write those to a folder")
-    where.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
+    where.add_argument("--batch_size", type=int, default=16, help="prompts per batch")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "num_return_sequences", "batch_size"):
         if getattr(args, name) < 1:
@@ -366,7 +368,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.save_quantized and Path(args.save_quantized).exists():
         raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
-        raise ConfigError("--interactive asks for its prompts: use it without --prompt and --json")
+        raise ConfigError("--interactive cannot be combined with --prompt, --prompt_file or --json")
     use_device(args.device)
     return args
 
@@ -377,7 +379,7 @@ def use_device(device: str) -> None:
     Raises ValueError for a device that is not available.
     """
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
@@ -459,7 +461,7 @@ def explain_end(model: Lucie, completions: list[Completion]) -> None:
     if full:
         room = model.config.max_position_embeddings
         which = "" if len(completions) == 1 else f"{full} of {len(completions)} texts: "
-        print(f"{which}stopped where the context of {room:,} tokens is full", file=sys.stderr)
+        print(f"{which}stopped: the context of {room:,} tokens is full", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
@@ -473,13 +475,13 @@ def main(argv: list[str]) -> None:
     source = args.tokenizer or source
     if not source:
         raise ConfigError(
-            "the run names no tokenizer: --tokenizer=RANKS_FILE, or a folder with one"
+            "the run has no tokenizer: use --tokenizer=RANKS_FILE, or a folder with one"
         )
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     sampling.check(model.config.vocab_size)
     if args.save_quantized:
         quantize.save(model, args.save_quantized, source)
-        print(f"{args.save_quantized} written", file=sys.stderr)
+        print(f"wrote {args.save_quantized}", file=sys.stderr)
 
     generator = torch.Generator(args.device).manual_seed(args.seed)
     common = (args.max_new_tokens, sampling, generator)
@@ -517,7 +519,7 @@ def report(completions: list[Completion], seconds: float, model: Lucie) -> None:
     device = model.embed_tokens.weight.device
     held = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     print(
-        f"{read:,} tokens read, {new:,} generated in {seconds:.1f} s ({new / seconds:,.1f} "
+        f"{read:,} prompt tokens, {new:,} generated in {seconds:.1f} s ({new / seconds:,.1f} "
         f"tokens/s); weights {held / 1e9:.2f} GB, peak memory {peak_memory(device) / 1e9:.2f} GB",
         file=sys.stderr,
     )

@@ -109,11 +109,13 @@ def shapes_of(config: LucieConfig) -> dict[str, tuple[int, ...]]:
 
 def folder_of(name: str) -> Path:
     """A local folder as it is; FOLDER_OR_NAME[@revision] is fetched through huggingface_hub."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     name, _, revision = name.partition("@")
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise CheckpointError(f"{name}: a local folder has no revision {revision}")
+    if not name or name.startswith(("/", ".")):
+        raise CheckpointError(f"hf:{name}: no such folder")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -164,8 +166,11 @@ def config_of(folder: Path) -> LucieConfig:
         if not isinstance(rope, dict):
             raise CheckpointError(f"{file}: {key} {rope!r} is not an object")
         kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
-        if kind != "default" or factor not in (None, 1):
-            raise CheckpointError(f"{file}: {key} {rope!r} scales the angles, which Lucie does not")
+        nested = any(isinstance(value, dict) for value in rope.values())
+        if kind != "default" or factor not in (None, 1) or nested:
+            raise CheckpointError(
+                f"{file}: {key} {rope!r} is not supported: Lucie does not scale angles"
+            )
         values |= {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
     if values.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(f"{file}: partial_rotary_factor is not Lucie's architecture")
@@ -273,9 +278,9 @@ def pieces_of(folder: Path, config: LucieConfig) -> list[Piece]:
     for file in files_of(folder):
         for key, (dtype, shape) in header_of(file)[0].items():
             if key.endswith("rotary_emb.inv_freq"):
-                continue  # an old habit; the angles are computed
+                continue  # written by old versions; we compute the angles
             if key in pieces:
-                raise CheckpointError(f"{file}: {key} is in {pieces[key].file.name} too")
+                raise CheckpointError(f"{file}: {key} is also in {pieces[key].file.name}")
             if key not in shapes:
                 raise CheckpointError(f"{folder}: unknown tensor {key}")
             if shape != shapes[key]:
@@ -358,8 +363,8 @@ def from_hf(
 ) -> Lucie:
     """Lucie from a Hugging Face folder or NAME[@revision].
 
-    Raises CheckpointError, before any weight is read if the folder is incomplete or memory does
-    not suffice.
+    Raises CheckpointError, before any weight is read if the folder is incomplete or there is
+    not enough memory.
     """
     folder = folder_of(path_or_name)
     config = config_of(folder)

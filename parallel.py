@@ -3,7 +3,7 @@
 A lone CPU process runs the model as it is. Otherwise there are three strategies, all torch's own:
 - fsdp: every parameter, its gradient and its moments are cut into as many pieces as there are
   ranks (FSDP2, Zhao et al. 2023, arXiv:2304.11277). A block is gathered when it is needed, in the
-  dtype of compute, and freed again: all ranks share 16 bytes a parameter
+  dtype of compute, and freed again: together the ranks hold 16 bytes a parameter
 - hsdp: fsdp within groups of `replica_size` ranks, each of which holds a whole copy of the model.
   Weights are gathered within a group, usually one machine; only gradients travel between groups
 - ddp: every rank has the whole model; gradients are averaged while the backward goes on
@@ -211,7 +211,7 @@ def micro_batch(
 ) -> Iterator[None]:
     """Wrap the forward and backward of one micro-batch; last: whether it ends the step.
 
-    Replicas of the model (ddp, hsdp) exchange gradients only at the last one, which costs nothing.
+    Replicas of the model (ddp, hsdp) exchange gradients only at the last one, at no cost in memory.
     Ranks that share a replica reduce them each time, unless reduce_each is False: then each keeps
     the whole gradient until the last, 4 bytes a parameter, and the traffic is paid once a step. A
     single rank keeps the whole gradient anyway, and reducing it is a copy: it does so once.
@@ -289,9 +289,9 @@ def _saved_operations(products: bool, down_proj: torch.Size) -> Callable:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most max_norm (0: leave them alone).
 
-    Returns the norm before scaling, an fp32 scalar on the device. No row is ever cut among ranks:
+    Returns the norm before scaling, an fp32 scalar on the device. Ranks never split a row:
     each row is summed in fp32 and their squares in fp64, which rounds to the same fp32 number
-    however many ranks hold the rows. So any number of ranks clips alike.
+    however many ranks hold the rows. So clipping does not depend on the number of ranks.
     Floor: 12 bytes a parameter, 4 to sum and 8 to scale.
     """
     parameters = list(model.parameters())
@@ -377,7 +377,7 @@ def together(
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """The rows of a parameter that this rank holds, and the number of the first of them.
 
-    FSDP gives every rank ceil(rows / ranks) consecutive rows of dimension 0, the last ones fewer.
+    FSDP gives every rank ceil(rows / ranks) consecutive rows of dimension 0, the last ranks fewer.
     """
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0

@@ -4,7 +4,7 @@
         config.json            Hugging Face's keys, and "quantization_config"
         tokenizer.json ...     if the tokenizer is known
 
-The matrices of the blocks are packed (kernels/int4_linear.py says how, and why so). The embedding,
+The matrices of the blocks are packed (kernels/int4_linear.py says how and why). The embedding,
 a look-up of a few rows, and the norms stay as they are, and so does the head: in 4 bits it would
 save 0.39 GB and a tenth of the time of a token, but on small models it alone raised perplexity more
 than all blocks together (bench/NOTES.md).
@@ -130,10 +130,10 @@ def fill(model: Lucie, stream: Iterable[tuple[str, int, Tensor]]) -> None:
         rows, shape = slice(first, first + len(values)), shapes[name]
         if first < 0 or rows.stop > shape[0] or tuple(values.shape[1:]) != shape[1:]:
             raise CheckpointError(
-                f"{name}: {list(values.shape)} from row {first} on is no part of {list(shape)}"
+                f"{name}: {list(values.shape)} from row {first} on does not fit in {list(shape)}"
             )
         if not missing[name][rows].all():
-            raise CheckpointError(f"{name}: rows of it from {first} on came twice")
+            raise CheckpointError(f"{name}: rows of it from {first} on appear twice")
         missing[name][rows] = False
         if name not in packed:
             parameters[name][rows] = values.to(parameters[name])
@@ -178,7 +178,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Lucie:
     folder = Path(folder)
     config, values = hf.config_of(folder), hf.read_json(folder / "config.json")
     if not is_int4(folder):
-        raise CheckpointError(f"{folder}: holds no 4-bit weights of ours")
+        raise CheckpointError(f"{folder}: does not hold nanoLucie's 4-bit weights")
     dtype = getattr(torch, str(values.get("torch_dtype")), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(f"{folder}: torch_dtype {values.get('torch_dtype')!r} is unknown")

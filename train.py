@@ -12,10 +12,10 @@ import csv
 import json
 import math
 import os
+import secrets
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,32 +55,35 @@ def main(argv: list[str]) -> int:
     signals = catch_signals()
     config = load(argv)
 
-    # --- device, processes, model, optimizer, schedule, data
+    # --- device, kernels, schedule, processes, model, optimizer, data
     try:
         device, dtype = parallel.pick_device(config.device, config.dtype)
-        config.dtype = str(dtype).removeprefix("torch.")
         kernels.use(config.kernels)
-        rank, world = parallel.start_processes(device)
-        model, forward = build_model(config, device, dtype)
         schedule = Schedule(config)
-        if not (last := schedule.num_steps()):
-            raise ValueError(f"samples: {config.samples:,} are not enough for one step")
-    except (ValueError, RuntimeError) as error:
+        if config.samples < schedule.batch_size(0):
+            raise ValueError(f"samples must be at least {schedule.batch_size(0)}, those of a step")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    config.dtype = str(dtype).removeprefix("torch.")
+    rank, world = parallel.start_processes(device)
+    expected = (ConfigError, DataError, CheckpointError, OSError)
+    run = Path(config.out_dir, config.name)
+    lock = parallel.together(lambda: None if rank else checkpoint.lock(run), errors=expected)
+    try:
+        model, forward = build_model(config, device, dtype)
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     optimizer = build_optimizer(config, model)
-    expected = (ConfigError, DataError, CheckpointError, OSError)
     mixture, held_out = parallel.together(open_data, config, rank, world, errors=expected)
     if len(set(parallel.gather(mixture.fingerprint()))) > 1:
         raise ConfigError(f"{config.mixture}: its sources are not the same on every rank")
 
     # --- what the run starts from
-    run = Path(config.out_dir, config.name)
-    lock = parallel.together(lambda: None if rank else checkpoint.lock(run), errors=expected)
     state = checkpoint.start(config, run, mixture.fingerprint(), model, optimizer)
     state |= {"config": asdict(config), "mixture": mixture.fingerprint()}
     state["versions"] = {} if rank else checkpoint.versions()
     saver = checkpoint.Saver(run / "checkpoints", config.keep_last)
-    first = state["step"]
+    first, last = state["step"], schedule.num_steps()
     if rank == 0:
         print(describe(config, run, mixture, model, state), flush=True)
     log = parallel.together(lambda: None if rank else open_log(config, run, first), errors=expected)
@@ -111,8 +114,8 @@ def main(argv: list[str]) -> int:
         losses = accumulate_gradients(forward, share, config, device)
         grad_norm = parallel.clip_gradients(model, config.clip_grad)
 
-        # What happens to one rank happens to all, at the same step. This is the only time in a
-        # step that the host waits for the device.
+        # All ranks act on a signal or a failure of one of them, at the same step. This is the only
+        # time in a step that the host waits for the device.
         late = 0 < config.max_minutes <= (time.monotonic() - started) / 60
         flags = {"stop": bool(signals) or late, "save_failed": saver.failed()}
         sums = parallel.named_sums(device, {"grad_norm": grad_norm}, loss=sum(losses), **flags)
@@ -123,8 +126,11 @@ def main(argv: list[str]) -> int:
             diverged = True
             where = not_finite(step, share, losses, config.micro_batch_size)
             if rank == 0:
-                line = f"step {step.step}: loss {loss}, gradient norm {grad_norm}, from {where}"
-                line += f"; stopped before the update, step {saved:,} is the last one saved"
+                line = f"step {step.step}: loss {loss}, gradient norm {grad_norm} on {where}"
+                newest = (
+                    f"step {saved:,} is the last one saved" if saved else "nothing is saved yet"
+                )
+                line += f"; stopped before the update, {newest}"
                 tqdm.write(f"train.py: {line}", file=sys.stderr)
             break
         for group in optimizer.param_groups:
@@ -167,7 +173,8 @@ def main(argv: list[str]) -> int:
             if rank == 0:
                 log(row)
                 if validate:
-                    tqdm.write(f"step {step.step:,}: validation loss {row['validation_loss']:.4f}")
+                    line = f"step {step.step:,}: validation loss {row['validation_loss']:.4f}"
+                    tqdm.write(line, file=sys.stderr)
             bar.set_postfix_str(shown, refresh=False)
             # The validation does not count towards the speed.
             row_began, row_tokens, waited = time.monotonic(), 0, 0.0
@@ -219,7 +226,7 @@ def build_model(
         model = Lucie(checkpoint.architecture(asdict(config)))
     parallel.checkpoint_activations(model, config.activation_checkpointing)
     if config.compile:
-        for block in model.layers:  # all are alike: the first one's code serves the others
+        for block in model.layers:  # all blocks are identical, so they share one compilation
             block.compile()
     return model, parallel.parallelize(model, config.parallel, config.replica_size, device, dtype)
 
@@ -265,19 +272,18 @@ def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: d
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         text += f"\nsources read more than once: {', '.join(repeated[:5])}{more}"
     if mixture.missing:
-        text += f"\ntrains without {', '.join(mixture.missing)}: their files are missing"
+        text += f"\nsources left out, because their files are missing: {', '.join(mixture.missing)}"
     return text
 
 
 def summary(config: Config, newest: Path, first: int, step: int, last: int) -> str:
     """How the run ended, and how it goes on."""
     if step < last:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE")
-        launcher = f"torchrun --nproc-per-node={ranks}" if ranks else "python"
-        how = f"stopped after step {step:,} of {last:,}; the same command goes on:"
-        how += f" {launcher} {shlex.join(sys.argv)}"
+        launcher = "torchrun ..." if "RANK" in os.environ else "python"
+        how = f"stopped after step {step:,} of {last:,}; to continue, run the same command: "
+        how += f"{launcher} {shlex.join(sys.argv)}"
     else:
-        how = f"{'had finished before' if first == last else 'finished'}, all {last:,} steps"
+        how = f"{'had already finished' if first == last else 'finished'} ({last:,} steps)"
     return f"{config.name}: {how}\nnewest checkpoint: {newest}"
 
 
@@ -301,26 +307,27 @@ def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
 
     @contextmanager
     def optional(name: str) -> Iterator[None]:
-        """The run goes on without a board that does not work."""
+        """A board that fails is dropped, and the run continues."""
         try:
             yield
         except Exception as error:
             boards.pop(name, None)
-            tqdm.write(f"train.py: goes on without {name} ({error!r})", file=sys.stderr)
+            tqdm.write(f"train.py: continuing without {name} ({error!r})", file=sys.stderr)
 
     if find_spec("tensorboard"):
         with optional("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            # A full disk ends its thread; add_scalar reports that, and a traceback would hide it.
-            threading.excepthook = lambda failure: None
             add = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1).add_scalar
             boards["TensorBoard"] = lambda row, step: [add(n, v, step) for n, v in row.items()]
     if config.wandb_project:
         with optional("Weights & Biases"):
             import wandb
 
-            options = {"name": config.name, "id": config.name, "resume": "allow", "dir": str(run)}
+            if step == 0 or not (run / "wandb_id").is_file():
+                checkpoint.write_text(run / "wandb_id", secrets.token_hex(8))
+            options = {"id": (run / "wandb_id").read_text(), "resume": "allow", "dir": str(run)}
+            options["name"] = config.name
             board = wandb.init(project=config.wandb_project, config=asdict(config), **options)
             boards["Weights & Biases"] = lambda row, step: board.log(row, step=step)
 
@@ -343,7 +350,7 @@ def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
 def accumulate_gradients(
     forward: nn.Module, share: Share, config: Config, device: torch.device
 ) -> list[Tensor]:
-    """Leave in the parameters the gradient of the mean loss over the target tokens of all ranks.
+    """Accumulate the gradient of the mean loss over the target tokens of all ranks.
 
     Returns what each micro-batch of this rank adds to that loss, fp64 on the device.
     """
@@ -355,7 +362,7 @@ def accumulate_gradients(
             forward, final, config.reduce_each_micro_batch, config.gather_each_micro_batch
         ):
             loss = loss_sum(forward, x, y, config, device) / targets
-            (loss * parallel.world_size()).backward()  # torch averages over ranks, we want a sum
+            (loss * parallel.world_size()).backward()  # torch averages over ranks; we need the sum
         losses.append(loss.detach())
     return losses
 
@@ -391,7 +398,7 @@ def not_finite(step: Step, share: Share, losses: list[Tensor], micro_batch_size:
             broken += share.samples[first : first + micro_batch_size]
     found = [f"rank {r}: {ids}" for r, ids in enumerate(parallel.gather(broken)) if ids]
     samples = f"samples {step.samples_before} to {step.samples_before + step.batch_size - 1}"
-    return f"{samples} ({', '.join(found) or 'the loss of each is finite'})"
+    return f"{samples} ({', '.join(found) or 'the loss of every sample is finite'})"
 
 
 if __name__ == "__main__":

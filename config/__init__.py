@@ -8,6 +8,7 @@ changes. A config file is plain `name = literal` lines. It is parsed, never exec
 import argparse
 import ast
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -161,13 +162,13 @@ def read_file(path: str | Path) -> dict[str, object]:
 def _set(config: Config, name: str, value: object, file: str) -> None:
     """Set an option to the literal that a config file gives it."""
     if name not in OPTIONS:
-        raise ConfigError(f"{file}: no option is called {name!r}; {nearest(name, OPTIONS)}")
+        raise ConfigError(f"{file}: no option is called {name!r}{nearest(name, OPTIONS)}")
     kind = OPTIONS[name].type
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 2e6 samples
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ConfigError(f"{file}: {name} is {KINDS[kind][1]}, not {value!r}")
     setattr(config, name, value)
 
@@ -177,13 +178,21 @@ def _check_ranges(config: Config) -> None:
     for name in (*positive, "keep_last"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size"):
+    not_negative = ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size")
+    not_negative += ("checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps")
+    for name in not_negative:
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
     if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1 and config.eps > 0):
         raise ConfigError("beta1 and beta2 must be at least 0 and below 1, and eps above 0")
-    if not config.name:
-        raise ConfigError("name must not be empty: the run is stored under it")
+    if not config.init_from:
+        raise ConfigError("init_from must not be empty; auto is the default")
+    # Checkpoints that are hidden or in another folder would not be found again.
+    if not all(part.strip(".") and part[0] != "." for part in config.name.split("/")):
+        raise ConfigError(f"name must be a relative path without hidden parts, not {config.name!r}")
+    if "/" in config.checkpoint_prefix or config.checkpoint_prefix.startswith("."):
+        prefix = config.checkpoint_prefix
+        raise ConfigError(f"checkpoint_prefix must not begin with . or contain /, not {prefix!r}")
 
 
 def _shorten_warmup(config: Config, planned: int, given: Iterable[str]) -> None:
@@ -220,5 +229,6 @@ def _with_bare_booleans(args: Sequence[str]) -> list[str]:
 def _documentation() -> str:
     """The options with their comments, as they stand in this file."""
     source = Path(__file__).read_text(encoding="utf-8")
-    start = source.index("    # --- run")
-    return f"options:\n\n{source[start : source.index('OPTIONS = ')].rstrip()}"
+    options = source[source.index("    # --- run") : source.index("OPTIONS = ")].rstrip()
+    example = "python train.py config/demo_pretrain.py --seed 1 --learning_rate=1e-3"
+    return f"    {example}\n\nThe options and their defaults:\n\n{options}"

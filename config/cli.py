@@ -65,7 +65,9 @@ def from_text(kind: type) -> Callable[[str], object]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    return f"did you mean {difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]!r}?"
+    """The end of an error message: the name that was meant, if one is similar."""
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]!r}?" if similar else "; --help lists them"
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
+        for kind in (int, float):
+            self.register("type", kind, from_text(kind))
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -93,7 +97,7 @@ class Parser(argparse.ArgumentParser):
             name = arg.partition("=")[0]
             if arg.startswith("--"):
                 names = [n for n in self._option_names() if n.startswith("--")]
-                self.error(f"no option is called {name}; {nearest(name, names)}")
+                self.error(f"no option is called {name}{nearest(name, names)}")
             self.error(f"unexpected argument {arg!r}")
         return known
 
@@ -113,7 +117,7 @@ def run_cli(main: Callable[[list[str]], int | None], *errors: type[Exception]) -
     """Run main(arguments) as a command and end the process with its exit code, or 0 for None.
 
     A ConfigError, an OSError or one of `errors` is bad input: one line on stderr and exit code 2.
-    Any other exception is a fault of this code and shows its traceback.
+    Any other exception is a bug and shows its traceback.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
@@ -131,21 +135,32 @@ def run_cli(main: Callable[[list[str]], int | None], *errors: type[Exception]) -
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # nobody reads the output any more, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except (ConfigError, OSError, *errors) as error:
         code, rank = 2, os.environ.get("RANK", "0")
-        # What all ranks know, rank 0 says. A wrong command line all of them get, so the first rank
-        # of each machine says it; anything else is the trouble of this rank alone.
+        # Rank 0 reports an error raised on all ranks. A bad command line reaches every rank, so the
+        # first rank of each machine reports it. Anything else concerns this rank alone.
         first = os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError)
-        if rank == "0" or (first and not getattr(error, "on_all_ranks", False)):
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
+            code = 1  # as in `| head`, which is no error to report
+        elif rank == "0" or (first and not getattr(error, "on_all_ranks", False)):
             where = Path(sys.argv[0]).name + (f": rank {rank}" if rank != "0" else "")
             tqdm.write(f"{where}: {in_one_line(error)}", file=sys.stderr)
     finally:
-        sys.stderr.flush()
+        if isinstance(sys.stderr, LogFile):
+            sys.stderr.finish()
         sys.stderr = terminal
     sys.exit(code)
+
+
+def _is_closed(stdout: TextIO) -> bool:
+    """Whether the reader of stdout has closed it; the rest of the output is dropped then."""
+    try:
+        stdout.write("\n")  # what was not written before is not kept, so flush alone may succeed
+        stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        return True
 
 
 def in_one_line(error: BaseException) -> str:
@@ -156,7 +171,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 class LogFile:
-    """stderr where it is no terminal: a progress bar leaves one line a minute, and its last one.
+    """stderr when it is not a terminal: a progress bar leaves one line a minute, and its last one.
 
     A bar redraws its line with carriage returns, ten times a second, which would fill a log file
     with one long line that grep cannot search.
@@ -168,7 +183,7 @@ class LogFile:
     def write(self, text: str) -> int:
         *lines, rest = (self._line + text).split("\n")
         for line in lines:
-            self._stream.write(line.rpartition("\r")[2] + "\n")
+            self._stream.write(line.removesuffix("\r").rpartition("\r")[2] + "\n")
         redrawn = "\r" in rest
         self._line = rest.rpartition("\r")[2]
         if redrawn:
@@ -179,6 +194,11 @@ class LogFile:
         return len(text)
 
     def flush(self) -> None:
+        self._stream.flush()
+
+    def finish(self) -> None:
+        """Write what has not ended with a line break."""
+        self._stream.write(self._line.rpartition("\r")[2])
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -30,7 +30,7 @@ def read_share(
 ) -> Share:
     """Read every `world`-th of the samples, beginning with number `rank` of them.
 
-    All ranks take part in every pass through the model, so all need the same number of batches. A
+    Every forward pass involves all ranks, so all need the same number of batches. A
     rank that has run out of samples gets one whose targets are all IGNORE. pin: in pinned memory,
     for a copy to a GPU that does not wait. Raises DataError for a sample that cannot be read.
     """

@@ -55,14 +55,16 @@ class GPU:
 def use(mode: str) -> str:
     """Choose for all operations: "auto", "triton" or "torch" (the definitions).
 
-    Returns the choice before. Raises ValueError for another word, and RuntimeError where "triton"
-    cannot run.
+    Returns the choice before. Raises ValueError for another word, or where "triton" cannot run.
     """
     global _mode
     if mode not in MODES:
         raise ValueError(f"kernels are {', '.join(MODES)}, not {mode!r}")
     if mode == "triton":
-        gpu()
+        try:
+            gpu()
+        except RuntimeError as error:
+            raise ValueError(f"kernels={mode}: {error}") from None
     before, _mode = _mode, mode
     return before
 

@@ -112,7 +112,7 @@ def test_shards_are_safetensors_that_others_can_read(tmp_path):
         assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_only_the_newest_passing_ones_stay_and_all_milestones(tmp_path):
+def test_only_the_newest_rolling_ones_stay_and_all_milestones(tmp_path):
     model, optimizer = trained()
     (tmp_path / "step0000008.damaged").mkdir()
     for step in range(1, 9):
@@ -392,7 +392,7 @@ def test_what_was_saved_is_not_written_over(tmp_path):
     path = tmp_path / "checkpoints" / "step0000003"
     checkpoint.save(path, model, optimizer, STATE)
     with pytest.raises(
-        CheckpointError, match=r"step0000003: not saved .*there is a checkpoint of this name"
+        CheckpointError, match=r"step0000003: not saved .*a checkpoint of this name exists"
     ):
         checkpoint.save(path, model, optimizer, STATE | {"samples": 99})
     checkpoint.verify(path)
@@ -514,7 +514,9 @@ def test_transformers_reads_what_is_exported(tmp_path, ranks, dtype, ranks_that_
         cut_in_two(tmp_path / "out/run/checkpoints/step0000003")
     out = tmp_path / "hf"
     checkpoint.main(["export", f"{tmp_path}/out/run", "--out", str(out), f"--dtype={dtype}"])
-    assert capsys.readouterr().out == f"{tmp_path}/out/run/checkpoints/step0000003 is in {out}\n"
+    assert (
+        capsys.readouterr().out == f"exported {tmp_path}/out/run/checkpoints/step0000003 to {out}\n"
+    )
     assert sorted(os.listdir(out)) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
@@ -549,7 +551,7 @@ def test_inspect_tells_what_is_there_and_verifies_it(tmp_path, ranks, capsys):
     told = {name: value.strip() for name, value in told.items()}
     assert told["parameters"] == f"{model.num_params():,}" and told["vocab_size"] == "262"
     assert told["training_steps, all phases"] == "12" and told["tokenizer"] == str(ranks)
-    assert told["milestones"] == "none" and last == "    every byte is as it was written"
+    assert told["milestones"] == "none" and last == "    verified: no byte has changed"
     checkpoint.main(["inspect", str(tmp_path / "run/checkpoints/step0000003")])
     assert "step                         3\n" in capsys.readouterr().out
 

@@ -134,7 +134,7 @@ def test_a_disk_too_small_for_the_next_checkpoint(tiny_data, disk):
     life, keeper, folder, seen = disk
     assert life(**ONE_STEP) == [0]
     assert life(save_every=5) == [2]
-    (line,) = said(tiny_data)
+    *_, line = said(tiny_data, traceback=None)
     # The log may feel it before the checkpoint that is in its way has given up.
     assert "No space left on device" in line
     assert "step0000005: not saved" in line or "log.csv" in line
@@ -159,7 +159,7 @@ def test_a_disk_too_full_for_the_log(tiny_data, disk):
     change = dict(samples=800, validation="")
     assert life(**change, **ONE_STEP) == [0]
     assert life(partial(after_update, 5, partial(fill, folder)), **change) == [2]
-    *_, line = said(tiny_data)  # TensorBoard may feel it first
+    *_, line = said(tiny_data, traceback=None)
     assert "No space left on device" in line and str(folder / "run") in line
     stands(seen / "run", 1)
     mount(keeper, "-o", "remount,size=100M", folder)
@@ -223,7 +223,7 @@ def test_a_log_that_cannot_grow(tiny_data):
     change = dict(samples=800, validation="")
     assert end(start(tiny_data, **change, **ONE_STEP)) == [0]
     assert end(start(tiny_data, hook=partial(limit, 8192), **change)) == [2]
-    *_, line = said(tiny_data)
+    *_, line = said(tiny_data, traceback=None)
     assert "File too large" in line and str(tiny_data / "out/run") in line
     stands(tiny_data / "out/run", 1)
     assert end(start(tiny_data, **change)) == [0]
@@ -264,7 +264,7 @@ def test_data_that_vanishes_on_one_of_two_ranks(tiny_data):
     change = dict(mixture="mixture.csv", validation="", save_every=3)
     lives = start(tiny_data, 2, hook=partial(copy_of_its_own, tiny_data, True), **change)
     assert end(lives) == [1, 2]
-    (line,) = said(tiny_data, lost=True)
+    (line,) = said(tiny_data, traceback=True)
     assert line.startswith("train.py: rank 1: a.bin: No such file")
     assert logged(tiny_data) in (4, 5)  # the step after may have been read ahead
     stands(tiny_data / "out/run", 3)
@@ -310,7 +310,7 @@ def test_an_error_of_the_system_on_another_rank_is_told(tiny_data):
     first, second = start(tiny_data, 2, hook=no_quota, validation="")
     assert 0 not in end([first, second])
     text = "train.py: rank 1: /cache/of/a/compiler: Disk quota exceeded"
-    assert [text] == said(tiny_data, lost=True)
+    assert [text] == said(tiny_data, traceback=True)
 
 
 # --- signals
@@ -378,7 +378,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tiny_data, ran
     same_as_undisturbed(tiny_data)
 
 
-def test_passing_checkpoints_are_forgotten_over_restarts_and_milestones_stay(tiny_data):
+def test_rolling_checkpoints_are_forgotten_over_restarts_and_milestones_stay(tiny_data):
     change = dict(save_every=2, checkpoint_every=7, keep_last=2)
     stop = partial(after_update, 8, partial(signal.raise_signal, signal.SIGTERM))
     folder = tiny_data / "out/run/checkpoints"
@@ -411,7 +411,7 @@ def test_a_rank_that_dies_in_the_last_save_is_missed(tiny_data, victim):
     ranks = start(tiny_data, 2, hook=partial(die_in_a_save, str(victim)), **ONE_STEP)
     codes = end(ranks, seconds=10)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] > 0
-    assert not said(tiny_data, lost=True)
+    assert not said(tiny_data, traceback=True)
     assert steps_of(tiny_data / "out/run/checkpoints") == [1]
     assert end(start(tiny_data, 2, **ONE_STEP)) == [0, 0]
     stands(tiny_data / "out/run", 2)

@@ -295,7 +295,7 @@ SHARD = "model-00001-of-00012.safetensors"
         (lambda folder: os.truncate(folder / SHARD, 2000), f"{SHARD}: damaged, or cut short"),
         (replace("bias", torch.ones(3)), "unknown tensor bias"),
         (replace("model.embed_tokens.weight", torch.ones(97, 64).int()), "is I32, not one of"),
-        (replace("lm_head.weight", torch.ones(97, 64)), "lm_head.weight is in model-00001"),
+        (replace("lm_head.weight", torch.ones(97, 64)), "lm_head.weight is also in model-00001"),
         (only_a_pickle, "pytorch_model.bin is a pickle, which can run code"),
     ],
 )

@@ -343,7 +343,7 @@ def test_a_number_that_is_none_names_step_and_samples(tiny_data, number):
     done = patched(tiny_data, code, 0, checkpoint_every=5)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = said(done)
-    assert line.startswith("train.py: step 7: loss nan, gradient norm nan, from samples 48 to 55")
+    assert line.startswith("train.py: step 7: loss nan, gradient norm nan on samples 48 to 55")
     assert "(rank 0: [48, 49, 50, 51, 52, 53, 54, 55]);" in line
     assert "stopped before the update, step 5 is the last one saved" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
@@ -357,7 +357,7 @@ def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data, way):
     assert done.returncode != 0
     (line,) = said(done)
     assert "step 7: loss nan" in line
-    assert "from samples 48 to 55 (rank 1: [49, 51, 53, 55]); stopped before the update" in line
+    assert "on samples 48 to 55 (rank 1: [49, 51, 53, 55]); stopped before the update" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
@@ -372,9 +372,14 @@ def test_a_gradient_that_no_loss_explains_stops_too(tiny_data, monkeypatch, caps
 
     monkeypatch.setattr(train.parallel, "clip_gradients", poisoned)
     assert train.main(options(tiny_data, checkpoint_every=5)) == 1
-    line = "gradient norm inf, from samples 48 to 55 (the loss of each is finite); stopped before"
+    line = (
+        "gradient norm inf on samples 48 to 55 (the loss of every sample is finite); stopped before"
+    )
     assert line in capsys.readouterr().err
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
+    count[0] = 0
+    assert train.main(options(tiny_data, name="other")) == 1
+    assert "stopped before the update, nothing is saved yet" in capsys.readouterr().err
 
 
 def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
@@ -421,6 +426,19 @@ train.main = lambda args: train_main(args[:-1])
     assert script.exists() and done.returncode == 2
     assert "a.bin: No such file" in done.stderr and "Traceback" not in done.stderr
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000003"
+
+
+def test_what_goes_wrong_on_one_rank_in_the_setup_is_told(tiny_data):
+    code = """
+allocate = train.parallel.parallelize
+def failing(*args):
+    if rank == 1:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return allocate(*args)
+train.parallel.parallelize = failing
+"""
+    done = patched(tiny_data, code, 2)
+    assert done.returncode != 0 and "CUDA error: invalid device ordinal" in done.stderr
 
 
 SPYING = """
@@ -593,7 +611,7 @@ def test_max_minutes_saves_and_stops(tiny_data):
 def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
     rows = train_here(tiny_data)
     assert results(train_here(tiny_data)) == results(rows)
-    assert "run: had finished before, all 20 steps" in capsys.readouterr().out
+    assert "run: had already finished (20 steps)" in capsys.readouterr().out
 
 
 # --- what a run says
@@ -605,12 +623,13 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
     assert out.startswith("run: 74,176 parameters, float32, 1 x CPU\n20 steps, 160 samples, 2,560 ")
     assert f"tokens; begins at step 0; writes to {tiny_data}/out/run\n" in out
     assert "sources read more than once: a (1.9 times)\n" in out
-    assert "run: stopped after step 1 of 20; the same command goes on: python " in out
+    assert "run: stopped after step 1 of 20; to continue, run the same command: python " in out
     train_here(tiny_data)
-    out = capsys.readouterr().out
-    assert "; resumes after step 1; " in out and "run: finished, all 20 steps\n" in out
+    out, err = capsys.readouterr()
+    assert "; resumes after step 1; " in out and "run: finished (20 steps)\n" in out
     assert f"newest checkpoint: {tiny_data}/out/run/checkpoints/step0000020" in out
-    validated = [line for line in out.splitlines() if "validation loss" in line]
+    lines = err.replace("\r", "\n").splitlines()
+    validated = [line for line in lines if "validation loss" in line]
     rows = {row["training_steps"]: row["validation_loss"] for row in log_of(tiny_data)}
     assert validated == [f"step {n}: validation loss {float(rows[n]):.4f}" for n in ("10", "20")]
 
@@ -618,14 +637,15 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
 def test_a_log_file_has_lines(tiny_data):
     done = run(tiny_data)
     assert done.returncode == 0 and "\r" not in done.stderr + done.stdout
-    (line,) = done.stderr.splitlines()  # of a run under a minute the last state of the bar
-    assert "100%" in line and "160/160" in line
+    *validated, line = done.stderr.splitlines()
+    assert [text.partition(":")[0] for text in validated] == ["step 10", "step 20"]
+    assert "100%" in line and "160/160" in line  # of a run under a minute the bar's last state
 
 
 # --- one process a run
 
 
-def test_a_second_process_is_refused_before_it_touches_anything(tiny_data):
+def test_a_second_process_is_refused_before_it_touches_anything(tiny_data, monkeypatch):
     train_here(tiny_data, max_minutes=1e-6)
     unfinished = tiny_data / "out/run/checkpoints/.step0000002.tmp"
     unfinished.mkdir()  # as the first one would be writing it
@@ -635,6 +655,11 @@ def test_a_second_process_is_refused_before_it_touches_anything(tiny_data):
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == f"train.py: {tiny_data}/out/run: another process is training this run\n"
     assert (tiny_data / "out/run/log.csv").read_bytes() == before and unfinished.is_dir()
+    (tiny_data / "out/link").symlink_to(tiny_data / "out/run")
+    monkeypatch.setattr(train, "build_model", None)  # that would take the memory of the first one
+    for name in ("run", "link"):
+        with pytest.raises(train.CheckpointError, match="another process is training this run"):
+            train_here(tiny_data, name=name)
     held.close()
     assert run(tiny_data).returncode == 0
 
@@ -647,13 +672,15 @@ def test_a_constant_schedule_can_be_extended_bit_for_bit(tiny_data):
     whole = train_here(tiny_data, name="whole", samples=240, **constant)
     train_here(tiny_data, **constant)
     assert results(train_here(tiny_data, samples=240, **constant)) == results(whole)
-    with pytest.raises(train.ConfigError, match="samples was 240 and is 80"):
+    with pytest.raises(train.ConfigError, match="has trained on 240 samples already, more than 80"):
         train_here(tiny_data, samples=80, **constant)
 
 
 def test_a_cosine_schedule_says_how_to_train_on(tiny_data):
     train_here(tiny_data)
-    with pytest.raises(train.ConfigError, match=r"cosine schedule.*--name=NEW --init_from=.*/run"):
+    with pytest.raises(
+        train.ConfigError, match=r"samples was 160 and is now 240.*--name=NEW --init_from=.*/run"
+    ):
         train_here(tiny_data, samples=240)
 
 
@@ -712,7 +739,7 @@ def test_a_broken_tensorboard_is_a_warning(tiny_data, monkeypatch, capsys, fails
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Broken)
     assert len(train_here(tiny_data)) == 20
-    assert capsys.readouterr().err.count("train.py: goes on without TensorBoard (") == 1
+    assert capsys.readouterr().err.count("train.py: continuing without TensorBoard (") == 1
 
 
 def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys):
@@ -731,7 +758,7 @@ def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys
         }
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert len(train_here(tiny_data, name="other", wandb_project="lucie")) == 20
-    assert "goes on without Weights & Biases (" in capsys.readouterr().err
+    assert "continuing without Weights & Biases (" in capsys.readouterr().err
 
 
 # --- documents
@@ -789,7 +816,7 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
         ({"learning_rat": 1}, "did you mean '--learning_rate'?"),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
-        ({"samples": 7, "warmup_samples": 0}, "samples: 7 are not enough for one step"),
+        ({"samples": 7, "warmup_samples": 0}, "samples must be at least 8, those of a step"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
         ({"vocab_size": 50}, "past the vocabulary of 50"),
@@ -854,10 +881,10 @@ def test_a_directory_of_another_run_is_refused(tiny_data):
     before = weights_of(tiny_data)
     done = run(tiny_data, samples=8, warmup_samples=0, learning_rate=0.5, seed=1)
     assert done.returncode == 2
-    assert "learning_rate was 0.01 and is 0.5" in done.stderr
-    assert "seed was 42 and is 1" in done.stderr
+    assert "learning_rate was 0.01 and is now 0.5" in done.stderr
+    assert "seed was 42 and is now 1" in done.stderr
     done = run(tiny_data, samples=8, warmup_samples=0, init_from="scratch")
-    assert done.returncode == 2 and "holds a run already" in done.stderr
+    assert done.returncode == 2 and "already holds a run" in done.stderr
     after = weights_of(tiny_data)
     assert all(torch.equal(before[n], after[n]) for n in before)
 

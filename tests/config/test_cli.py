@@ -4,6 +4,7 @@ tests/test_generate.py tries the streams of a real command: a closed input, a cl
 """
 
 import io
+import os
 import re
 import sys
 
@@ -39,7 +40,7 @@ def test_hyphens_are_accepted_for_underscores_in_names_only():
         (["--top=3"], "no option is called --top; did you mean '--top_k'?"),
         (["inspect", "--check"], "no option is called --check; did you mean '--check_bytes'?"),
         (["inspect", "more"], "unexpected argument 'more'"),
-        (["--top_k", "x"], "--top_k: invalid int value: 'x'"),
+        (["--top_k", "x"], "--top_k: must be a whole number, not 'x'"),
     ],
 )
 def test_options_that_do_not_exist_suggest_the_nearest(parser, args, message):
@@ -80,6 +81,24 @@ def test_an_expected_error_is_one_line_and_an_exit_code(monkeypatch, capsys, res
     with pytest.raises(SystemExit) as end:
         run_cli(ending(result), OurError)
     assert (end.value.code, capsys.readouterr().err) == (code, line)
+
+
+def test_a_broken_pipe_is_silent_only_where_it_is_stdouts(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_WRONLY)
+
+    monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
+    with pytest.raises(SystemExit) as end:
+        run_cli(ending(BrokenPipeError(32, "Broken pipe")))
+    assert (end.value.code, capsys.readouterr().err) == (2, "tool.py: Broken pipe\n")
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as end:
+        run_cli(ending(BrokenPipeError(32, "Broken pipe")))
+    assert (end.value.code, capsys.readouterr().err) == (1, "")
 
 
 def test_any_other_error_shows_its_traceback(monkeypatch):
@@ -124,3 +143,20 @@ def test_a_bar_in_a_log_file_leaves_a_line_a_minute_and_its_last_one(monkeypatch
     assert "\r" not in file.getvalue()
     lines = [re.sub(r".* (\d+)/170 .*", r"\1", line) for line in file.getvalue().splitlines()]
     assert lines == ["60", "a message", "120", "170", "the end"]
+
+
+def test_a_log_file_keeps_every_text():
+    file = io.StringIO()
+    log = LogFile(file)
+    for text in (
+        "one ",
+        "line\n",
+        "of Windows\r\n",
+        "\rshown",
+        "\rshown again",
+        "\n",
+        "unfinished",
+    ):
+        log.write(text)
+    log.finish()
+    assert file.getvalue() == "one line\nof Windows\nshown again\nunfinished"

@@ -51,7 +51,13 @@ def test_an_option_is_read_as_its_type_and_never_evaluated(args, name, value):
         (["--seq_len=0"], "seq_len must be at least 1, not 0"),
         (["--clip_grad=-1"], "clip_grad must be 0 or more, not -1.0"),
         (["--beta1=2"], "beta1"),
-        (["--name="], "name must not be empty"),
+        (["--name="], "name must be a relative path without hidden parts, not ''"),
+        (["--name=.."], "name must be a relative path without hidden parts, not '..'"),
+        (["--name=/tmp/x"], "name must be a relative path without hidden parts, not '/tmp/x'"),
+        (["--checkpoint_prefix=.x"], "checkpoint_prefix must not begin with . or contain /"),
+        (["--checkpoint_prefix=a/b"], "checkpoint_prefix must not begin with . or contain /"),
+        (["--checkpoint_every=-1"], "checkpoint_every must be 0 or more, not -1"),
+        (["--zzz=1"], "no option is called --zzz; --help lists them"),
     ],
 )
 def test_bad_arguments_are_named(args, message):
@@ -67,6 +73,7 @@ def test_bad_arguments_are_named(args, message):
         ("seed = 'x'", "seed is a whole number, not 'x'"),
         ("seed = True", "seed is a whole number, not True"),
         ("learning_rate = 'high'", "learning_rate is a number, not 'high'"),
+        ("learning_rate = 1e999", "learning_rate is a number, not inf"),
         ("import os", "line 1: a config file holds only lines like"),
         ("name = open('/etc/passwd').read()", "line 1"),
         ("seed = 1\nseed: int = 2", "line 2"),
