@@ -190,7 +190,7 @@ def test_what_is_not_offered_is_said_once(chip, monkeypatch, capsys, why, change
 
 @interpreted
 def test_without_a_gpu():
-    with pytest.raises(RuntimeError, match="need a CUDA GPU, and there is none"):
+    with pytest.raises(ValueError, match="need a CUDA GPU, and there is none"):
         kernels.use("triton")
     q, k, v, _ = draw("cpu", torch.float32, 1, 3, 3, 2, 1, 64)
     assert torch.equal(attention(q, k, v), eager()(q, k, v))

@@ -380,7 +380,7 @@ def test_it_prints_the_published_phases(capsys):
     [
         ("--card v100", "v100"),
         ("--gpus 0", "--gpus must be at least 1"),
-        ("--gpus many", "invalid int value"),
+        ("--gpus many", "must be a whole number, not"),
         ("--mfu 40", "--mfu must be above 0"),
         ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide the 12"),
         ("--gpus 4 --parallel=tp", "parallel must be one of fsdp, ddp, hsdp"),
