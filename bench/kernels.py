@@ -286,7 +286,7 @@ def benchmark(names: list[str], suite: str, out: Path, minutes: float) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     try:
         use("triton")
-    except RuntimeError as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     ops = {name: op for name, op in OPS.items() if not names or name in names}
     if importlib.util.find_spec("liger_kernel") is None:
