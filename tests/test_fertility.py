@@ -190,7 +190,7 @@ def test_what_cannot_be_compared_says_so_in_one_line(folder, texts, tokenizers, 
 @pytest.mark.parametrize("megabytes", ["inf", "nan", "0", "-1"])
 def test_megabytes_that_are_no_size(folder, megabytes):
     args = ["--texts", f"{folder}/fr.jsonl.gz", "--tokenizers", f"{folder}/bytes.tiktoken"]
-    with pytest.raises(ConfigError, match="^--megabytes:? must be (over 0$|a number)"):
+    with pytest.raises(ConfigError, match=r"^--megabytes:? must be (over 0$|a number)"):
         fertility.main([*args, f"--megabytes={megabytes}"])
 
 
