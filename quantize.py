@@ -13,7 +13,6 @@ A model is quantized before it is filled, on the meta device, so that only one o
 ever in memory in full.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -93,6 +92,7 @@ def quantize_(model: Lucie, group_size: int | None = None) -> Lucie:
     return model.requires_grad_(False)
 
 
+@torch.no_grad()
 def build(
     config: LucieConfig,
     pieces: list[hf.Piece],
@@ -102,49 +102,22 @@ def build(
 ) -> Lucie:
     """A quantized model, its matrices packed as they are read; dtype: of everything else.
 
-    Raises CheckpointError, naming `label`, if there is not enough memory, and as `fill` does.
+    Raises CheckpointError if there is not enough memory, or for weights that are not finite.
     """
     with torch.device("meta"):
         model = quantize_(Lucie(config).to(dtype))
     hf.allocate(model, device, label)
-    fill(model, hf.read(pieces))
-    return model
-
-
-@torch.no_grad()
-def fill(model: Lucie, stream: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Fill a quantized model that has memory: matrices are packed as they arrive.
-
-    stream: (name of a parameter of the model before it was quantized, first row, those rows), in
-    any order, a parameter at once or in parts. Raises CheckpointError for an unknown name, rows
-    that do not fit, come twice or not at all, and values that are not finite.
-    """
     packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
     parameters = dict(model.named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    shapes |= {n: (len(m.packed), 2 * m.packed.shape[1]) for n, m in packed.items()}
-    missing = {name: torch.ones(shape[0], dtype=torch.bool) for name, shape in shapes.items()}
-    for name, first, values in stream:
-        if name not in shapes:
-            raise CheckpointError(f"unknown tensor {name}")
-        rows, shape = slice(first, first + len(values)), shapes[name]
-        if first < 0 or rows.stop > shape[0] or tuple(values.shape[1:]) != shape[1:]:
-            raise CheckpointError(
-                f"{name}: {list(values.shape)} from row {first} on does not fit in {list(shape)}"
-            )
-        if not missing[name][rows].all():
-            raise CheckpointError(f"{name}: rows of it from {first} on appear twice")
-        missing[name][rows] = False
+    for name, first, rows in hf.read(pieces):
         if name not in packed:
-            parameters[name][rows] = values.to(parameters[name])
+            parameters[name][first : first + len(rows)] = rows.to(parameters[name])
             continue
         try:
-            packed[name].set_rows(first, values)
+            packed[name].set_rows(first, rows)
         except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-    lacking = [name for name, rows in missing.items() if rows.any()]
-    if lacking:
-        raise CheckpointError(f"lacks {lacking[0]} or rows of it, and {len(lacking) - 1} more")
+            raise CheckpointError(f"{label}: {name}: {error}") from None
+    return model
 
 
 def save(model: Lucie, folder: str | Path, tokenizer: str = "") -> None:
