@@ -13,6 +13,7 @@ A model is quantized before it is filled, on the meta device, so that only one o
 ever in memory in full.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -92,7 +93,6 @@ def quantize_(model: Lucie, group_size: int | None = None) -> Lucie:
     return model.requires_grad_(False)
 
 
-@torch.no_grad()
 def build(
     config: LucieConfig,
     pieces: list[hf.Piece],
@@ -107,17 +107,24 @@ def build(
     with torch.device("meta"):
         model = quantize_(Lucie(config).to(dtype))
     hf.allocate(model, device, label)
+    fill(model, hf.read(pieces))
+    return model
+
+
+@torch.no_grad()
+def fill(model: Lucie, weights: Iterable[tuple[str, int, Tensor]]) -> None:
+    """Fill a quantized model that has memory, from (parameter of the model before it was quantized,
+    first row, rows). Raises CheckpointError for weights that are not finite."""
     packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
     parameters = dict(model.named_parameters())
-    for name, first, rows in hf.read(pieces):
+    for name, first, rows in weights:
         if name not in packed:
             parameters[name][first : first + len(rows)] = rows.to(parameters[name])
             continue
         try:
             packed[name].set_rows(first, rows)
         except ValueError as error:
-            raise CheckpointError(f"{label}: {name}: {error}") from None
-    return model
+            raise CheckpointError(f"{name}: {error}") from None
 
 
 def save(model: Lucie, folder: str | Path, tokenizer: str = "") -> None:

@@ -81,7 +81,7 @@ def test_a_folder_is_quantized_as_it_is_read(tmp_path):
         broken.layers[0].mlp.down_proj.weight[3, 5] = torch.nan
     hf.to_hf(broken, tmp_path / "nan")
     pieces = hf.pieces_of(tmp_path / "nan", small())
-    with pytest.raises(CheckpointError, match=r"hf: layers\.0\.mlp\.down_proj.*not finite"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj.*not finite"):
         build(small(), pieces, torch.bfloat16, "cpu", "hf")
 
 
