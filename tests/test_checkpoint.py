@@ -607,13 +607,14 @@ def test_versions_name_the_libraries_and_the_code(tmp_path, monkeypatch):
     assert checkpoint.versions()["code"] == "not a git checkout"
 
 
-def test_a_text_is_whole_or_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_text_is_whole_or_as_it_was(tmp_path, monkeypatch, call):
     checkpoint.write_text(tmp_path / "a.txt", "before")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError):
         checkpoint.write_text(tmp_path / "a.txt", "after, and longer")
     assert (tmp_path / "a.txt").read_text() == "before"

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import hf
 import parallel
 import train
 from config import Config
@@ -131,6 +132,10 @@ def test_two_ranks_are_the_run_of_one_process(tiny_data):
         steps_of(5, name="hsdp-5", parallel="hsdp", replica_size=1),
     ]
     one_after_the_other(tiny_data, 2, runs)
+    for name in ("ddp-2", "hsdp-5"):  # of two replicas each writes what the other does not
+        shards = (tiny_data / "out" / name).glob("checkpoints/step0000020/*.safetensors")
+        first, second = (hf.header_of(shard)[0].keys() for shard in shards)
+        assert first and second and not first & second
     for name in ("fsdp-2", "ddp-2"):
         same_run(tiny_data, name, "one-2", exactly=True)
     for name in ("once-5", "hsdp-5"):
@@ -459,8 +464,9 @@ def act(value):
 try:
     parallel.together(act, 7, errors=(OSError,))
 except OSError as error:
-    caught = (error.errno, error.filename)
-print(parallel.gather((rank, caught)) == [(0, (5, "disk")), (1, (5, "disk"))], flush=True)
+    caught = (error.errno, error.filename, error.on_all_ranks)
+told = (5, "disk", True)
+print(parallel.gather((rank, caught)) == [(0, told), (1, told)], flush=True)
 torch.distributed.destroy_process_group()
 """
 

@@ -101,6 +101,13 @@ def test_a_broken_pipe_is_silent_only_where_it_is_stdouts(monkeypatch, capsys):
     assert (end.value.code, capsys.readouterr().err) == (1, "")
 
 
+def test_text_without_a_line_break_reaches_the_log(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
+    with pytest.raises(SystemExit):
+        run_cli(lambda args: sys.stderr.write("half a line") and 0)
+    assert capsys.readouterr().err == "half a line"
+
+
 def test_any_other_error_shows_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
     with pytest.raises(ZeroDivisionError):
