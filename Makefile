@@ -12,7 +12,7 @@ INSTALLED := $(if $(filter .venv/%,$(RUN)),.venv/installed)
 STATIC := .venv$(if $(TRITON),-triton-$(TRITON))
 PYTEST := $(RUN) -m pytest -q -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo miniature test test_slow test_all lint static gpu bench clean
+.PHONY: demo test test_slow test_all lint static gpu bench clean
 
 # Lucie's recipe in miniature: data, three phases, what each of them taught, the curves. Another seed
 # or dtype, in a folder of its own: make demo RUNS=out/seed_1 OPTIONS="--seed=1 --dtype=float32"
@@ -21,7 +21,7 @@ PHASES := $(RUNS)/demo_pretrain $(RUNS)/demo_extension $(RUNS)/demo_annealing
 TRAIN = $(RUN) train.py config/$(1).py --out_dir=$(RUNS) $(if $(2),--init_from=$(RUNS)/$(2)) $(OPTIONS)
 demo: .venv/installed
 	@date +%s > .venv/demo_started
-	$(RUN) -m data.prepare demo --out out/demo_data
+	$(RUN) -m data.demo --out out/demo_data
 	$(call TRAIN,demo_pretrain)
 	$(call TRAIN,demo_extension,demo_pretrain)
 	$(call TRAIN,demo_annealing,demo_extension)
@@ -34,28 +34,9 @@ demo: .venv/installed
 	@echo
 	@echo "What next? (first run: source .venv/bin/activate)"
 	@echo "  Ask it yourself:         python generate.py $(RUNS)/demo_annealing --temperature 0 --interactive"
-	@echo "  Train on your own text:  README.md, 'Train on your own text'"
+	@echo "  Train on your own text:  docs/data.md"
 	@echo "  The real recipe:         torchrun --nproc-per-node=8 train.py config/pretrain.py"
 	@echo "  The kernels:             make static (no GPU needed), make gpu (on one)"
-
-# A model so small that it learns to retrieve on a CPU: needle maps of the three phases, in five
-# languages, drawn. The text is the demo's, or your own: make miniature TEXTS="en=FILES fr=FILES".
-TEXTS :=
-miniature: .venv/installed
-	@date +%s > .venv/miniature_started
-	$(RUN) -m data.passages $(TEXTS) --out out/miniature_data
-	@for phase in pretrain extension annealing; do \
-		$(RUN) train.py config/miniature_$$phase.py || exit; \
-		for language in en fr de es it; do \
-			$(RUN) -m eval.needle out/miniature_$$phase --language $$language \
-				--scoring likelihood --needles out/miniature_data/needles.json \
-				--haystack out/miniature_data/haystack/$$language.txt \
-				--lengths 64 832 13 --out out/miniature_$$phase/needle || exit; \
-		done; \
-	done
-	$(RUN) -m eval.curves out/miniature_pretrain out/miniature_extension out/miniature_annealing \
-		--smooth 9 --png out/miniature_curves.png
-	@echo "the miniature took $$(( $$(date +%s) - $$(cat .venv/miniature_started) )) seconds"
 
 # Every day, in minutes. One test process a core, up to four: each computes with one thread.
 test: .venv/installed

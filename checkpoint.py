@@ -40,9 +40,9 @@ from tqdm import tqdm
 import hf
 import parallel
 import quantize
-from config import Config
+from config import Config, cli
 from config.cli import ConfigError, Parser, in_one_line, run_cli
-from data.token_stream import DataError
+from data.dataset import DataError
 from hf import DTYPES, CheckpointError, Piece
 from model import Lucie, LucieConfig, initial_weight
 
@@ -486,23 +486,12 @@ def open_model(
 
 
 def lock(run: Path) -> IO:
-    """Keep other processes from training the same run, until this one ends.
+    """Keep other processes from training the same run, until the file returned is closed.
 
-    Raises CheckpointError if another process trains it. Where locks are not available, nothing is
-    locked.
+    Raises CheckpointError if another process trains it.
     """
-    run = run.resolve()
-    run.parent.mkdir(parents=True, exist_ok=True)
-    file = open(run.with_name(f".{run.name}.lock"), "a")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise CheckpointError(f"{run}: another process is training this run") from None
-    except (ImportError, OSError):
-        pass
+    if (file := cli.lock(run)) is None:
+        raise CheckpointError(f"{run}: another process is training this run")
     return file
 
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 import quantize
 from checkpoint import CheckpointError, open_model
 from config.cli import ConfigError, Parser, run_cli
-from data.token_stream import DataError
-from data.tokenizer import LucieTokenizer, Tokenizer
+from data.dataset import DataError
+from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from hf import available_memory
 from model import KVCache, Lucie
@@ -84,7 +84,7 @@ class Completion:
 
 def complete(
     model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 200,
     sampling: Sampling = Sampling(),
@@ -123,7 +123,7 @@ def complete(
 
 def stream(
     model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     completion: Completion,
     max_new_tokens: int,
     sampling: Sampling,
@@ -429,7 +429,7 @@ def _read_text(file: str) -> str:
 
 def talk(
     model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,

@@ -36,8 +36,7 @@ import parallel
 from checkpoint import CheckpointError
 from config import Config, load
 from config.cli import ConfigError, run_cli
-from data.dataset import DataError, Mixture
-from data.loader import Share, document_starts, read_share
+from data.dataset import DataError, Mixture, Share, document_starts, read_share
 from data.tokenizer import load as load_tokenizer
 from model import Lucie
 from schedule import Schedule, Step, revision_name

@@ -14,7 +14,7 @@ The floor is the text read once and 2 bytes a token written, which a disk does a
 tokenizer bounds it.
 
 Exit code 1 where the numbers of tokens differ. Needs: pip install datasets tokenizers pyarrow
-zstandard.
+backports.zstd.
 """
 
 import argparse
@@ -38,15 +38,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from config.cli import ConfigError, Parser, run_cli
-from data.cleaning import clean
-from data.prepare import peak_memory, tokenize
-from data.reading import find_files, read_documents
-from data.token_stream import DataError
+from data.dataset import DataError
+from data.prepare import clean, find_files, read_documents, tokenize
 from data.tokenizer import SPECIAL_TOKENS, load
 
 FORMS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 THEIRS = "datasets.map, jsonl"
-NEEDED = ("datasets", "tokenizers", "pyarrow", "zstandard")
+NEEDED = ("datasets", "tokenizers", "pyarrow", "backports.zstd")
 GROUP = 1000  # rows of a .parquet's group
 
 
@@ -90,14 +88,14 @@ def write_forms(files: list[Path], folder: Path, megabytes: float) -> tuple[int,
     """The documents as folder/texts.FORM; how many there are, and their bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import zstandard
+    from backports import zstd
 
     count, size, rows = 0, 0, []
     schema = pa.schema({"text": pa.string()})
     with (
         open(folder / "texts.jsonl", "wb") as plain,
         gzip.open(folder / "texts.jsonl.gz", "wb", 6) as gz,
-        zstandard.open(folder / "texts.jsonl.zst", "wb") as zst,
+        zstd.open(folder / "texts.jsonl.zst", "wb") as zst,
         pq.ParquetWriter(folder / "texts.parquet", schema) as parquet,
         tqdm(total=megabytes, unit="MB", desc="write", leave=False) as bar,
     ):
@@ -119,7 +117,7 @@ def ours(file: Path, tokenizer: Path, out: Path, processes: int) -> Figures:
     encoder = load(tokenizer)
     with redirect_stderr(io.StringIO()):  # its progress bar
         start = time.perf_counter()
-        report = tokenize([file], encoder, out / "x", workers=processes)
+        report = tokenize([file], encoder, out / "x", processes=processes)
         seconds = time.perf_counter() - start
     tokens = report["streams"]["x"]["tokens"] - report["documents"]
     return Figures(seconds, tokens, *peak_memory())
@@ -148,6 +146,18 @@ def theirs(file: Path, tokenizer: Path, out: Path, processes: int) -> Figures:
     peaks = peak_memory()
     lengths = (len(ids) for batch in rows.with_format("arrow").iter(GROUP) for ids in batch["ids"])
     return Figures(seconds, sum(lengths), *peaks)
+
+
+def peak_memory() -> tuple[float, float]:
+    """MB of this process, and of the largest of its children that ended; 0 where not known."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0.0, 0.0
+    # Linux counts in kibibytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    here, children = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return tuple(resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (here, children))
 
 
 def alone(function: Callable, *args: object) -> object:
@@ -199,7 +209,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in NEEDED if find_spec(name.partition(".")[0]) is None]:
         raise ConfigError(f"what it measures with is missing: pip install {' '.join(missing)}")
     load(args.tokenizer)
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:

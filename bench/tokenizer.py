@@ -1,15 +1,15 @@
 """Speed of our tokenizers against the `tokenizers` library, every id compared on the way.
 
-    python -m bench.tokenizer TOKENIZER_JSON FILES... [--megabytes 20] [--processes N]
+    python -m bench.tokenizer TOKENIZER_JSON FILES... [--megabytes 20]
 
 FILES are what data.prepare reads. Their texts are encoded as they are (documents) and cut into
-lines, on one core and on all. MB are 10^6 bytes of UTF-8; a time ends when ids are a Python list,
-or for our encode_batch, as data.prepare uses it, an array. The start of processes is not counted.
+lines. MB are 10^6 bytes of UTF-8; a time ends when ids are a Python list, or for our
+encode_document, as data.prepare uses it, an array. The library also uses all cores, by threads.
 
 The floor is the memory read once, some GB/s: encoding is bound by its branches, not by bytes.
 
 Exit code 1 where ids differ. Texts that spell a special token ("<s>") are left out: encode reads
-it, encode_batch does not.
+it, encode_document does not.
 """
 
 import argparse
@@ -18,15 +18,14 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
 from config.cli import ConfigError, Parser, run_cli
-from data.reading import find_files, read_documents
-from data.token_stream import DataError
-from data.tokenizer import SPECIAL_TOKENS, LucieTokenizer, Tokenizer, load
+from data.dataset import DataError
+from data.prepare import find_files, read_documents
+from data.tokenizer import SPECIAL_TOKENS, load
 
 CHUNK = 1_000_000  # bytes given to a library at a time
 
@@ -81,21 +80,6 @@ def measure(peers: dict[str, Encode], texts: list[str], expected: list) -> dict[
     return {name: size(texts) / spent for name, spent in seconds.items()}
 
 
-def measure_batch(ours: Tokenizer | LucieTokenizer, texts: list[str], processes: int) -> float:
-    """MB/s of encode_batch, from a first pass that starts the processes to the end of a second.
-
-    A third pass keeps as much in flight at the end as there was at the start.
-    """
-    results = ours.encode_batch(chain(texts, texts, texts), processes)
-    marks = []
-    for _ in range(2):
-        for _ in texts:
-            next(results)
-        marks.append(time.perf_counter())
-    results.close()
-    return size(texts) / (marks[1] - marks[0])
-
-
 def compare(ids: list, texts: list[str], expected: list, name: str) -> None:
     for text, a, b in zip(texts, ids, expected, strict=True):
         if list(a) != list(b):
@@ -103,7 +87,7 @@ def compare(ids: list, texts: list[str], expected: list, name: str) -> None:
             raise DifferenceError(f"{name}: ids differ from ours at {at} of {text[:60]!r}")
 
 
-def run(path: Path, texts: list[str], processes: int) -> dict[str, float]:
+def run(path: Path, texts: list[str]) -> dict[str, float]:
     """MB/s of each for the texts; the first is ours on one core."""
     import tokenizers
 
@@ -112,7 +96,7 @@ def run(path: Path, texts: list[str], processes: int) -> dict[str, float]:
     theirs = tokenizers.Tokenizer.from_file(str(file))
     one_core: dict[str, Encode] = {
         "ours, encode": lambda batch: [ours.encode(text) for text in batch],
-        "ours, encode_batch": lambda batch: [ids[:-1] for ids in ours.encode_batch(batch)],
+        "ours, encode_document": lambda batch: [ours.encode_document(text)[:-1] for text in batch],
         "tokenizers, encode": lambda batch: [theirs.encode(text).ids for text in batch],
         "tokenizers, encode_batch": lambda batch: [e.ids for e in theirs.encode_batch(batch)],
         "tokenizers, encode_batch_fast": lambda batch: [
@@ -124,9 +108,6 @@ def run(path: Path, texts: list[str], processes: int) -> dict[str, float]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rates = measure(one_core, texts, expected)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    documents = [ids[:-1] for ids in ours.encode_batch(texts, processes)]
-    compare(documents, texts, expected, "our encode_batch")
-    rates[f"ours, encode_batch, {processes} processes"] = measure_batch(ours, texts, processes)
     batches = list(one_core.items())[3:]
     all_cores = {f"{name}, {os.cpu_count()} cores": encode for name, encode in batches}
     return rates | measure(all_cores, texts, expected)
@@ -139,7 +120,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json, or the folder it is in")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--megabytes", type=float, default=20, help="of text, at most (about)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     try:
         import tokenizers
@@ -149,7 +129,7 @@ def main(argv: list[str]) -> int:
     if not documents:
         raise DataError("the files hold no text")
     try:
-        tables = [run(args.tokenizer, texts, args.processes) for texts in (documents, lines)]
+        tables = [run(args.tokenizer, texts) for texts in (documents, lines)]
     except DifferenceError as error:
         print(f"bench.tokenizer: {error}", file=sys.stderr)
         return 1

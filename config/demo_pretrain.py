@@ -1,7 +1,7 @@
 """The demo, phase 1: the shape of config/pretrain.py at a size for two CPU cores.
 
 4.4 M parameters, a vocabulary of 4,096, half a million tokens: batch ramp, warm-up, cosine.
-`make demo` runs it after `python -m data.prepare demo` has made its data. docs/results.md says what
+`make demo` runs it after `python -m data.demo` has made its data. docs/results.md says what
 the choices marked * rest on.
 """
 

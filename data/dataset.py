@@ -9,13 +9,11 @@ sample 762,000,000 is found as fast as sample 0. Three steps lead from i to its 
    them, so i either goes there or to the other side, and its rank among the arrivals is known.
 2. Which place in the source: rank = epoch * length + position, and the position goes through a
    permutation keyed by (seed, source, epoch), computed for this one position (a Feistel cipher).
-3. The tokens there: seq_len + 1 of them, read from the file (data/token_stream.py).
+3. The tokens there: seq_len + 1 of them, read from the file.
 
-To look at the data (see data/inspection.py; data/mixture.py shows a mixture's shares and epochs):
-
-    python -m data.dataset show MIXTURE --sample 12345 --tokenizer ranks.tiktoken
-    python -m data.dataset verify MIXTURE --tokenizer ranks.tiktoken
-    python -m data.dataset count MIXTURE
+The file format is Megatron's indexed one: NAME.bin holds the tokens of all documents back to back,
+NAME.idx their type and the documents' lengths. Files made for Megatron, GPT-NeoX or NeMo load, and
+a stream may lie in an object store. `data.prepare` makes streams, `data.inspect` looks at them.
 """
 
 import csv
@@ -23,13 +21,26 @@ import hashlib
 import heapq
 import struct
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data.token_stream import DataError, TokenStream, size_of, stream_files
+if TYPE_CHECKING:  # torch takes seconds to import, and data.prepare's processes do without it
+    from torch import Tensor
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+BOS, EOS = 0, 1  # the ids of <s> and </s>, which begin and end every document
+IGNORE = -100  # torch's and Hugging Face's mark for a target that does not count
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file and what is wrong, in one line."""
 
 
 class Sample(NamedTuple):
@@ -45,21 +56,17 @@ class Mixture:
     instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
     `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
 
-    Two columns are optional. A source whose `order` says `file` is read from its first sample to
-    its last, epoch after epoch; `shuffled`, or nothing, is the permutation. Rows that have the same
-    `series`, such as the years of a web corpus, take turns in the order of the CSV: all samples of
-    the first come before any of the second. A series as a whole is drawn like one source, evenly
-    over the run; each row has its turn once, as long as its weight says. To join the files instead,
-    as one does for Megatron, would cost a second copy of them, and whoever reads the joined stream
-    1.5 times has had the first years twice and the last ones once. The length of a turn follows
-    from `samples`, those of the run; for a mixture without series it makes no difference.
+    Two columns are optional. A source whose `order` is `file` is read from its first sample to its
+    last, epoch after epoch; `shuffled`, or nothing, is the permutation. Rows of one `series`, such
+    as the years of a web corpus, take turns in the order of the CSV: all samples of the first come
+    before any of the second. A series as a whole is drawn like one source; the length of a row's
+    turn follows from its weight and from `samples`, those of the run.
 
     A source without files raises DataError; if partial, it is left out, `missing` names it, and the
     weights of the others are scaled up.
 
-    Of the first n samples, whatever n is, the number taken from a source, or a series, differs from
-    its exact share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources, so
-    never by more than one from the nearest whole number.
+    Of the first n samples, whatever n is, the number taken from a source or a series differs from
+    its exact share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources.
     """
 
     def __init__(
@@ -115,8 +122,7 @@ class Mixture:
         return Sample(source, epoch, permute(position, self.lengths[source], key))
 
     def fingerprint(self) -> str:
-        """A digest of what decides the samples: names, weights, sizes and orders of the sources,
-        and the turns of a series."""
+        """A digest of what decides the samples: names, weights, sizes, orders and turns."""
         parts = [
             (name, weight, stream.tokens) + (("file",) if in_file_order else ())
             for name, weight, stream, in_file_order in zip(
@@ -145,7 +151,7 @@ def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], l
         return present, missing
     hint = "python -m data.prepare makes them"
     if len(missing) > 5:
-        hint += f", python -m data.mixture show {path} names all"
+        hint += f", python -m data.inspect shares {path} names all"
     if present:
         hint += "; --partial does without"
     if len(absent) == 1:
@@ -307,8 +313,189 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-if __name__ == "__main__":
-    from config.cli import run_cli
-    from data import inspection
+# --- 3. the tokens there -------------------------------------------------------------------------
 
-    run_cli(inspection.main, DataError)
+
+class TokenStream:
+    """The tokens of one source, `path` being the common part of its .bin and .idx.
+
+    Tokens are read, not mapped: a mapped page counts as the process's own memory once touched, and
+    140 sources of a trillion tokens would seem to fill any machine.
+    Raises DataError for a missing, truncated or foreign file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, (self.idx, self.bin) = path, stream_files(path)
+        sizes = [size_of(file) for file in (self.idx, self.bin)]
+        for file, size in zip((self.idx, self.bin), sizes):
+            if size is None:
+                raise DataError(f"{file}: no such file (python -m data.prepare makes it)")
+        head = read_bytes(self.idx, 0, HEADER.size)
+        if len(head) < HEADER.size or head[:9] != MAGIC:
+            raise DataError(f"{self.idx}: not an index of Megatron's format")
+        _, version, code, count, boundaries = HEADER.unpack(head)
+        if version != 1 or code not in DTYPES:
+            raise DataError(f"{self.idx}: version {version} or token type {code} is not known")
+        self.dtype = np.dtype(DTYPES[code])
+        # lengths (int32) and offsets (int64) of the sequences, then the documents' boundaries
+        if sizes[0] < HEADER.size + 12 * count + 8 * boundaries:
+            raise DataError(f"{self.idx}: truncated")
+        if not boundaries:
+            raise DataError(f"{self.idx}: lists no documents")
+        end = 0
+        if count:  # where the last sequence ends, from its own length and offset
+            length = read_bytes(self.idx, HEADER.size + 4 * (count - 1), 4)
+            offset = read_bytes(self.idx, HEADER.size + 4 * count + 8 * (count - 1), 8)
+            end = int.from_bytes(length, "little") * self.dtype.itemsize
+            end += int.from_bytes(offset, "little")
+        if sizes[1] < end:
+            raise DataError(f"{self.bin}: truncated, {sizes[1]:,} bytes, its index says {end:,}")
+        self.tokens = end // self.dtype.itemsize
+        # Megatron may cut a document into sequences; data.prepare makes one of each.
+        self.sequences, self.documents = count, boundaries - 1
+
+    def read(self, start: int, count: int, vocab_size: int) -> np.ndarray:
+        """Tokens start .. start + count as int64 `[count]`, all checked to be under vocab_size."""
+        size = self.dtype.itemsize
+        raw = read_bytes(self.bin, start * size, count * size)
+        tokens = np.frombuffer(raw, self.dtype, len(raw) // size)
+        if len(tokens) < count:
+            raise DataError(f"{self.bin}: truncated after {start + len(tokens):,} tokens")
+        if tokens.max() >= vocab_size or tokens.min() < 0:
+            at = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+            raise DataError(
+                f"{self.bin}: token {start + at:,} has id {tokens[at]}, "
+                f"past the vocabulary of {vocab_size}"
+            )
+        return tokens.astype(np.int64)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What ids are stored as: uint16 where they fit, else int32, as in Megatron."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.int32)
+
+
+def stream_files(path: str | Path) -> tuple[Path, Path] | tuple[str, str]:
+    """The index and the tokens of the stream `path`; strings for an address in an object store."""
+    files = f"{path}.idx", f"{path}.bin"
+    return files if "://" in files[0] else (Path(files[0]), Path(files[1]))
+
+
+def size_of(file: Path | str) -> int | None:
+    """The bytes of a file, None if it is not there. Raises DataError as read_bytes does."""
+    if isinstance(file, Path):
+        return file.stat().st_size if file.is_file() else None
+    with store_errors(file):
+        store, path = open_store(file)
+        try:
+            size = store.info(path)["size"]
+        except FileNotFoundError as error:
+            # fsspec also raises it for a server that is down.
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from None
+            return None
+    if size is None:
+        raise DataError(f"{file}: its server does not tell its size: download it")
+    return size
+
+
+def read_bytes(file: Path | str, start: int, count: int) -> bytes:
+    """Bytes start .. start + count of a file, fewer at its end.
+
+    Raises DataError for what cannot be read.
+    """
+    if isinstance(file, Path):
+        try:
+            with open(file, "rb") as f:
+                f.seek(start)
+                return f.read(count)
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from None
+    with store_errors(file):
+        store, path = open_store(file)
+        piece = store.cat_file(path, start=start, end=start + count)
+    if len(piece) > count:  # a web server may ignore the range and send everything
+        raise DataError(f"{file}: its server sends whole files only (no byte ranges): download it")
+    return piece
+
+
+def open_store(address: str) -> tuple:
+    """(the file system of fsspec that an address lies in, its path there).
+
+    Call it, and use the file system, within `store_errors`.
+    """
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(address)
+
+
+@contextmanager
+def store_errors(address: object) -> Iterator[None]:
+    """Turns whatever a file system of fsspec raises into a DataError that names the address."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError as error:  # fsspec says which package a protocol needs
+        raise DataError(f"{address}: {error}") from None
+    except Exception as error:  # they have no class in common
+        if type(error) is FileNotFoundError:  # it names the path only; its subclasses say more
+            raise DataError(f"{address}: no such file") from None
+        first_line = str(error).strip().splitlines()[:1]
+        raise DataError(": ".join([str(address), type(error).__name__, *first_line])) from None
+
+
+# --- what one rank reads for a step --------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """One rank's part of a step."""
+
+    samples: range  # their numbers
+    batches: list[tuple["Tensor", "Tensor"]]  # (tokens, targets), int64 `[<= micro_batch_size, T]`
+    targets: int  # the number of targets that count
+
+
+def read_share(
+    mixture: Mixture,
+    samples: range,
+    micro_batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
+) -> Share:
+    """Read every `world`-th of the samples, beginning with number `rank` of them.
+
+    Every forward pass involves all ranks, so all need the same number of micro-batches. A rank that
+    has run out of samples gets one whose targets are all IGNORE. pin: in pinned memory, for a copy
+    to a GPU that does not wait. Raises DataError for a sample that cannot be read.
+    """
+    import torch
+
+    mine, batches = samples[rank::world], []
+    for first in range(0, len(samples[::world]), micro_batch_size):  # rank 0 has the most samples
+        block = mine[first : first + micro_batch_size]
+        if block:
+            tokens = torch.from_numpy(np.stack([mixture[i] for i in block]))
+            # Contiguous, because a copy of a view to a GPU would begin with another copy here.
+            x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        else:
+            x = torch.zeros(1, mixture.seq_len, dtype=torch.int64)
+            y = torch.full_like(x, IGNORE)
+        batches.append((x.pin_memory(), y.pin_memory()) if pin else (x, y))
+    return Share(mine, batches, sum(int((y != IGNORE).sum()) for _, y in batches))
+
+
+def document_starts(tokens: "Tensor") -> "Tensor":
+    """Where documents start in int64 `[B, T]` tokens: the cu_seqlens of kernels.attention.
+
+    int32 `[documents + 1]`, offsets in the rows laid end to end: every row starts a document, so
+    does every `<s>`, and B * T comes last.
+    """
+    import torch
+
+    starts = tokens == BOS
+    starts[:, 0] = True
+    end = torch.tensor([tokens.numel()], device=tokens.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), end]).int()

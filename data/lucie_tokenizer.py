@@ -29,31 +29,63 @@ one to the other, and none is an approximation.
    before it. That every token is within one piece is checked when the file is read.
 
 The gain is that pieces are short: a merge costs its piece, not its document.
+
+**Unicode.** `unicodedata` and `re` follow Unicode from version 14 in Python 3.11 to 16 in 3.14 and
+on. The `tokenizers` library does not: its NFC is that of Unicode 9, its word characters are those
+of one release of the Oniguruma regex library. Ids must not depend on the Python that runs this, so
+unicode.json has both as ranges of code points in hexadecimal, ends included.
 """
 
 import json
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import inf
+from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data.token_stream import DataError
-from data.tokenizer_base import (
-    SPECIAL_TOKENS,
-    BaseTokenizer,
-    added_tokens,
-    bos_template,
-    last_merge,
-)
-from data.unicode_tables import WORD, nfc
+from data.dataset import BOS, EOS, DataError
 
+SPECIAL_TOKENS = {"<s>": BOS, "</s>": EOS, "<unk>": 2, "<pad>": 3}
 SPACE = "\u2581"  # what a space is in the vocabulary
 BLANKS = (" ", "\xa0")  # become SPACE; vocabulary entries with one of them are never met
 
 
-class LucieTokenizer(BaseTokenizer):
+def _regex_class(ranges: list[str]) -> str:
+    """What stands between [ and ] in a regex: ["30-39 5F"] to "0-9_"."""
+    pairs = (ends.split("-") for ends in " ".join(ranges).split())
+    return "".join(
+        "-".join(re.escape(chr(int(end, 16))) for end in dict.fromkeys(pair)) for pair in pairs
+    )
+
+
+UNICODE = json.loads(Path(__file__).with_name("unicode.json").read_text())
+# Oniguruma's [\w]: letters, marks, decimal digits, numerals that are letters, connectors like "_".
+# (Its bare \w, by another of its tables, counts the signs ² ³ ¹ ¼ ½ ¾ too.)
+WORD = _regex_class(UNICODE["word_characters"])
+# Added after Unicode 9, up to 18, and not inert: marks of a combining class, precomposed
+# characters, and what those are composed of.
+NEWER = re.compile(f"([{_regex_class(UNICODE['newer_than_unicode_9'])}])")
+
+
+def nfc(text: str) -> str:
+    """The text with accents composed (Unicode's form NFC), as Unicode 9 has it.
+
+    Unicode's stability policy: what one version composes, every later one composes alike. Only
+    characters added since can differ, and for Unicode 9 nothing composes with such a character or
+    moves across it. So text is cut there, and the parts are composed.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    parts = NEWER.split(text)
+    parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+class LucieBPE:
     """Lucie's tokenizer, from the content of its tokenizer.json, which `source` keeps.
 
     Ids and texts are those of version 0.23 of the `tokenizers` library. Raises DataError for
@@ -95,7 +127,7 @@ class LucieTokenizer(BaseTokenizer):
         spelt = [[known[k]] if k in known else [byte_ids[b] for b in k] for k in keys]
         self.lengths = np.array([len(ids) for ids in spelt])
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self.spelt = np.concatenate(spelt).astype(self.dtype)
+        self.spelt = np.concatenate(spelt).astype(np.int32)
         self.single = self.spelt[self.starts]
 
         # One regex for each opener: a class of all would be tried at every character.
@@ -112,8 +144,9 @@ class LucieTokenizer(BaseTokenizer):
         return f" {text}" if text else ""
 
     def ids(self, text: str) -> np.ndarray:
+        """The ids of a text without lone surrogates; special tokens in it are plain text."""
         if not (text := self.normalize(text)):
-            return np.empty(0, self.dtype)
+            return np.empty(0, np.int32)
         ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
         if ranks.min() >= self.partial:
             return self.single[ranks]
@@ -166,6 +199,25 @@ class LucieDecoder:
         if opened and text[0] == " ":
             text = text[1:]
         return self.open_space.sub(r"\1", text) if text.rfind(" ") > 0 else text
+
+
+def last_merge(parts: Sequence, merges: Mapping[tuple, int]) -> tuple | None:
+    """The last merge by which BPE makes one token of `parts`, or None where it stops before.
+
+    This is byte pair encoding as it is defined: of all neighbours that are a merge, join those of
+    the smallest rank, the leftmost first, until none are. merges: {(a, b): rank}. parts: a string
+    (its characters) or bytes, each one a string of its own in merges.
+    """
+    pair, parts = None, [parts[i : i + 1] for i in range(len(parts))]
+    while len(parts) > 1:
+        ranks = [merges.get(neighbours, inf) for neighbours in pairwise(parts)]
+        smallest = min(ranks)
+        if smallest == inf:
+            return None
+        i = ranks.index(smallest)
+        pair = (parts[i], parts[i + 1])
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return pair
 
 
 def _spaced(token: str) -> str:
@@ -271,4 +323,27 @@ def rules(openers: str) -> dict:
                 *(replace("String", f"{c} ", c) for c in openers),
             ],
         },
+    }
+
+
+def added_tokens() -> list[dict]:
+    """The special tokens as a tokenizer.json lists them."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
+    ]
+
+
+def bos_template() -> dict:
+    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
+
+    def text(name: str, number: int) -> list[dict]:
+        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
+        return [bos, {"Sequence": {"id": name, "type_id": number}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
     }

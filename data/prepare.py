@@ -1,246 +1,1085 @@
-"""From raw text to token streams.
+"""From raw text to token streams, and to a vocabulary.
 
-    python -m data.prepare tokens INPUTS... --tokenizer ranks.tiktoken --out data/mine/fr
-    python -m data.prepare demo --out out/demo_data
+    python -m data.prepare vocabulary INPUTS... --vocab_size 8000 --out out/mine/ranks.tiktoken
+    python -m data.prepare tokens INPUTS... --tokenizer out/mine/ranks.tiktoken --out out/mine/fr
 
-INPUTS are files, globs and folders of .txt, .md, .jsonl and .json, each also as .gz or .zst, and of
-.parquet and .arrow (see data/reading.py), on this machine or at s3://, https:// ...; or
-hf:NAME#SUBSET, a data set of the Hugging Face Hub (see data/remote.py). `tokens` writes OUT.bin and
-OUT.idx (see data/dataset.py), each document cleaned (see data/cleaning.py) and as `<s> text </s>`,
-and a report, OUT.json. Documents held out by --validation go to OUT.valid instead; --split_by
-language makes streams OUT.fr, OUT.en ...; --split_length 4096 makes OUT.short and OUT.long,
-together OUT.fr.short and OUT.fr.long.valid. OUT.csv and OUT.valid.csv are mixtures of them to train
-on, every token as often as any other. A run that is cut short goes on where it was by the same
-command. `demo` makes the corpus, vocabulary and mixtures of `make demo` without any network.
+INPUTS are files, globs and folders, on this machine or at any address that fsspec knows: s3://,
+gs://, https://, hf://datasets/NAME ... A .txt or .md is a document, a .jsonl has a JSON object a
+line, a .json the same, or one object, or one array of them; a .parquet or .arrow has a document a
+row. All but the tables may be compressed: .gz .bz2 .xz .zst. A file of another kind that is named,
+or matched by a glob, is read as text.
+
+`tokens` writes each document, cleaned, as `<s> text </s>` to OUT.bin and OUT.idx (the format of
+data/dataset.py), and a report, OUT.json, which counts what was left out by its reason. Documents
+held out by --validation go to OUT.valid; --split_by language makes streams OUT.fr, OUT.en ...;
+--split_length 4096 makes OUT.short and OUT.long; together OUT.fr.short and OUT.fr.long.valid.
+OUT.csv and OUT.valid.csv are mixtures of them to train on, every token as often as any other.
+
+The same command, given again, skips the input files that are finished. The bytes written are the
+same for any number of processes. Memory: some batches for each process, one document, the
+.parquet's column of a row group, the window of a .zst (up to 2 GB).
+
+`vocabulary` learns a byte-level BPE from the texts, whole or each in a share of the bytes: with
+--shares fr=0.6 en=0.4 the inputs are NAME=PATH.
+
+Filtering the web, by language, quality or likeness, is another trade: see Hugging Face's datatrove.
 """
 
 import argparse
+import codecs
 import csv
+import glob
 import hashlib
+import io
 import json
+import lzma
+import math
+import multiprocessing
 import os
-import random
+import re
+import signal
 import sys
+import threading
 import time
-from collections import Counter
+import unicodedata
+import zlib
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
 
-from config.cli import ConfigError, Parser, run_cli
-from data import bpe_training, demo_corpus, tokenizer
-from data.cleaning import RULES
-from data.dataset import DataError
-from data.reading import LARGEST, Source, find_files, place, size_of, version_of
-from data.remote import HubDataset
-from data.stream_writer import Parts, StreamWriter, write_json
-from data.tokenizer import LucieTokenizer
-from data.workers import AnyTokenizer, LeftOut, Options, Part, process, read_batches
+from config.cli import ConfigError, Parser, lock, run_cli
+from data import tokenizer as tokenizers
+from data.dataset import (
+    DTYPES,
+    EOS,
+    HEADER,
+    MAGIC,
+    DataError,
+    open_store,
+    size_of,
+    store_errors,
+    token_dtype,
+)
+from data.tokenizer import LucieBPE, Tokenizer
 
-PART = 1 << 26  # bytes of input after which a part is finished and kept
+try:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+except ImportError:
+    zstd = None
+
+Source = Path | str  # a string is an address of fsspec
+
+PLAIN, TABLES = (".txt", ".md"), (".parquet", ".arrow")
+KINDS = (*PLAIN, ".jsonl", ".json", *TABLES)
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
+# What people and `datasets` put beside data, read only where it is named.
+BESIDE_DATA = re.compile(r"(readme|licen[cs]e|changelog|citation|notice)(\.|$)")
+DATASETS_OWN = ("dataset_info.json", "dataset_dict.json", "state.json")
+BYTES_OF = {"string": "binary", "large_string": "large_binary"}  # types of pyarrow
+# What a damaged file makes its reader raise.
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
+
+LARGEST = 1 << 26  # bytes of one document
+ROWS = 64  # of a table, made Python objects at a time
+BATCH = 1 << 18  # bytes handed to a process at a time
+OVERHEAD = 512  # bytes of memory that a document takes besides its text
+IN_FLIGHT = 4  # batches read in advance, for each process
+BUFFERED = 1 << 24  # bytes of tokens kept before they are written
+SAVE_EVERY = 5.0  # seconds after which a finished input file is worth noting down
+CHUNK = 1 << 20  # entries of an index, or tokens, looked at together
 ERRORS = 100  # listed in the report; all are counted
 STREAMS = 1000  # that one run may write
+HELD_OUT = 10  # documents that should be held out; where fewer would be, chunks are
+CHUNK_CHARACTERS = (200, 10_000)  # of a chunk, at least and at most
 REASONS = ("error", "empty", "short", "duplicate")  # for leaving a document out
-DEFAULTS = Options()
-QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+RULES = ("surrogates", "control", "nfc")  # of cleaning
+RESERVED = ("name", "path", "weight", "epochs", "order", "series", "tokens")  # in a mixture
 
-DEMO_VOCAB_SIZE = 4096
-# Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
-# mathematics, science, encyclopedia and dialogue of the real one, and more of the rarest language.
-PUBLISHED = {
-    "en": 0.332, "fr": 0.324, "code": 0.147, "de": 0.069, "es": 0.066, "it": 0.038,
-    "parallel": 0.025,
-}  # fmt: skip
-DEMO_MIXTURES = {
-    "pretraining": PUBLISHED,
-    "extension": PUBLISHED,
-    "annealing": {
-        "facts": 0.82, "arithmetic": 0.03, "code": 0.03, "en": 0.02, "fr": 0.02, "de": 0.02,
-        "es": 0.02, "it": 0.04,
-    },
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Options:
+    """What is made of the documents."""
+
+    text_field: str = "text"
+    split_by: tuple[str, ...] = ()  # fields, whose every combination of values is a stream
+    validation: float = 0.0  # share of the text held out; a document's text alone decides
+    min_characters: int = 0  # shorter documents are left out
+    deduplicate: bool = False  # all but the first of equal texts are; 100 bytes of memory for each
+    split_length: int | None = None  # documents of more tokens, <s> and </s> included, are apart
+
+
+DEFAULTS = Options()
+
+
+# --- finding files -------------------------------------------------------------------------------
+
+
+def kind_of(source: Source) -> str:
+    """Which of KINDS a file is, by its suffix; "" for none."""
+    kind = _suffixes(source)[0]
+    return kind if kind in KINDS else ""
+
+
+def _suffixes(source: Source) -> tuple[str, str]:
+    """The suffix of a file's kind, and that of its compression or ""."""
+    name = Path(source.partition("?")[0] if isinstance(source, str) else source.name)
+    compression = name.suffix.lower() if name.suffix.lower() in COMPRESSED else ""
+    return (Path(name.stem) if compression else name).suffix.lower(), compression
+
+
+def find_files(inputs: Iterable[str | Path]) -> list[Source]:
+    """The files named, matched by a glob or found in folders, each once, in a fixed order.
+
+    Raises DataError for an input that is nothing, and for a folder without data.
+    """
+    found: dict[str, Source] = {}
+    for given in map(str, inputs):
+        if "://" in given:
+            files = _find_remote(given)
+        else:
+            exists = os.path.exists(given)
+            paths = map(Path, [given] if exists else sorted(glob.glob(given, recursive=True)))
+            files = [f for path in paths for f in (_files_in(path) if path.is_dir() else [path])]
+        if not files:
+            kinds = f"no {', '.join(KINDS)} file in it"
+            raise DataError(f"{given}: {kinds if os.path.isdir(given) else 'no such file'}")
+        for file in files:  # one that is reached by two paths, or by a link, is read once
+            found.setdefault(file if isinstance(file, str) else os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The data in a folder, and in folders that it links to. Says what is not read."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a link back to where it came from
+            folders.clear()
+            continue
+        seen.add(real)
+        # Sorted, so that of two ways to one folder the same is taken everywhere.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, name) for name in names if not name.startswith(".")]
+    return _data_among(sorted(found), folder)
+
+
+def _data_among(files: list[Any], folder: Path | str) -> list[Any]:
+    """Those of a folder's files that are data. Says what the others are.
+
+    A README is a document only among other texts.
+    """
+    names = {file: str(file).rpartition("/")[2] for file in files}
+    data = [file for file in files if kind_of(file) and names[file] not in DATASETS_OWN]
+    if any(kind_of(file) not in PLAIN for file in data):
+        data = [file for file in data if not BESIDE_DATA.match(names[file].lower())]
+    others = Counter(Path(names[f]).suffix or names[f] for f in set(files).difference(data))
+    if others:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5))
+        print(f"{folder}: not read: {kinds}", file=sys.stderr)
+    return data
+
+
+def _find_remote(address: str) -> list[str]:
+    with store_errors(address):
+        store, path = open_store(address)
+        if "*" in path or "[" in path:
+            found = store.glob(path, detail=True).items()
+            found = [f for f, info in found if info["type"] == "file" and "/." not in f]
+        elif store.isfile(path):
+            found = [path]
+        else:
+            start = len(path.rstrip("/"))
+            found = [file for file in store.find(path) if "/." not in file[start:]]
+            found = _data_among(sorted(found), address)
+        return [store.unstrip_protocol(file) for file in sorted(found)]
+
+
+def version_of(source: Source) -> str:
+    """What changes with a file's content: a time or a checksum; "" where a store tells nothing."""
+    if isinstance(source, Path):
+        return str(source.stat().st_mtime_ns)
+    with store_errors(source):
+        store, path = open_store(source)
+        info = store.info(path)
+    known = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "Last-Modified")
+    known += ("last_modified", "mtime", "created")
+    return next((str(info[key]) for key in known if info.get(key)), "")
+
+
+# --- reading files -------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What a document is made of, not yet parsed, or the error that stands in its place."""
+
+    number: int  # of its line, row or item, from 1
+    content: Any  # bytes of a JSON object, or the object; values may be bytes of UTF-8
+    size: int  # bytes of it, about
+    position: int  # bytes of the file, as stored, read so far
+    error: str = ""
+
+
+def records(source: Source, columns: list[str]) -> Iterator[Record]:
+    """The records of a file. columns: the fields wanted, that of the text first.
+
+    A file that breaks ends in a record with the error. Raises DataError only where a package for
+    this kind of file is not installed, and where a connection fails.
+    """
+    number = 0
+    try:
+        for record in _records(source, columns):
+            number = record.number
+            yield record
+    except DAMAGED as error:
+        reason = (str(getattr(error, "strerror", "") or error).splitlines() or ["broken"])[0]
+        yield Record(number + 1, None, 0, size_of(source) or 0, f"cannot be read further: {reason}")
+
+
+def read_documents(
+    files: Iterable[Source], progress: tqdm | None = None, text_field: str = "text"
+) -> Iterator[str]:
+    """The texts of the files, one by one. Raises DataError with file and line for a bad one."""
+    for source in files:
+        done = 0
+        for record in records(source, [text_field]):
+            try:
+                if record.error:
+                    raise ValueError(record.error)
+                yield parse(record.content, [text_field])[0]
+            except ValueError as error:
+                raise DataError(f"{place(source, record.number)}: {error}") from None
+            if progress is not None:
+                progress.update(record.position - done)
+                done = record.position
+
+
+def place(source: Source, number: int) -> str:
+    """Where a record is, in words."""
+    words = {".jsonl": "line", ".json": "item", ".parquet": "row", ".arrow": "row"}
+    word = words.get(kind_of(source))
+    return f"{source}, {word} {number:,}" if word else str(source)
+
+
+def parse(content: Any, columns: list[str]) -> list[str]:
+    """The text of a record, and the other values asked for; whole numbers among them as text.
+
+    Raises ValueError with the reason for what is not JSON in UTF-8 or lacks a field.
+    """
+    if isinstance(content, bytes):
+        content = _parse_json(content)
+    values = []
+    for name in columns:
+        value = content.get(name) if isinstance(content, dict) else None
+        if value is None:
+            raise ValueError(f"no field {name!r}")
+        if type(value) is int and values:
+            value = str(value)
+        if not isinstance(value, str | bytes):
+            raise ValueError(f"its field {name!r} is not a string")
+        values.append(_decode(value) if isinstance(value, bytes) else value)
+    return values
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start:,}") from None
+
+
+def _parse_json(content: bytes) -> Any:
+    text = _decode(content)
+    try:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python refuses to make a number of over 4,300 digits
+            return json.loads(text, parse_int=lambda n: int(n) if len(n) < 99 else float(n))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos:,}") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def _records(source: Source, columns: list[str]) -> Iterator[Record]:
+    kind = kind_of(source)
+    with ExitStack() as stack:
+        raw = open(source, "rb", 0) if isinstance(source, Path) else _RemoteFile(source)
+        stored = stack.enter_context(io.BufferedReader(raw, 1 << 20))
+        stream = _unpacked(source, stored, stack)
+        if kind in TABLES:
+            yield from _table(source, stream, columns)
+        elif kind == ".jsonl":
+            yield from _lines(stream, stored)
+        elif kind == ".json":
+            yield from _json(stream, stored)
+        else:
+            for number, content in enumerate(_pieces(stream), start=1):
+                yield Record(number, {columns[0]: content}, len(content), stored.tell())
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a store. Whatever fails in reading it is a DataError, and ends the run."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        with store_errors(address):
+            store, path = open_store(address)
+            self.file = store.open(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        with store_errors(self.address):
+            piece = self.file.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with store_errors(self.address):
+            return self.file.seek(offset, whence)
+
+
+def _unpacked(source: Source, stored: BinaryIO, stack: ExitStack) -> BinaryIO:
+    _, compression = _suffixes(source)
+    if not compression:
+        return stored
+    if not stored.read(1):
+        raise EOFError("an empty file is not compressed")
+    stored.seek(0)
+    if compression == ".zst":
+        # fsspec might take zstandard, which reads one frame only, and reads half a file as whole.
+        if zstd is None:
+            raise DataError(f"{source}: reading .zst needs: pip install backports.zstd")
+        # The largest window that zstd --long=31 makes; a frame takes what it asks for.
+        options = {zstd.DecompressionParameter.window_log_max: 31}
+        return stack.enter_context(zstd.ZstdFile(stored, options=options))
+    from fsspec.compression import compr
+
+    return stack.enter_context(compr[COMPRESSED[compression]](stored, mode="rb"))
+
+
+def _lines(stream: BinaryIO, stored: BinaryIO, number: int = 0) -> Iterator[Record]:
+    while line := stream.readline(LARGEST + 1):
+        number += 1
+        if len(line) > LARGEST:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(1 << 20)
+            yield Record(number, None, 0, stored.tell(), f"a line over {LARGEST:,} bytes")
+        elif line.strip():
+            yield Record(number, line, len(line), stored.tell())
+    if stored.read(1):  # Python's readers of .bz2 and .xz ignore what they cannot read at the end
+        raise EOFError("what follows is not compressed data")
+
+
+def _json(stream: BinaryIO, stored: BinaryIO) -> Iterator[Record]:
+    """An object a line; or one array, or one object, whose first line shows that it goes on."""
+    number, line = 0, b"\n"
+    while line and not (first := line.removeprefix(b"\xef\xbb\xbf").strip()):
+        number, line = number + 1, stream.readline(LARGEST + 1)
+    if line and len(line) <= LARGEST and not _goes_on(first):
+        yield Record(number, line, len(line), stored.tell())
+        yield from _lines(stream, stored, number)
+    elif line:
+        content = line + stream.read(max(0, LARGEST + 1 - len(line)))
+        try:
+            if len(content) > LARGEST:
+                raise ValueError(f"over {LARGEST:,} bytes: make it a .jsonl")
+            found = _parse_json(content)
+        except ValueError as error:
+            yield Record(1, None, 0, stored.tell(), str(error))
+            return
+        items = found if isinstance(found, list) else [found]
+        for number, item in enumerate(items, start=1):
+            yield Record(number, item, len(content) // len(items), stored.tell())
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a line of JSON begins an array, or an object of several lines."""
+    try:
+        text = line.decode()
+        json.loads(text, parse_int=float)  # any number of digits
+    except json.JSONDecodeError as error:
+        return text.startswith("[") or (text.startswith("{") and error.pos >= len(text))
+    except (ValueError, RecursionError):
+        pass
+    return line.startswith(b"[")
+
+
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+    """A text; one longer than LARGEST is cut at line ends."""
+    block = stream.read(LARGEST)
+    while len(block) == LARGEST:
+        end = block.rfind(b"\n") + 1
+        if not end:  # then before a character that is not whole
+            _, end = codecs.utf_8_decode(block, "replace", False)
+        yield block[:end]
+        block = block[end:] + stream.read(end)
+        if not block:
+            return
+    yield block
+
+
+def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Record]:
+    """The rows of a .parquet or .arrow file."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"{source}: reading tables needs: pip install pyarrow") from None
+    size, number = size_of(source) or 0, 0
+    try:
+        with pa.PythonFile(stream) as file:
+            if kind_of(source) == ".parquet":
+                table = pq.ParquetFile(file)
+                rows = table.metadata.num_rows
+                _require(columns, table.schema_arrow.names)
+                batches = table.iter_batches(ROWS, columns=columns, use_threads=False)
+            else:
+                is_file, rows = file.read(6) == b"ARROW1", 0
+                file.seek(0)
+                batches = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+                if is_file:
+                    batches = map(batches.get_batch, range(batches.num_record_batches))
+            for batch in batches:
+                _require(columns, batch.schema.names)
+                for values in zip(*(_values(batch.column(name), name) for name in columns)):
+                    number += 1
+                    length = sum(len(value) for value in values if value is not None)
+                    position = size * number // rows if rows else file.tell()
+                    yield Record(number, dict(zip(columns, values)), length, position)
+    # A damaged file makes pyarrow raise any of them.
+    except (pa.ArrowException, ValueError, LookupError, SystemError, MemoryError) as error:
+        raise OSError(str(error)) from None
+
+
+def _require(columns: list[str], names: list[str]) -> None:
+    if lacking := [column for column in columns if column not in names]:
+        raise OSError(f"no column {lacking[0]!r}; it has {', '.join(names)}")
+
+
+def _values(column: Any, name: str) -> list[bytes | None]:
+    """A column's strings as bytes: pyarrow does not check that they are UTF-8."""
+    import pyarrow as pa
+
+    kind = column.type
+    # pyarrow reads where a damaged file points, outside it too. As bytes: not its UTF-8.
+    column = column.view(BYTES_OF[str(kind)]) if str(kind) in BYTES_OF else column
+    column.validate(full=True)
+    if pa.types.is_dictionary(kind):
+        kind, column = kind.value_type, column.dictionary_decode()
+    if pa.types.is_null(kind):
+        return [None] * len(column)
+    if str(kind) not in (*BYTES_OF, *BYTES_OF.values(), "string_view"):
+        raise OSError(f"column {name!r} is of {kind}, not of strings")
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+# --- what is done to a document ------------------------------------------------------------------
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# The same in UTF-8, one byte or two: to look for these takes a third of the time.
+CONTROL_BYTES = bytes(b for b in range(128) if CONTROL.match(chr(b)))
+CONTROL_PAIRS = re.compile(b"\xc2[\x80-\x9f]")
+LINE_ENDS = {"\v": "\n", "\f": "\n", "\x85": "\n"}
+
+
+def clean(text: str) -> tuple[str, tuple[str, ...]]:
+    """The text cleaned, and the names of the RULES that changed it.
+
+    surrogates: halves of UTF-16 pairs, as JSON may write them, become their character, single ones
+    U+FFFD. control: control characters go, except tab and line ends; those that end a line or a
+    page (vertical tab, form feed, next line) become a line feed. nfc: Unicode's composed form,
+    which the tokenizers work on.
+    """
+    changed = []
+    try:
+        data = text.encode()  # the cheapest test for a surrogate: only they cannot be encoded
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        changed.append("surrogates")
+        data = text.encode()
+    if len(data.translate(None, CONTROL_BYTES)) < len(data) or CONTROL_PAIRS.search(data):
+        text = CONTROL.sub(lambda found: LINE_ENDS.get(found[0], ""), text)
+        changed.append("control")
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        changed.append("nfc")
+    return text, tuple(changed)
+
+
+def draw(text: str, salt: bytes = b"") -> float:
+    """A number from 0 to under 1, even over texts, that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode() + salt).digest()[:8], "big") / 2**64
+
+
+def held_out_parts(text: str, share: float, size: int) -> list[tuple[str, bool]]:
+    """The text cut into parts, each with whether it is held out.
+
+    Chunks of about `size` characters, which end where a paragraph ends, or else a line or a word,
+    are held out at regular distances; the text decides where the first is. The chunks between two
+    of them stay together.
+    """
+    cuts, end, passed = [], 0, draw(text)
+    while end < len(text):
+        start, end = end, len(text)
+        if end - start > 1.5 * size:
+            end = start + size
+            for border in ("\n\n", "\n", " "):
+                if (found := text.rfind(border, start + size // 2, end)) >= 0:
+                    end = found + len(border)
+                    break
+        passed += share
+        if held_out := passed >= 1:
+            passed -= 1
+        if held_out or not cuts or cuts[-1][2]:
+            cuts.append([start, end, held_out])
+        cuts[-1][1] = end
+    parts = [(text[start:end], held_out) for start, end, held_out in cuts]
+    return [part for part in parts if part[0].strip()]
+
+
+class Key(NamedTuple):
+    """Which stream a document belongs to."""
+
+    values: tuple[str, ...]  # of the fields that documents are split by
+    length: str  # "short", "long", or "" where they are not split by length
+    held_out: bool
+
+    def name(self, out: str) -> str:
+        """The name of the stream. No two keys have the same."""
+        words = [out, *map(_escaped, self.values), self.length, "valid" if self.held_out else ""]
+        return ".".join(filter(None, words))
+
+
+def _escaped(value: str) -> str:
+    # No value makes a folder, or one of the words that may follow it.
+    name = quote(value, safe="", errors="replace").replace(".", "%2E")
+    return f"%{ord(name[0]):02X}{name[1:]}" if name in ("short", "long", "valid") else name
+
+
+class Document(NamedTuple):
+    key: Key
+    characters: int
+    size: int  # bytes
+    length: int  # tokens
+
+
+class Result(NamedTuple):
+    """What became of a record: nothing, a document, or the parts that it was cut into."""
+
+    documents: Sequence[Document] = ()
+    changed: tuple[str, ...] = ()  # the rules of cleaning that did
+    digest: bytes = b""  # of the text, where duplicates are left out
+    left_out: str = ""  # the reason
+    error: str = ""
+
+
+class Worker:
+    """Records to documents: parsed, cleaned and tokenized.
+
+    chunk: see `chunk_size`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: Options, chunk: int) -> None:
+        self.tokenizer, self.options, self.chunk = tokenizer, options, chunk
+        self.columns = [options.text_field, *options.split_by]
+
+    def __call__(self, contents: list) -> tuple[list[Result], np.ndarray]:
+        """The results, and the tokens of their documents one after the other.
+
+        One array, for each has its price when it travels between processes.
+        """
+        results, tokens = [], [np.empty(0, token_dtype(self.tokenizer.vocab_size))]
+        for content in contents:
+            try:
+                if isinstance(content, Result):
+                    results.append(content)
+                else:
+                    result, ids = self._document(content)
+                    results.append(result)
+                    tokens += ids
+            except ValueError as error:
+                results.append(Result(left_out="error", error=str(error)))
+        return results, np.concatenate(tokens)
+
+    def _document(self, content: object) -> tuple[Result, list[np.ndarray]]:
+        options = self.options
+        text, *values = parse(content, self.columns)
+        for name, value in zip(options.split_by, values):
+            if not value or not value.isprintable() or len(_escaped(value)) > 100:
+                raise ValueError(f"its field {name!r} cannot be part of a file's name")
+        text, changed = clean(text)
+        if not text.strip():
+            return Result(left_out="empty"), []
+        if len(text) < options.min_characters:
+            return Result(left_out="short"), []
+        if self.chunk:
+            parts = held_out_parts(text, options.validation, self.chunk)
+        else:
+            parts = [(text, bool(options.validation) and draw(text) < options.validation)]
+        digest = hashlib.sha256(text.encode()).digest()[:16] if options.deduplicate else b""
+        documents, tokens = [], []
+        for part, held_out in parts:
+            try:
+                ids = self.tokenizer.encode_document(part)
+            except ValueError as error:  # tiktoken's regex gives up on a million spaces in a row
+                raise ValueError(f"cannot be tokenized: {error}") from None
+            length = ""
+            if options.split_length is not None:
+                length = "long" if len(ids) > options.split_length else "short"
+            key = Key(tuple(values), length, held_out)
+            documents.append(Document(key, len(part), len(part.encode()), len(ids)))
+            tokens.append(ids)
+        return Result(documents, changed, digest), tokens
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    contents: list  # of records; a Result for one that has an error
+    places: list[tuple[int, int]]  # file, record
+    size: int  # bytes of memory
+    position: int  # bytes of the last file that are read
+    files_done: int | None  # where the batch ends with a file: how many are finished after it
+
+
+def read_batches(files: list[Source], columns: list[str], first: int = 0) -> Iterator[Batch]:
+    """The records of the files from number `first` on. Now and then a batch ends with a file."""
+    contents, places, size, position, cut = [], [], 0, 0, time.monotonic()
+    for file in range(first, len(files)):
+        for record in records(files[file], columns):
+            weight = record.size + OVERHEAD
+            if contents and size + weight > BATCH:
+                yield Batch(contents, places, size, position, None)
+                contents, places, size = [], [], 0
+            error = record.error and Result(left_out="error", error=record.error)
+            contents.append(error or record.content)
+            places.append((file, record.number))
+            size, position = size + weight, record.position
+        if file == len(files) - 1 or time.monotonic() - cut >= SAVE_EVERY:
+            yield Batch(contents, places, size, position, file + 1)
+            contents, places, size, cut = [], [], 0, time.monotonic()
+
+
+def process(
+    batches: Iterable[Batch], worker: Worker, processes: int
+) -> Iterator[tuple[Batch, tuple[list[Result], np.ndarray]]]:
+    """The batches and what the worker makes of their contents, in order.
+
+    Read in advance are IN_FLIGHT batches for each process, or one batch, whatever its size.
+    """
+    if processes == 1:
+        for batch in batches:
+            yield batch, worker(batch.contents)
+        return
+    pending: deque[tuple[Batch, Future]] = deque()
+    # spawn: a forked child of a process that runs threads can deadlock
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_process, (worker,)) as pool:
+        held = 0
+        try:
+            for batch in batches:
+                while pending and held + batch.size > IN_FLIGHT * processes * BATCH:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+                    held -= done.size
+                # The contents are the process's now.
+                future = pool.submit(_work, batch.contents)
+                pending.append((batch._replace(contents=[]), future))
+                held += batch.size
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise DataError("a process died, perhaps out of memory; try --processes 1") from None
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _start_process(worker: Worker) -> None:
+    global _worker
+    _worker = worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(contents: list) -> tuple[list[Result], np.ndarray]:
+    return _worker(contents)
+
+
+# --- writing streams -----------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """A stream in the making."""
+
+    file: Path  # OUT.NAME.bin.tmp
+    characters: int = 0
+    size: int = 0  # bytes of the text
+    stored: int = 0  # bytes in the file
+    buffer: bytearray = field(default_factory=bytearray)  # what goes there next
+
+
+class Output:
+    """The streams of a run in the making, and OUT.progress, which says how far it is.
+
+    A run goes on after the last input file that OUT.progress counts; what the files after it gave
+    is cut off. `run` identifies inputs and options: progress of other ones is not continued.
+    """
+
+    def __init__(self, out: Path, run: str, deduplicate: bool) -> None:
+        self.out, self.run, self.progress = out, run, Path(f"{out}.progress")
+        self.chunk = 0  # see chunk_size
+        self.counts: Counter[str] = Counter()  # of "in", "out", REASONS and RULES
+        self.errors: list[str] = []
+        self.streams: dict[Key, Stream] = {}
+        self.digests = Stream(Path(f"{out}.digests.tmp"))  # of the texts seen, 16 bytes each
+        self.seen: set[bytes] | None = set() if deduplicate else None
+        self.files_done = 0
+        if not (known := _progress(out)):
+            return
+        for values, length, held_out, *numbers in known["streams"]:
+            self._stream(Key(tuple(values), length, held_out), *numbers)
+        self.digests.stored = known["digests"]
+        cut_short = [s for s in self._all() if (size_of(s.file) or 0) < s.stored]
+        if known["run"] != run or cut_short:
+            print(f"{out}: inputs or options are others now; begun anew", file=sys.stderr)
+            self.discard()
+            return
+        for stream in self._all():
+            if stream.stored:
+                os.truncate(stream.file, stream.stored)
+        self.files_done, self.errors = known["files_done"], known["errors"]
+        self.chunk = known["chunk"]
+        self.counts.update(known["counts"])
+        if self.digests.stored:
+            data = self.digests.file.read_bytes()
+            self.seen = {data[at : at + 16] for at in range(0, len(data), 16)}
+        print(f"{out}: {self.files_done} input files are done; going on", file=sys.stderr)
+
+    def _all(self) -> list[Stream]:
+        return [*self.streams.values(), self.digests]
+
+    def _stream(self, key: Key, *numbers: int) -> Stream:
+        if key not in self.streams:
+            file = self.out.with_name(f"{key.name(self.out.name)}.bin.tmp")
+            self.streams[key] = Stream(file, *numbers)
+        return self.streams[key]
+
+    def discard(self) -> None:
+        """Remove what is not finished."""
+        for stream in self._all():
+            stream.file.unlink(missing_ok=True)
+        for file in (self.progress, Path(f"{self.progress}.tmp")):
+            file.unlink(missing_ok=True)
+        self.streams, self.digests.stored = {}, 0
+
+    def add(self, results: list[Result], tokens: np.ndarray) -> None:
+        """Take over what a batch became."""
+        end = 0
+        for result in results:
+            start = end
+            end += sum(document.length for document in result.documents)
+            reason = result.left_out
+            if not reason and self.seen is not None:
+                reason = "duplicate" if result.digest in self.seen else ""
+                self.seen.add(result.digest)
+                self.digests.buffer += b"" if reason else result.digest
+            self.counts.update(("in", reason or "out"))
+            if reason:
+                continue
+            self.counts.update(result.changed)
+            for key, characters, size, length in result.documents:
+                stream = self._stream(key)
+                stream.buffer += tokens[start : start + length].tobytes()
+                stream.characters += characters
+                stream.size += size
+                start += length
+        if len(self.streams) > STREAMS:
+            raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
+        if sum(len(stream.buffer) for stream in self._all()) > BUFFERED:
+            self._write(sync=False)
+
+    def _write(self, sync: bool) -> None:
+        for stream in self._all():
+            if stream.buffer or (sync and stream.stored):
+                with open(stream.file, "ab" if stream.stored else "wb") as f:
+                    f.write(stream.buffer)
+                    if sync:
+                        f.flush()
+                        os.fsync(f.fileno())
+                stream.stored += len(stream.buffer)
+                stream.buffer = bytearray()
+
+    def save(self, files_done: int) -> None:
+        """Count these input files as finished, once what they gave is on disk."""
+        self._write(sync=True)
+        streams = [[*k, s.characters, s.size, s.stored] for k, s in self.streams.items()]
+        known = {"run": self.run, "files_done": files_done, "counts": self.counts}
+        known |= {"errors": self.errors, "streams": streams, "digests": self.digests.stored}
+        write_json(self.progress, known | {"chunk": self.chunk})
+        self.files_done = files_done
+
+    def index(self, split_by: tuple[str, ...], dtype: np.dtype) -> dict[str, dict]:
+        """Write an .idx.tmp for each stream, and return what the report says of it."""
+        found = {}
+        total = sum(stream.stored for stream in self.streams.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="index", leave=False) as bar:
+            for key, stream in self.streams.items():
+                lengths, digest, begun = array("i"), hashlib.sha256(), 0
+                with open(stream.file, "rb") as f:
+                    while content := f.read(CHUNK * dtype.itemsize):
+                        digest.update(content)
+                        tokens = np.frombuffer(content, dtype)
+                        # Every document ends with </s>, which no text gives.
+                        ends = np.flatnonzero(tokens == EOS) + 1
+                        lengths.frombytes(np.diff(ends, prepend=-begun).astype(np.int32).tobytes())
+                        begun = len(tokens) - int(ends[-1]) if len(ends) else begun + len(tokens)
+                        bar.update(len(content))
+                name = key.name(self.out.name)
+                index = self.out.with_name(f"{name}.idx.tmp")
+                write_index(index, np.frombuffer(lengths, np.int32), dtype)
+                with open(index, "rb") as f:
+                    index_digest = hashlib.file_digest(f, "sha256").hexdigest()
+                found[name] = {
+                    "split_by": dict(zip(split_by, key.values)),
+                    "length": key.length,
+                    "held_out": key.held_out,
+                    "documents": len(lengths),
+                    "tokens": stream.stored // dtype.itemsize,
+                    "longest": max(lengths),
+                    "characters": stream.characters,
+                    "bytes": stream.size,
+                    "sha256": {"bin": digest.hexdigest(), "idx": index_digest},
+                }
+        return found
+
+
+def write_index(file: Path | str, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write an .idx of Megatron's format. lengths: tokens of each document, int32."""
+    count, end = len(lengths), 0
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    with open(file, "wb") as f:
+        f.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+        f.write(lengths.tobytes())
+        for start in range(0, count, CHUNK):
+            ends = end + np.cumsum(lengths[start : start + CHUNK], dtype=np.int64)
+            f.write((np.concatenate(([end], ends[:-1])) * dtype.itemsize).tobytes())
+            end = ends[-1]
+        for start in range(0, count + 1, CHUNK):
+            f.write(np.arange(start, min(start + CHUNK, count + 1), dtype=np.int64).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_mixture(path: Path, rows: list[dict]) -> None:
+    """A mixture CSV; the columns are the keys of the first row: name, path, weight ..."""
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)  # in ASCII: names of files may not be UTF-8
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+# --- tokens --------------------------------------------------------------------------------------
 
 
 def tokenize(
     files: list[Source],
-    encoder: AnyTokenizer,
+    tokenizer: Tokenizer,
     out: str | Path,
     options: Options = DEFAULTS,
-    workers: int = 1,
+    processes: int = 1,
     on_error: str = "stop",
-    part_size: int = PART,
 ) -> dict:
     """Write the documents of the files to the streams `out`..., and return what OUT.json says.
 
-    Work is cut into parts of part_size bytes of input, kept in OUT.parts until all are joined, so
-    a run that was cut short goes on from its last part. Every byte written is the same for any
-    number of workers and of interruptions. Raises DataError for a document that cannot be read,
-    unless on_error is "skip", and for a connection that fails.
-    Memory: a part, a few batches for each worker, one document; 8 bytes a document when joining.
-    Disk: the parts are kept until all is joined, so twice the output.
+    Every byte written is the same for any number of processes and of interruptions. Raises
+    DataError for a document that cannot be read, unless on_error is "skip", for a connection that
+    fails, and where another process is writing to `out`.
     """
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
     out = Path(out)
-    report, folder = Path(f"{out}.json"), Path(f"{out}.parts")
-    files = [f for f in files if not isinstance(f, Path) or f.absolute() != report.absolute()]
-    _refuse_to_lose(out)
-    names, files = list(map(str, files)), _pinned(files, folder)
-    parts = Parts(folder, _describe(names, files, encoder, options, part_size))
-    if parts.begun_anew:
-        print(f"{parts.folder}: inputs or options are others now; begun anew", file=sys.stderr)
-    elif parts.records:
-        print(f"{parts.folder}: {len(parts.records)} parts are done; going on", file=sys.stderr)
-    try:
-        for record in parts.records:
-            _stop_at(record["errors"], on_error)
-        _make_parts(parts, files, encoder, options, workers, on_error, part_size)
-        summary = _join(parts, encoder, out, options)
-    except DataError:
-        if not parts.records:
-            parts.remove()
-        raise
-    _write_mixtures(out, summary["streams"], options)
-    write_json(report, summary)
-    parts.remove()
-    return summary
+    if not out.name:
+        raise DataError(f"{out}: is a folder; --out is the name of a stream in one")
+    if (held := lock(out)) is None:
+        raise DataError(f"{out}: another process is writing to it")
+    with held:
+        report = os.path.realpath(f"{out}.json")
+        files = [f for f in files if isinstance(f, str) or os.path.realpath(f) != report]
+        run, before = _identity(files, tokenizer, options), _report(out)
+        if before and before.get("run") == run:
+            if _progress(out).get("run") == run:  # it was cut short when it was finished
+                return _put_in_place(out, before)
+            if all(out.with_name(f"{name}.idx").exists() for name in before["streams"]):
+                _stop_at(before["errors"], on_error)
+                print(f"{out}: is made of these files already", file=sys.stderr)
+                return before
+        output = Output(out, run, options.deduplicate)
+        try:
+            _stop_at(output.errors, on_error)
+            if options.validation and not output.files_done:
+                output.chunk = chunk_size(files, options)
+            _fill(output, files, Worker(tokenizer, options, output.chunk), processes, on_error)
+            report = _summary(output, options) | {"run": run}
+        except BaseException:
+            if output.files_done in (0, len(files)):
+                output.discard()
+            raise
+        report["streams"] = output.index(options.split_by, token_dtype(tokenizer.vocab_size))
+        _remove_streams(out, before)
+        write_json(Path(f"{out}.json"), report)  # from here on the run is finished
+        return _put_in_place(out, report)
 
 
-def _refuse_to_lose(out: Path) -> None:
-    """Raises DataError where a file that this command did not write has the name of a result."""
-    report = Path(f"{out}.json")
-    if report.exists() and _report(report) is None:
-        raise DataError(f"{report}: no report of data.prepare, and would be lost: another --out")
-    if not report.exists() and not Path(f"{out}.parts").exists():
-        for suffix in ("csv", "valid.csv"):
+def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> str:
+    """A digest of all that the streams depend on."""
+    bpe = tokenizer.bpe
+    ranks = bpe.source if isinstance(bpe, LucieBPE) else repr(bpe.ranks).encode()
+    described = [(str(file), size_of(file), version_of(file)) for file in files]
+    known = ("format 2", hashlib.sha256(ranks).hexdigest(), options, described)
+    return hashlib.sha256(ascii(known).encode()).hexdigest()
+
+
+def _report(out: Path) -> dict | None:
+    """What OUT.json says, None where it is not there.
+
+    Raises DataError where a file that this command did not write has the name of a result.
+    """
+    report, found = Path(f"{out}.json"), None
+    if report.exists():
+        with suppress(ValueError, RecursionError):
+            found = json.loads(report.read_bytes())
+        if not isinstance(found, dict) or not found.keys() >= {"documents_in", "streams"}:
+            raise DataError(f"{report}: no report of data.prepare, and would be lost")
+    elif not Path(f"{out}.progress").exists():
+        for suffix in ("csv", "valid.csv", "bin", "idx"):
             if Path(f"{out}.{suffix}").exists():
                 raise DataError(f"{out}.{suffix}: is not of data.prepare and would be lost")
+    return found
 
 
-def _report(file: Path) -> dict | None:
-    """What OUT.json says, if it is one."""
-    try:
-        found = json.loads(file.read_bytes()) if file.stat().st_size < LARGEST else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    known = isinstance(found, dict) and found.keys() >= {"documents_in", "streams"}
-    return found if known else None
-
-
-def _remove_streams(out: Path) -> None:
+def _remove_streams(out: Path, report: dict | None) -> None:
     """Remove what an earlier run wrote: of other options, its streams would lie beside the new,
     and what was held out of the one may be trained on in the other."""
-    if report := _report(Path(f"{out}.json")):
-        for name in report["streams"]:
-            for suffix in ("idx", "bin"):
-                out.with_name(f"{name}.{suffix}").unlink(missing_ok=True)
-        for suffix in ("csv", "valid.csv", "json"):
-            Path(f"{out}.{suffix}").unlink(missing_ok=True)
+    for name in report["streams"] if report else ():
+        for suffix in ("idx", "bin"):
+            out.with_name(f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def _write_mixtures(out: Path, streams: dict[str, dict], options: Options) -> None:
-    """OUT.csv and OUT.valid.csv, with a column for each field that documents were split by."""
-    columns = ["name", "path", "weight"]
-    columns += [field for field in options.split_by if field not in columns]
-    for held_out, file in ((False, f"{out}.csv"), (True, f"{out}.valid.csv")):
+def _progress(out: Path) -> dict:
+    """What OUT.progress says, {} where it is not there."""
+    with suppress(OSError, ValueError):
+        return json.loads(Path(f"{out}.progress").read_text(encoding="utf-8"))
+    return {}
+
+
+def _put_in_place(out: Path, report: dict) -> dict:
+    """Give the streams of a finished run their names, and write the mixtures of them."""
+    for name in report["streams"]:
+        for suffix in ("bin", "idx"):  # without its index a stream is not there
+            file = out.with_name(f"{name}.{suffix}")
+            if Path(f"{file}.tmp").exists():
+                os.replace(f"{file}.tmp", file)
+    for held_out, mixture in ((False, Path(f"{out}.csv")), (True, Path(f"{out}.valid.csv"))):
         rows = []
-        for name, stream in streams.items():
-            suffix = name.removeprefix(out.name)
-            if suffix.endswith(".valid") == held_out:
-                values = dict(zip(options.split_by, map(unquote, suffix.split(".")[1:])))
-                rows.append(values | {"name": name, "path": name, "weight": stream["tokens"]})
+        for name, stream in report["streams"].items():
+            if stream["held_out"] == held_out:
+                row = {"name": name, "path": name, "weight": stream["tokens"]}
+                # A field may not take the meaning that its name has in a mixture.
+                values = {k: v for k, v in stream["split_by"].items() if k not in RESERVED}
+                rows.append(row | values)
         if rows:
-            with open(file, "w", encoding="utf-8", newline="") as f:
-                writer = csv.DictWriter(f, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_mixture(mixture, rows)
+        else:
+            mixture.unlink(missing_ok=True)
+    for suffix in ("digests.tmp", "progress"):
+        Path(f"{out}.{suffix}").unlink(missing_ok=True)
+    return report
 
 
-def _pinned(files: list[Source], folder: Path) -> list[Source]:
-    """Data sets of the Hub at one commit: that of the parts there are, or else today's."""
-    try:
-        run = json.loads((folder / "run.record").read_text(encoding="utf-8"))
-        commits = {name: version for name, _, version in run["files"]}
-    except (OSError, ValueError):
-        commits = {}
-    pinned = []
+def chunk_size(files: list[Source], options: Options) -> int:
+    """Characters of the chunks that are held out, or 0 where whole documents are. Says which.
+
+    Chunks are for a single book, or a folder with three files: where fewer documents than HELD_OUT
+    would be expected in the validation stream, there might be none.
+    """
+    documents = size = 0
     for file in files:
-        if isinstance(file, HubDataset):
-            commit = commits.get(ascii(str(file)))
-            file = replace(file, revision=commit) if commit else file.pinned()
-            print(f"reading {file}", file=sys.stderr)
-        pinned.append(file)
-    return pinned
+        for record in records(file, [options.text_field]):
+            documents, size = documents + 1, size + record.size
+            if documents * options.validation >= HELD_OUT:
+                print("validation: whole documents are held out", file=sys.stderr)
+                return 0
+    smallest, largest = CHUNK_CHARACTERS
+    chunk = max(smallest, min(largest, int(size * options.validation / HELD_OUT)))
+    print(
+        f"validation: with {documents:,} documents, chunks of about {chunk:,} characters are held "
+        "out",
+        file=sys.stderr,
+    )
+    return chunk
 
 
-def _describe(
-    names: list[str], files: list[Source], encoder: AnyTokenizer, options: Options, part_size: int
-) -> dict:
-    """All that the parts depend on; `names` are those of the files as they were given."""
-    ranks = encoder.source if isinstance(encoder, LucieTokenizer) else repr(encoder.ranks).encode()
-    return {
-        "format": 1,
-        "options": asdict(options),
-        "part_size": part_size,
-        "tokenizer": hashlib.sha256(ranks).hexdigest(),
-        "files": [[ascii(name), size_of(f), version_of(f)] for name, f in zip(names, files)],
-    }
-
-
-def _make_parts(
-    parts: Parts,
-    files: list[Source],
-    encoder: AnyTokenizer,
-    options: Options,
-    workers: int,
-    on_error: str,
-    part_size: int,
+def _fill(
+    output: Output, files: list[Source], worker: Worker, processes: int, on_error: str
 ) -> None:
-    start, seen, streams = (0, 0, 0), set(), set()
-    for number, record in enumerate(parts.records):
-        start = record["end"]
-        streams |= record["streams"].keys()
-        if options.deduplicate:
-            seen.update(map(bytes, parts.arrays(number, "digests")[0]))
-    sizes = list(map(size_of, files))
-    known = None not in sizes
-    begins = list(accumulate(sizes, initial=0)) if known else [0] * (len(files) + 1)
-    part, tokens = Part(), 0
+    begins = list(accumulate((size_of(file) or 0 for file in files), initial=0))
     with tqdm(
-        total=begins[-1] if known else None, initial=begins[start[0]] + start[2], unit="B",
-        unit_scale=True, desc="tokens", smoothing=0.05,
+        total=begins[-1] or None, initial=begins[output.files_done], unit="B", unit_scale=True,
+        desc="tokens", smoothing=0.05,
     ) as bar:  # fmt: skip
-        batches = read_batches(files, options, start, part_size)
-        for batch, done in process(batches, encoder, options, workers):
-            part.count(done, seen if options.deduplicate else None)
-            tokens += len(done.tokens)
-            for (file, number), result in zip(batch.places, done.results):
-                if isinstance(result, LeftOut) and result.error:
-                    part.errors.append(f"{place(files[file], number)}: {result.error}")
-                    del part.errors[ERRORS:]
-                    _stop_at(part.errors, on_error)
-            if len(streams | part.streams.keys()) > STREAMS:
-                raise DataError(
-                    f"over {STREAMS:,} streams: {', '.join(options.split_by)} has too many values"
-                )
-            file = batch.places[-1][0]
-            bar.set_postfix_str(_per_second(tokens, bar), refresh=False)
-            # Bytes of the files as stored, or of the documents where their size is unknown.
-            bar.update(begins[file] + batch.position - bar.n if known else done.size)
-            if batch.ends_part:
-                parts.add(*part.packed(batch.end, encoder.dtype))
-                streams |= part.streams.keys()
-                part = Part()
-
-
-def _per_second(tokens: int, bar: tqdm) -> str:
-    elapsed = bar.format_dict["elapsed"]
-    return f"{tqdm.format_sizeof(tokens / elapsed)} tokens/s" if elapsed else ""
+        batches = read_batches(files, worker.columns, output.files_done)
+        for batch, (results, tokens) in process(batches, worker, processes):
+            output.add(results, tokens)
+            for (file, number), result in zip(batch.places, results):
+                if result.error and len(output.errors) < ERRORS:
+                    output.errors.append(f"{place(files[file], number)}: {result.error}")
+                    _stop_at(output.errors, on_error)
+            if batch.files_done is None:
+                bar.update(begins[batch.places[-1][0]] + batch.position - bar.n)
+            else:
+                output.save(batch.files_done)
+                bar.update(begins[batch.files_done] - bar.n)
 
 
 def _stop_at(errors: list[str], on_error: str) -> None:
@@ -248,97 +1087,99 @@ def _stop_at(errors: list[str], on_error: str) -> None:
         raise DataError(f"{errors[0]} (--on_error skip leaves it out and goes on)")
 
 
-def _join(parts: Parts, encoder: AnyTokenizer, out: Path, options: Options) -> dict:
-    """Write the streams, one after another, and return the report."""
-    counts, changed = Counter(), Counter()
-    for record in parts.records:
-        counts.update(record["counts"])
-        changed.update(record["changed"])
+def _summary(output: Output, options: Options) -> dict:
+    """What the report says of the run as a whole. Raises DataError for a run without documents."""
+    counts = output.counts
     reasons = {reason: counts[reason] for reason in REASONS}
     assert counts["in"] == counts["out"] + sum(reasons.values()), counts
-    names = list(dict.fromkeys(name for record in parts.records for name in record["streams"]))
-    held_out = [name for name in names if name.endswith(".valid")]
-    for part, found in (("training", len(names) > len(held_out)), ("validation", held_out)):
-        if not found and (part == "training" or options.validation):
+    for held_out in (False, True) if options.validation else (False,):
+        if not any(key.held_out == held_out for key in output.streams):
+            part = "validation" if held_out else "training"
             kept = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-            hint = "; --validation holds out whole documents" if counts["out"] else ""
+            hint = "; --validation holds out a part" if counts["out"] else ""
             raise DataError(
-                f"{out}: no document for {part}: of {counts['in']:,} read {counts['out']:,} were "
-                f"kept ({kept}){hint}"
+                f"{output.out}: no document for {part}: of {counts['in']:,} read "
+                f"{counts['out']:,} were kept ({kept}){hint}"
             )
-    errors = [error for record in parts.records for error in record["errors"]][:ERRORS]
-    _remove_streams(out)
     return {
-        "options": asdict(options) | {"split_by": [*options.split_by]},
+        "options": asdict(options),
+        "held_out": f"chunks of {output.chunk} characters" if output.chunk else "documents",
         "documents_in": counts["in"],
         "documents": counts["out"],
         "left_out": reasons,
-        "changed": {rule: changed[rule] for rule in RULES},
-        "errors": errors,
-        "streams": {f"{out.name}{name}": _join_stream(parts, encoder, out, name) for name in names},
+        "changed": {rule: counts[rule] for rule in RULES},
+        "errors": output.errors,
     }
 
 
-def _join_stream(parts: Parts, encoder: AnyTokenizer, out: Path, name: str) -> dict:
-    characters = size = 0
-    with StreamWriter(f"{out}{name}", encoder.vocab_size) as stream:
-        for part, record in enumerate(parts.records):
-            if name in record["streams"]:
-                number, more_characters, more_size = record["streams"][name]
-                stream.add_many(*parts.arrays(part, f"tokens{number}", f"lengths{number}"))
-                characters, size = characters + more_characters, size + more_size
-    lengths = np.frombuffer(stream.lengths, np.int32)
-    quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist()
-    files = {suffix: Path(f"{out}{name}.{suffix}") for suffix in ("bin", "idx")}
-    return {
-        "documents": len(lengths),
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "characters": characters,
-        "bytes": size,
-        "tokens_per_document": {f"{q:.0%}": n for q, n in zip(QUANTILES, quantiles)},
-        "sha256": {suffix: _sha256(file) for suffix, file in files.items()},
-    }
+# --- a vocabulary --------------------------------------------------------------------------------
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def sample_texts(
+    texts: dict[str, list[Source]], shares: dict[str, float], megabytes: float | None, field: str
+) -> Iterator[str]:
+    """The texts of {name: files}, cleaned, each with its share of the bytes.
+
+    A document is drawn or not by its text alone, so a share is met up to chance. The sample is as
+    large as the text with the least for its share allows, or `megabytes`. Every text is read twice:
+    measured, then drawn from. Raises DataError for a text that is too small.
+    """
+    sizes, stored = dict.fromkeys(texts, 0), sum(size_of(f) or 0 for t in texts.values() for f in t)
+    with tqdm(total=stored, unit="B", unit_scale=True, desc="measure") as bar:
+        for name, files in texts.items():
+            for text in read_documents(files, bar, field):
+                sizes[name] += len(clean(text)[0].encode())
+    total = sum(shares.values())
+    scarce = min(shares, key=lambda name: sizes[name] / shares[name])
+    most = sizes[scarce] / shares[scarce] * total
+    size = megabytes * 1e6 if megabytes else most
+    if not 0 < size <= most:
+        raise DataError(f"{scarce}: its text and share allow {most / 1e6:.3f} MB in all, not more")
+    for name, files in texts.items():
+        keep = shares[name] / total * size / sizes[name]
+        print(f"{name}: {keep:.1%} of {sizes[name] / 1e6:,.3f} MB are drawn")
+        for text in read_documents(files, None, field):
+            text, _ = clean(text)
+            if keep >= 1 or draw(text, b"sample") < keep:
+                yield text
 
 
-def write_mixture(path: Path, weights: dict[str, float], place: str = "{}") -> None:
-    """A mixture CSV of the streams that lie beside it; place: their paths, {} being the name."""
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("name", "path", "weight"))
-        writer.writerows((name, place.format(name), weight) for name, weight in weights.items())
+def _vocabulary(args: argparse.Namespace) -> None:
+    if args.out.is_dir():
+        raise ConfigError(f"{args.out}: is a folder; --out is the ranks file to write")
+    if args.megabytes and not args.shares:
+        raise ConfigError("--megabytes is for a sample by --shares; without them all text is read")
+    if args.shares:
+        shares: dict[str, float] = {}
+        for given in args.shares:
+            name, _, number = given.partition("=")
+            known = shares.setdefault(name, 0.0)
+            with suppress(ValueError):
+                shares[name] = float(number)
+            if known or not 0 < shares[name] < math.inf:
+                raise ConfigError(f"{given}: write --shares NAME=NUMBER, over 0, each name once")
+        texts: dict[str, list[Source]] = {}
+        for given in args.inputs:
+            name, _, path = given.partition("=")
+            if name not in shares or not path:
+                raise ConfigError(f"{given}: write NAME=PATH, with a name that --shares has")
+            texts[name] = texts.get(name, []) + find_files([path])
+        if lacking := shares.keys() - texts.keys():
+            raise ConfigError(f"--shares {min(lacking)}: no text has this name")
+        sample = sample_texts(texts, shares, args.megabytes, args.text_field)
+    else:
+        files = find_files(args.inputs)
+        sample = (clean(text)[0] for text in read_documents(files, None, args.text_field))
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
+    ranks = tokenizers.train(sample, args.vocab_size)
+    tokenizers.save(ranks, args.out)
+    print(f"{args.out}: {args.vocab_size:,} tokens")
+    if args.folder:
+        tokenizers.save_folder(Tokenizer(tokenizers.ByteLevelBPE(ranks)), args.folder)
+        print(f"{args.folder}: tokenizer.json, tokenizer_config.json")
 
 
-def prepare_demo(out: Path) -> None:
-    """Corpus, vocabulary, streams and mixtures of the demo, in `out`."""
-    documents = {source: list(demo_corpus.documents(source, "train")) for source in PUBLISHED}
-    # The vocabulary sees each source in its share of the mixture.
-    sample = []
-    for source, share in PUBLISHED.items():
-        size, left = len(PUBLISHED) * share, 200_000
-        for text in random.Random(source).sample(documents[source], len(documents[source])):
-            if left <= 0:
-                break
-            sample.append(text)
-            left -= len(text) / size
-    tokenizer.save(bpe_training.train(sample, DEMO_VOCAB_SIZE), out / "ranks.tiktoken")
-    ranks = tokenizer.load(out / "ranks.tiktoken")
-    for split in ("train", "valid"):
-        file = out / "texts" / f"{split}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        with open(file, "w", encoding="utf-8") as f:
-            for source in demo_corpus.SOURCES:
-                known = documents.get(source) if split == "train" else None
-                for text in known or demo_corpus.documents(source, split):
-                    f.write(json.dumps({"source": source, "text": text}) + "\n")
-        tokenize([file], ranks, out / split, Options(split_by=("source",)))
-    for name, weights in DEMO_MIXTURES.items():
-        write_mixture(out / f"{name}.csv", weights, "train.{}")
-    write_mixture(out / "validation.csv", PUBLISHED, "valid.{}")
+# --- the command ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
@@ -347,43 +1188,44 @@ def main(argv: list[str]) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     tokens = commands.add_parser("tokens", help="text files to token streams")
-    tokens.add_argument("inputs", nargs="+")
-    tokens.add_argument("--tokenizer", required=True, help="ranks file or tokenizer.json")
-    tokens.add_argument("--out", required=True, help="stream to write, without suffix")
-    tokens.add_argument("--text_field", default="text")
-    tokens.add_argument(
-        "--split_by", nargs="+", default=(), metavar="FIELD", help="a stream for each of its values"
-    )
-    tokens.add_argument("--validation", type=float, default=0.0, help="share of documents held out")
-    tokens.add_argument("--min_characters", type=int, default=0, help="of a document to be kept")
-    tokens.add_argument("--deduplicate", action="store_true", help="keep the first of equal texts")
-    tokens.add_argument("--split_length", type=int, help="tokens; longer documents go to OUT.long")
-    tokens.add_argument("--on_error", choices=("stop", "skip"), default="stop")
-    tokens.add_argument("--processes", type=int, default=_cores())
-    demo = commands.add_parser("demo", help="the corpus of make demo")
-    demo.add_argument("--out", default="out/demo_data")
+    learn = commands.add_parser("vocabulary", help="text files to a ranks file")
+    for command in (tokens, learn):
+        command.add_argument("inputs", nargs="+", help="files, folders, globs, addresses")
+        command.add_argument("--text_field", default="text", help="of JSON and tables")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = tokens.add_argument
+    add("--tokenizer", required=True, help="ranks file, tokenizer.json or its folder")
+    add("--out", required=True, help="stream to write, without suffix")
+    add("--split_by", nargs="+", default=(), metavar="FIELD", help="a stream for each value")
+    add("--validation", type=float, default=0.0, help="share of the text held out")
+    add("--min_characters", type=int, default=0, help="of a document to be kept")
+    add("--deduplicate", action="store_true", help="keep the first of equal texts")
+    add("--split_length", type=int, help="tokens; longer documents go to OUT.long")
+    add("--on_error", choices=("stop", "skip"), default="stop", help="at a document that is bad")
+    add("--processes", type=int, default=cores, help="as many as there are cores")
+    add = learn.add_argument
+    add("--out", type=Path, required=True, help="ranks file to write")
+    add("--folder", help="folder to write a tokenizer.json to as well")
+    add("--vocab_size", type=int, default=65_024, help="special tokens included")
+    add("--shares", nargs="+", metavar="NAME=NUMBER", help="of the inputs, which are NAME=PATH")
+    add("--megabytes", type=float, help="size of the sample that the shares are drawn into")
     args = parser.parse_args(argv)
-    if args.command == "tokens" and (
-        args.processes < 1 or args.min_characters < 0 or (args.split_length or 1) < 1
-    ):
+    if args.command == "vocabulary":
+        _vocabulary(args)
+    elif args.processes < 1 or args.min_characters < 0 or (args.split_length or 1) < 1:
         raise ConfigError(
             "--processes and --split_length are 1 or more, --min_characters 0 or more"
         )
-    if args.command == "demo":
-        prepare_demo(Path(args.out))
     else:
         _tokens(args)
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-    options = replace(options, split_by=tuple(options.split_by))
-    encoder, files = tokenizer.load(args.tokenizer), find_files(args.inputs)
+    chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
+    options = Options(**chosen | {"split_by": tuple(args.split_by)})
+    tokenizer, files = tokenizers.load(args.tokenizer), find_files(args.inputs)
     began = time.monotonic()
-    try:
-        report = tokenize(files, encoder, args.out, options, args.processes, args.on_error)
-    except BrokenProcessPool:
-        raise DataError("a process died, perhaps out of memory; try --processes 1") from None
+    report = tokenize(files, tokenizer, args.out, options, args.processes, args.on_error)
     seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
@@ -392,27 +1234,7 @@ def _tokens(args: argparse.Namespace) -> None:
     for error in report["errors"]:
         print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
     size = sum(stream["bytes"] for stream in report["streams"].values()) / 1e6
-    here, worker = peak_memory()
-    memory = f"peak memory {here:,.0f} MB" + (f" and {worker:,.0f} MB a worker" if worker else "")
-    rate = f"{size:,.1f} MB of text in {seconds:,.1f} s, {size / seconds:,.1f} MB/s"
-    print(f"{rate}, {memory}; see {args.out}.json")
-
-
-def _cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_memory() -> tuple[float, float]:
-    """MB of this process, and of the largest of its children that ended; 0 where not known."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return 0.0, 0.0
-    # Linux counts in kibibytes, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    here, children = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return tuple(resource.getrusage(who).ru_maxrss * unit / 1e6 for who in (here, children))
+    print(f"{size:,.1f} MB of text, {seconds:,.1f} s; see {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -7,42 +7,35 @@ bytes, and the rest merges in the order in which they were learnt. A smaller id 
 Text is cut by PATTERN before merging, so no token spans two pieces. Every digit is a token of its
 own, which is what lets a model carry out arithmetic digit by digit.
 
-`load` reads a ranks file, a tokenizer.json of either form, or a folder that holds one;
-`save_folder` writes the files that Hugging Face's libraries read.
-
-To learn a vocabulary (data/bpe_training.py), and to compare tokenizers (data/fertility.py):
-
-    python -m data.tokenizer train fr.jsonl.gz en/ --vocab_size 65024 --out ranks.tiktoken
-    python -m data.tokenizer compare --texts fr=fr.jsonl.gz --tokenizers mine=ranks.tiktoken
+`load` reads a ranks file, a tokenizer.json of either kind, or a folder that holds one;
+`save_folder` writes the files that Hugging Face's libraries read; `train` learns a vocabulary
+(`python -m data.prepare vocabulary` does it from files).
 """
 
-import argparse
 import base64
 import binascii
 import codecs
+import copy
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from config.cli import Parser, run_cli
-from data.lucie_tokenizer import LucieTokenizer
-from data.token_stream import DataError
-from data.tokenizer_base import (
-    BOS,
-    EOS,
+from data.dataset import BOS, EOS, DataError, token_dtype
+from data.lucie_tokenizer import (
     SPECIAL_TOKENS,
-    BaseTokenizer,
+    LucieBPE,
     added_tokens,
     bos_template,
     last_merge,
+    nfc,
 )
-from data.unicode_tables import nfc
 
-__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "LucieTokenizer", "Tokenizer"]
+__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "ByteLevelBPE", "LucieBPE", "Tokenizer", "load"]
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
@@ -68,26 +61,19 @@ LUCIE_CONFIG = {
 }
 
 
-class Tokenizer(BaseTokenizer):
-    """Byte-level BPE of a vocabulary of our own: {bytes of a token: id}.
+class ByteLevelBPE:
+    """A vocabulary of our own, {bytes of a token: id}, run by tiktoken."""
 
-    `encoding` is the tiktoken.Encoding underneath.
-    """
-
-    def __init__(self, ranks: dict[bytes, int], name: str = "ranks") -> None:
+    def __init__(self, ranks: dict[bytes, int]) -> None:
         self.ranks = ranks
         self.encoding = tiktoken.Encoding(
-            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS
+            "ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS
         )
         self.vocab_size = self.encoding.n_vocab
 
     def ids(self, text: str) -> np.ndarray:
-        """Text is composed to NFC first."""
+        """The ids of a text without lone surrogates; special tokens in it are plain text."""
         return self.encoding.encode_to_numpy(nfc(text), disallowed_special=())
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids without special tokens. A character may span tokens."""
-        return self.encoding.decode_bytes([i for i in ids if i >= len(SPECIAL_TOKENS)])
 
     def decoder(self) -> "ByteDecoder":
         return ByteDecoder(self.encoding)
@@ -110,7 +96,84 @@ class ByteDecoder:
         return self.pending.decode("utf-8", "replace")
 
 
-def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer | LucieTokenizer:
+class Tokenizer:
+    """Text to ids and back, by either kind of BPE. vocab_size counts the special tokens.
+
+    A BPE has `vocab_size`, `ids(text)` and `decoder()`: the latter's `feed(id)` returns the text
+    that has become certain, and `finish()` the text held back, as it is if no id follows.
+    """
+
+    def __init__(self, bpe: ByteLevelBPE | LucieBPE) -> None:
+        self.bpe, self.vocab_size = bpe, bpe.vocab_size
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text; "<s>" in it is three characters, no special token."""
+        return self._ids(text).tolist()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt: `<s>`, then the text, in which `<s>`, `</s>`, `<unk>`, `<pad>` are read
+        as special tokens. What stands between two of them is encoded as a text of its own.
+        """
+        ids, start = [BOS], 0
+        at = text.find("<")
+        while at >= 0:  # no special token begins inside another
+            for token, special in SPECIAL_TOKENS.items():
+                if text.startswith(token, at):
+                    ids += [*self.encode_ordinary(text[start:at]), special]
+                    start = at + len(token)
+            at = text.find("<", at + 1)
+        return ids + self.encode_ordinary(text[start:])
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Ids of a training document as it is stored: `<s> text </s>`, in `token_dtype`.
+
+        No special token is read from the text.
+        """
+        ids = self._ids(text)
+        document = np.empty(len(ids) + 2, token_dtype(self.vocab_size))
+        document[0], document[1:-1], document[-1] = BOS, ids, EOS
+        return document
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return "".join(self.stream(ids, skip_special=skip_special))
+
+    def stream(
+        self, ids: Iterable[int], after: Iterable[int] = (), skip_special: bool = True
+    ) -> Iterator[str]:
+        """The text of ids, as they arrive, in pieces that are never taken back.
+
+        The pieces joined are decode(after + ids) less decode(after), with which it begins. (It
+        does not only if `after` ends inside a character: the whole character comes then.)
+        """
+        decoder = self.bpe.decoder()
+        first = len(SPECIAL_TOKENS) if skip_special else 0
+        for token in after:
+            if token >= first:
+                decoder.feed(int(token))
+        # What decode(after) shows of what the decoder holds back.
+        shown = copy.copy(decoder).finish()
+        for token in ids:
+            if token >= first and (text := decoder.feed(int(token))):
+                if piece := text.removeprefix(shown):
+                    yield piece
+                shown = ""
+        if piece := decoder.finish().removeprefix(shown):
+            yield piece
+
+    def _ids(self, text: str) -> np.ndarray:
+        try:
+            return self.bpe.ids(text)
+        except UnicodeEncodeError:
+            # JSON's \ud83d\ude42 in two halves: pairs become their character, single ones U+FFFD
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.bpe.ids(whole)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a ranks file, a tokenizer.json, or a folder with a tokenizer.json.
 
     The content of a file tells which it is. vocab_size: that of the model it is for. Raises
@@ -121,9 +184,9 @@ def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer | LucieTo
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        tokenizer = _from_content(file.read_bytes(), path.stem)
+        tokenizer = Tokenizer(_bpe_of(file.read_bytes()))
     except OSError as error:
-        hint = "" if path.is_dir() else " (python -m data.tokenizer train makes one)"
+        hint = "" if path.is_dir() else " (python -m data.prepare vocabulary makes one)"
         raise DataError(f"{file}: {error.strerror}{hint}") from None
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
@@ -135,16 +198,16 @@ def load(path: str | Path, vocab_size: int | None = None) -> Tokenizer | LucieTo
     return tokenizer
 
 
-def _from_content(content: bytes, name: str) -> Tokenizer | LucieTokenizer:
+def _bpe_of(content: bytes) -> ByteLevelBPE | LucieBPE:
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content.lstrip().startswith(b"{"):
-        return Tokenizer(_ranks_of_lines(content), name)
+        return ByteLevelBPE(_ranks_of_lines(content))
     try:
         written = json.loads(content)
         byte_fallback = written["model"]["byte_fallback"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError("not the tokenizer.json of a BPE, or cut short") from None
-    return LucieTokenizer(content) if byte_fallback else Tokenizer(_ranks_of_json(written), name)
+    return LucieBPE(content) if byte_fallback else ByteLevelBPE(_ranks_of_json(written))
 
 
 def _ranks_of_lines(content: bytes) -> dict[bytes, int]:
@@ -168,7 +231,7 @@ def _ranks_of_json(written: dict) -> dict[bytes, int]:
             if token not in SPECIAL_TOKENS
         }
         _check(ranks)
-        expected = to_tokenizer_json(Tokenizer(ranks))
+        expected = to_tokenizer_json(ByteLevelBPE(ranks))
         # Lists of two since tokenizers 0.20, "a b" before; and what does not touch ids.
         merges = [m.split(" ") if isinstance(m, str) else m for m in written["model"]["merges"]]
         same = {"model": {"ignore_merges": False} | written["model"] | {"merges": merges}}
@@ -195,31 +258,47 @@ def save(ranks: dict[bytes, int], path: str | Path) -> None:
     _write(path, b"".join(b"%s %d\n" % (base64.b64encode(token), i) for token, i in items))
 
 
-def save_folder(source: Tokenizer | LucieTokenizer, folder: str | Path) -> None:
+def save_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write the tokenizer.json and tokenizer_config.json that Hugging Face's libraries read.
 
-    Lucie's tokenizer.json is written byte for byte as it was read.
+    Lucie's tokenizer.json is written byte for byte as it was read. The tokenizer_config.json of
+    Lucie is as released except for tokenizer_class, which was LlamaTokenizer: with that name
+    transformers 5 replaces the rules of tokenizer.json by Llama's own, and ids are others.
     """
-    released = source.source if isinstance(source, LucieTokenizer) else None
-    _write(Path(folder, "tokenizer.json"), released or _json(to_tokenizer_json(source)))
-    _write(Path(folder, "tokenizer_config.json"), _json(tokenizer_config(source)))
+    bpe = tokenizer.bpe
+    released = bpe.source if isinstance(bpe, LucieBPE) else None
+    special = [{k: v for k, v in token.items() if k != "id"} for token in added_tokens()]
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): token for i, token in enumerate(special)},
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>",
+        "model_max_length": 10**30,
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    } | (LUCIE_CONFIG if released else {})
+    _write(Path(folder, "tokenizer.json"), released or _json(to_tokenizer_json(bpe)))
+    _write(Path(folder, "tokenizer_config.json"), _json(config))
 
 
-def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
+def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
     """A tokenizer.json with which the `tokenizers` library gives our ids.
 
     tiktoken joins neighbours that make a token, tokenizers those that are in a list of pairs. Two
     neighbours only ever make a token as the last merge of its own text (data/lucie_tokenizer.py
     says why), so those pairs, in the order of ids, are the list. Raises DataError for ranks
-    that no merges give, which a trained vocabulary has not.
+    that no merges give, which a trained vocabulary does not have.
     """
-    characters, ranks = byte_characters(), tokenizer.ranks
+    characters, ranks = byte_characters(), bpe.ranks
     spelt = {token: "".join(characters[b] for b in token) for token in ranks}
     vocab = SPECIAL_TOKENS | {spelt[t]: i for t, i in sorted(ranks.items(), key=itemgetter(1))}
     neighbours = ((token[:n], token[n:]) for token in ranks for n in range(1, len(token)))
     pairs = {(a, b): ranks[a + b] for a, b in neighbours if a in ranks and b in ranks}
     made = {last_merge(token, pairs): i for token, i in ranks.items() if len(token) > 1}
-    if None in made or len(vocab) != tokenizer.vocab_size:
+    if None in made or len(vocab) != bpe.vocab_size:
         raise DataError("some tokens of this vocabulary cannot be made by merges")
     merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
@@ -251,28 +330,6 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer | LucieTokenizer) -> dict:
-    """The tokenizer_config.json beside the tokenizer.json.
-
-    Lucie's is as released except for tokenizer_class, which was LlamaTokenizer: with that name
-    transformers 5 replaces the rules of tokenizer.json by Llama's own, and ids are others.
-    """
-    special = [{k: v for k, v in token.items() if k != "id"} for token in added_tokens()]
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(i): token for i, token in enumerate(special)},
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
-        "model_max_length": 10**30,
-        "pad_token": "<pad>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-    }
-    return config | LUCIE_CONFIG if isinstance(tokenizer, LucieTokenizer) else config
-
-
 def byte_characters() -> dict[int, str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's).
 
@@ -295,18 +352,45 @@ def _write(path: str | Path, content: bytes) -> None:
     unfinished.replace(path)
 
 
-def main(argv: list[str]) -> None:
-    from data import bpe_training, fertility  # which import this module
+# --- training ------------------------------------------------------------------------------------
 
-    commands = {"train": bpe_training.main, "compare": fertility.main}
-    parser = Parser(
-        prog="data.tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+
+def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> dict[bytes, int]:
+    """Learn a vocabulary of vocab_size tokens, special ones included: {bytes of a token: id}.
+
+    The `tokenizers` library counts and merges, with progress bars on a terminal, where count is the
+    number of texts. Memory: each different word once. Raises DataError if the library is not
+    installed, or if the text holds too few different pairs for so many tokens.
+    """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise DataError(f"a vocabulary has at least {smallest} tokens, not {vocab_size}")
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Trainable
+    except ImportError:
+        raise DataError("training a vocabulary needs: pip install tokenizers") from None
+    bpe = Trainable(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
     )
-    parser.add_argument("command", choices=commands, help="with -h says more")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    args = parser.parse_args(argv)
-    commands[args.command](args.arguments)
-
-
-if __name__ == "__main__":
-    run_cli(main, DataError)
+    # Composed as the tokenizer composes a text before it cuts it.
+    bpe.train_from_iterator(map(nfc, texts), trainer, count)
+    # tokenizers names a merge by its two parts, tiktoken by their concatenation; a token that a
+    # second pair of parts gives as well keeps the rank of its first.
+    byte_of = {char: byte for byte, char in byte_characters().items()}
+    tokens = [bytes([b]) for b in range(256)]
+    for a, b in json.loads(bpe.to_str())["model"]["merges"]:
+        tokens.append(bytes(byte_of[c] for c in a + b))
+    ranks = {t: i for i, t in enumerate(dict.fromkeys(tokens), start=len(SPECIAL_TOKENS))}
+    if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
+        raise DataError(
+            f"the text gives {len(ranks) + len(SPECIAL_TOKENS):,} tokens, not {vocab_size:,}: "
+            "more text or a smaller vocabulary is needed"
+        )
+    return ranks

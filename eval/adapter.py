@@ -22,7 +22,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from data.tokenizer import BOS, SPECIAL_TOKENS, LucieTokenizer, Tokenizer
+from data.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer
 from generate import Sampling, decode
 from model import Lucie
 from parallel import gather, rank, together, world_size
@@ -39,7 +39,7 @@ class LucieLM(LM):
     def __init__(
         self,
         model: Lucie,
-        tokenizer: Tokenizer | LucieTokenizer,
+        tokenizer: Tokenizer,
         batch_tokens: int = 16_384,
         progress: bool = False,
     ) -> None:

@@ -16,9 +16,9 @@ import torch
 import checkpoint
 from checkpoint import CheckpointError
 from config.cli import Parser, run_cli
-from data import demo_corpus
+from data import demo
 from data import tokenizer as tokenizers
-from data.token_stream import DataError
+from data.dataset import DataError
 from data.tokenizer import Tokenizer
 from generate import Sampling, complete
 from model import Lucie
@@ -54,10 +54,10 @@ def examine(model: Lucie, tokenizer: Tokenizer) -> dict[str, tuple[float, float]
         language: tuple(
             sum(right(model, tokenizer, questions)) / len(questions)
             for questions in (
-                demo_corpus.capital_questions(language, held_out) for held_out in (False, True)
+                demo.capital_questions(language, held_out) for held_out in (False, True)
             )
         )
-        for language in demo_corpus.LANGUAGES
+        for language in demo.LANGUAGES
     }
 
 
@@ -82,8 +82,8 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    index = [row["en_name"] for row in demo_corpus.countries()].index(COUNTRY)
-    prompts = [demo_corpus.ask(lang, "capital", 0, index)[0] for lang in demo_corpus.LANGUAGES]
+    index = [row["en_name"] for row in demo.countries()].index(COUNTRY)
+    prompts = [demo.ask(lang, "capital", 0, index)[0] for lang in demo.LANGUAGES]
     columns = []
     for run in args.runs:
         model, config = checkpoint.from_run(run)
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         print("  ".join([f"{prompt:{prompt_width}}", *map(_cell, cells)]).rstrip())
 
     print(f"\n{'capitals answered right':{prompt_width}}  recalled  transferred")
-    shares, asked = examine(model, tokenizer), len(demo_corpus.countries())
+    shares, asked = examine(model, tokenizer), len(demo.countries())
     for language, (recalled, transferred) in shares.items():
         print(f"{language:{prompt_width}}  {recalled:8.1%}  {transferred:11.1%}  of {asked}")
     worst, transferred = (min(column) for column in zip(*shares.values()))

@@ -35,8 +35,8 @@ import torch.distributed as dist
 
 from checkpoint import CheckpointError, write_text
 from config.cli import ConfigError, Parser, run_cli
-from data.token_stream import DataError
-from data.tokenizer import LucieTokenizer, Tokenizer
+from data.dataset import DataError
+from data.tokenizer import Tokenizer
 from eval.opening import add_model_options, fingerprint, open_with_tokenizer
 from eval.scores import Weights, add_rows, read_rows, rows_of, weights_of
 from eval.tasks import GROUPS, PUBLISHED, Task
@@ -61,7 +61,7 @@ class TasksFailed(Exception):
 
 def evaluate(
     model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     tasks: Sequence[str],
     weights: Weights,
     out: Path,

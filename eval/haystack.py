@@ -15,8 +15,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from config.cli import ConfigError
-from data.token_stream import DataError
-from data.tokenizer import BOS, LucieTokenizer, Tokenizer
+from data.dataset import DataError
+from data.tokenizer import BOS, Tokenizer
 
 NEEDLES = Path(__file__).with_name("needles.json")
 # A sentence ends where white space follows these, and where a line does; the white space is of the
@@ -57,7 +57,7 @@ def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
     return found
 
 
-def continuation(tokenizer: Tokenizer | LucieTokenizer, text: str) -> list[int]:
+def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that begins with white space and follows another.
 
     Lucie's tokenizer puts a space before all it is given; so a full stop is given first.
@@ -65,9 +65,7 @@ def continuation(tokenizer: Tokenizer | LucieTokenizer, text: str) -> list[int]:
     return tokenizer.encode_ordinary(f".{text}")[len(tokenizer.encode_ordinary(".")) :]
 
 
-def read_haystack(
-    texts: Iterable[str], tokenizer: Tokenizer | LucieTokenizer, size: int
-) -> Haystack:
+def read_haystack(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Haystack:
     """At least `size` tokens of texts, no more of which are read than that takes.
 
     What is shorter is repeated, which is said. Raises DataError if there is no text at all.
@@ -95,7 +93,7 @@ def hide(
     needle: Needle,
     length: int,
     depth: float,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     room: int,
 ) -> tuple[list[int], int]:
     """(ids of a prompt of length - room tokens, where in them the fact begins).
@@ -119,6 +117,6 @@ def hide(
     return ids, at + 1
 
 
-def room_for_answer(tokenizer: Tokenizer | LucieTokenizer, needles: list[Needle]) -> int:
+def room_for_answer(tokenizer: Tokenizer, needles: list[Needle]) -> int:
     """Tokens for an answer: the longest fact, for a model may say all of it."""
     return max(len(continuation(tokenizer, f" {needle.fact}")) for needle in needles)

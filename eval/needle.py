@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, latest, write_text
 from config.cli import ConfigError, Parser, run_cli
-from data.reading import find_files, read_documents, size_of
-from data.token_stream import DataError
-from data.tokenizer import LucieTokenizer, Tokenizer
+from data.dataset import DataError, size_of
+from data.prepare import find_files, read_documents
+from data.tokenizer import Tokenizer
 from eval.haystack import (
     NEEDLES,
     Needle,
@@ -61,7 +61,7 @@ Answer = Callable[[list[int]], str]  # ids of a prompt -> the model's answer
 # --- answers and scores ---------------------------------------------------------------------------
 
 
-def generator(model: Lucie, tokenizer: Tokenizer | LucieTokenizer, needles: list[Needle]) -> Answer:
+def generator(model: Lucie, tokenizer: Tokenizer, needles: list[Needle]) -> Answer:
     """Answers by greedy completion: its first line that is not blank."""
     room = room_for_answer(tokenizer, needles)
 
@@ -74,7 +74,7 @@ def generator(model: Lucie, tokenizer: Tokenizer | LucieTokenizer, needles: list
     return answer
 
 
-def picker(model: Lucie, tokenizer: Tokenizer | LucieTokenizer, needles: list[Needle]) -> Answer:
+def picker(model: Lucie, tokenizer: Tokenizer, needles: list[Needle]) -> Answer:
     """Answers with that of a needle, the one whose bytes are likeliest on average."""
     ids = {needle.answer: continuation(tokenizer, f" {needle.answer}") for needle in needles}
 

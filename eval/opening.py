@@ -10,7 +10,7 @@ import torch
 from checkpoint import open_model
 from config.cli import Parser
 from data import tokenizer as tokenizers
-from data.tokenizer import LucieTokenizer, Tokenizer
+from data.tokenizer import Tokenizer
 from generate import use_device
 from model import Lucie
 
@@ -26,7 +26,7 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
-def open_with_tokenizer(args: argparse.Namespace) -> tuple[Lucie, Tokenizer | LucieTokenizer]:
+def open_with_tokenizer(args: argparse.Namespace) -> tuple[Lucie, Tokenizer]:
     """The model and the tokenizer that the options of `add_model_options` ask for.
 
     Raises CheckpointError, DataError, or ValueError for a device that is not available.

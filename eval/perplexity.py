@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError
 from config.cli import ConfigError, Parser, run_cli
-from data.reading import Source, find_files, read_documents, size_of
-from data.token_stream import DataError
-from data.tokenizer import LucieTokenizer, Tokenizer
+from data.dataset import DataError, size_of
+from data.prepare import Source, find_files, read_documents
+from data.tokenizer import Tokenizer
 from eval.opening import add_model_options, make_room, open_with_tokenizer
 from kernels.linear_cross_entropy import chunk_rows
 from model import Lucie
@@ -86,7 +86,7 @@ class Tally:
 
 def evaluate(
     model: Lucie,
-    tokenizer: Tokenizer | LucieTokenizer,
+    tokenizer: Tokenizer,
     name: str,
     documents: Iterable[str],
     window: int = 4096,
@@ -101,7 +101,7 @@ def evaluate(
 
     def all_windows() -> Iterator[Window]:
         for text in documents:
-            ids = tokenizer.encode_document(text)[:-1]  # without `</s>`
+            ids = tokenizer.encode_document(text)[:-1].tolist()  # without `</s>`
             if len(ids) > min_tokens:
                 tally.documents += 1
                 tally.bytes += len(text.encode("utf-8", "surrogatepass"))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import checkpoint
 import hf
 from checkpoint import CheckpointError, write_text
-from data.token_stream import DataError
+from data.dataset import DataError
 from eval.tasks import Task, spelt
 
 COLUMNS = ("training_phase", "training_steps", "training_tokens", "benchmark", "dataset")

@@ -33,8 +33,8 @@ import torch
 
 from checkpoint import CheckpointError, found, read_state, write_text
 from config.cli import ConfigError, Parser, run_cli
-from data.reading import find_files
-from data.token_stream import DataError
+from data.dataset import DataError
+from data.prepare import find_files
 from eval import harness
 from eval.harness import TasksFailed
 from eval.opening import add_model_options, open_with_tokenizer

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -42,7 +42,8 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import kernels.launch
-from data.prepare import StreamWriter, write_mixture
+from data.dataset import token_dtype
+from data.prepare import write_index, write_mixture
 from model import LucieConfig
 
 if kernels.launch.installed and not CUDA:
@@ -69,15 +70,26 @@ def tiny_config() -> LucieConfig:
     return LucieConfig(**TINY, max_position_embeddings=64)
 
 
+def write_stream(path: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> None:
+    """A token stream, path.bin and path.idx."""
+    dtype, arrays = token_dtype(vocab_size), list(map(np.asarray, documents))
+    Path(f"{path}.bin").write_bytes(b"".join(a.astype(dtype).tobytes() for a in arrays))
+    write_index(f"{path}.idx", np.array(list(map(len, arrays)), np.int32), dtype)
+
+
+def write_weights(path: Path, weights: dict[str, float]) -> None:
+    """A mixture of streams that lie beside it."""
+    write_mixture(path, [{"name": n, "path": n, "weight": w} for n, w in weights.items()])
+
+
 @pytest.fixture
 def tiny_data(tmp_path: Path) -> Path:
     """A folder with two streams of random ids under 97 and their mixture."""
     rng = np.random.default_rng(0)
     for name, documents in (("a", 30), ("b", 50)):
-        with StreamWriter(tmp_path / name, 97) as stream:
-            for _ in range(documents):
-                stream.add(rng.integers(0, 97, rng.integers(5, 60)))
-    write_mixture(tmp_path / "mixture.csv", {"a": 0.7, "b": 0.3})
+        made = [rng.integers(0, 97, rng.integers(5, 60)) for _ in range(documents)]
+        write_stream(tmp_path / name, made, 97)
+    write_weights(tmp_path / "mixture.csv", {"a": 0.7, "b": 0.3})
     return tmp_path
 
 

@@ -6,12 +6,12 @@ from text_cases import lucie_json
 from bench import prepare as bench
 from bench.prepare import Figures
 from config.cli import ConfigError
-from data.reading import find_files, read_documents
-from data.token_stream import DataError
+from data.dataset import DataError
+from data.prepare import find_files, read_documents
 
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
-pytest.importorskip("zstandard")
+pytest.importorskip("backports.zstd")
 
 
 @pytest.fixture(scope="module")

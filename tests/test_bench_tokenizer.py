@@ -4,7 +4,8 @@ import pytest
 from text_cases import lucie_json
 
 from bench import tokenizer as bench
-from data.token_stream import DataError
+from data.dataset import DataError
+from data.tokenizer import Tokenizer
 
 pytest.importorskip("tokenizers")
 
@@ -21,16 +22,16 @@ def files(tmp_path_factory):
 
 def test_the_table_has_a_rate_for_each(files, capsys, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # restored after
-    bench.main([str(files), str(files / "texts.jsonl"), "--processes=2"])
+    bench.main([str(files), str(files / "texts.jsonl")])
     out = capsys.readouterr().out.splitlines()
     assert "50 documents, 2,000 lines" in out[0] and "every id the same" in out[0]
     rows = [
         "ours, encode ",
-        "ours, encode_batch ",
+        "ours, encode_document ",
         "tokenizers, encode ",
         "tokenizers, encode_batch ",
     ]
-    rows += ["tokenizers, encode_batch_fast ", "ours, encode_batch, 2 processes "]
+    rows += ["tokenizers, encode_batch_fast "]
     rows += ["tokenizers, encode_batch, ", "tokenizers, encode_batch_fast, "]
     assert len(out) == 2 + len(rows)
     for row, line in zip(rows, out[2:]):
@@ -41,11 +42,11 @@ def test_the_table_has_a_rate_for_each(files, capsys, monkeypatch):
 
 def test_a_difference_is_an_error(files, capsys, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    encode = bench.LucieTokenizer.encode
+    encode = Tokenizer.encode
     monkeypatch.setattr(
-        bench.LucieTokenizer, "encode", lambda *args: [i + (i > 300) for i in encode(*args)]
+        Tokenizer, "encode", lambda *args: [i + (i > 300) for i in encode(*args)]
     )
-    assert bench.main([str(files), str(files / "texts.jsonl"), "--processes=1"]) == 1
+    assert bench.main([str(files), str(files / "texts.jsonl")]) == 1
     assert "ids differ from ours at" in capsys.readouterr().err
 
 

@@ -3,9 +3,9 @@ import torch
 from conftest import TINY, launch
 
 import checkpoint
-from data import demo_corpus, prepare
+from data import demo
 from data import tokenizer as tokenizers
-from data.tokenizer import Tokenizer
+from data.tokenizer import ByteLevelBPE, Tokenizer
 from eval import capitals
 from eval.capitals import right
 from generate import Completion, Sampling, complete
@@ -17,7 +17,7 @@ BYTES = {bytes([b]): b + 4 for b in range(256)}
 def test_agrees_with_greedy_generation():
     """What a model answers greedily is right, anything else wrong, whatever its neighbours."""
     config = LucieConfig(**(TINY | {"vocab_size": 260}), max_position_embeddings=100)
-    model, tokenizer = Lucie(config), Tokenizer(BYTES)
+    model, tokenizer = Lucie(config), Tokenizer(ByteLevelBPE(BYTES))
     with torch.no_grad():
         model.lm_head.weight[: 32 + 4] = 0  # printable ASCII only, and a space to begin with
         model.lm_head.weight[127 + 4 :] = 0
@@ -49,7 +49,7 @@ def test_counts_only_exact_answers():
             return logits
 
     model = Parrot(LucieConfig(**(TINY | {"vocab_size": 260})))
-    tokenizer = Tokenizer(BYTES)
+    tokenizer = Tokenizer(ByteLevelBPE(BYTES))
     questions = [("Q?", "Paris"), ("Q?", "Par"), ("Q?", "London"), ("Q?", "Parisian")]
     assert right(model, tokenizer, questions) == [True, True, False, False]
 
@@ -79,7 +79,7 @@ def test_a_low_quality_is_told_and_is_no_error(run, capsys):
     assert lines[1].startswith("What is the capital of China? ")
     assert lines[2].startswith("Quelle est la capitale de la Chine ? ")
     assert [line.split() for line in lines if "of 60" in line] == [
-        [language, "0.0%", "0.0%", "of", "60"] for language in demo_corpus.LANGUAGES
+        [language, "0.0%", "0.0%", "of", "60"] for language in demo.LANGUAGES
     ]
     assert lines[-2:] == [
         "worst language: recalled 0.0%, transferred 0.0% (seed 7, float32)",
@@ -88,7 +88,7 @@ def test_a_low_quality_is_told_and_is_no_error(run, capsys):
 
 
 def test_the_bar_is_the_worst_language(run, capsys, monkeypatch):
-    shares = dict.fromkeys(demo_corpus.LANGUAGES, (1.0, 0.5)) | {"es": (0.95, 0.9)}
+    shares = dict.fromkeys(demo.LANGUAGES, (1.0, 0.5)) | {"es": (0.95, 0.9)}
     monkeypatch.setattr(capitals, "examine", lambda model, tokenizer: shares)
     assert capitals.main([run, "--at_least=0.95"]) == 0
     out = capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_completion_is_shown_to_the_end_of_its_line(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_has_room_to_spare(tmp_path):
     """All three phases of `make demo`, and the bar that its documentation promises."""
-    prepare.prepare_demo(tmp_path)
+    demo.prepare(tmp_path)
     before = ""
     for phase, mixture in (
         ("demo_pretrain", "pretraining"),

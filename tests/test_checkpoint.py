@@ -17,7 +17,7 @@ import hf
 from checkpoint import CheckpointError
 from config.cli import ConfigError
 from data import tokenizer as tokenizers
-from data.token_stream import DataError
+from data.dataset import DataError
 from model import Lucie, LucieConfig
 
 CONFIG = LucieConfig(**TINY, max_position_embeddings=64)

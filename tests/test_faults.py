@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun
+from conftest import torchrun, write_stream
 from test_chaos import (
     end,
     logged,
@@ -33,7 +33,6 @@ from test_train import options
 
 import checkpoint
 import hf
-from data.prepare import StreamWriter
 
 pytestmark = needs_fork
 
@@ -283,8 +282,7 @@ def with_another_document(folder: Path) -> None:
 def test_data_that_differs_between_ranks_is_not_trained_on(tiny_data):
     for rank in "01":
         shutil.copytree(tiny_data, tiny_data / rank, ignore=lambda *_: ("0", "1"))
-    with StreamWriter(tiny_data / "1/a", 97) as stream:
-        stream.add(np.arange(90))
+    write_stream(tiny_data / "1/a", [np.arange(90)], 97)
     change = dict(mixture="mixture.csv", validation="")
     hook = partial(with_another_document, tiny_data)
     assert end(start(tiny_data, 2, hook=hook, **change)) == [2, 2]

@@ -21,12 +21,12 @@ import generate
 import hf
 import quantize
 from data import tokenizer
-from data.tokenizer import EOS, Tokenizer
+from data.tokenizer import EOS, ByteLevelBPE, Tokenizer
 from generate import Completion, Sampling, complete, decode, sample
 from model import KVCache, Lucie, LucieConfig
 
 RANKS = {bytes([b]): b + 4 for b in range(256)}
-BYTES = Tokenizer(RANKS)
+BYTES = Tokenizer(ByteLevelBPE(RANKS))
 PROMPT = "Quelle est la capitale de l'Espagne ? Madrid\nQuelle est la capitale de la France ?"
 GREEDY = Sampling(temperature=0)
 SIZES = TINY | {"vocab_size": 260}

@@ -27,8 +27,8 @@ import checkpoint
 from checkpoint import CheckpointError
 from config.cli import ConfigError
 from data import tokenizer as tokenizers
-from data.token_stream import DataError
-from data.tokenizer import BOS, Tokenizer
+from data.dataset import DataError
+from data.tokenizer import BOS, ByteLevelBPE, Tokenizer
 from eval import adapter, harness, scores
 from eval.adapter import LucieLM
 from eval.harness import TasksFailed
@@ -43,7 +43,9 @@ pytestmark = pytest.mark.slow  # and of packages that only benchmarks need
 TASKS = "tests/eval_tasks"
 ROOM = 128  # two solved examples and a question are longer in some languages
 MERGES = [b"la", b" la", b"es", b" d", b" de", b"al", b"it", b"ital", b"\n\n", b" M"]
-TOKENIZER = Tokenizer({t: i for i, t in enumerate([*(bytes([b]) for b in range(256)), *MERGES], 4)})
+TOKENIZER = Tokenizer(
+    ByteLevelBPE({t: i for i, t in enumerate([*(bytes([b]) for b in range(256)), *MERGES], 4)})
+)
 WEIGHTS = Weights("1_main", 5000, 5_700_059_136)
 GREEDY = Sampling(temperature=0)
 ALL = ["capitals", "letters", "answers", "passages"]

@@ -8,8 +8,8 @@ from conftest import SHARED, needs_shared
 
 from config.cli import ConfigError
 from data import tokenizer as tokenizers
-from data.token_stream import DataError
-from data.tokenizer import BOS, Tokenizer
+from data.dataset import DataError
+from data.tokenizer import BOS, ByteLevelBPE, Tokenizer
 from eval.haystack import (
     NEEDLES,
     Haystack,
@@ -19,7 +19,7 @@ from eval.haystack import (
     room_for_answer,
 )
 
-BYTES = Tokenizer({bytes([b]): b + 4 for b in range(256)})
+BYTES = Tokenizer(ByteLevelBPE({bytes([b]): b + 4 for b in range(256)}))
 LANGUAGES = ("en", "fr", "de", "es", "it")
 
 

@@ -8,7 +8,7 @@ from conftest import TINY
 from test_haystack import BYTES, essays
 
 from config.cli import ConfigError
-from data.token_stream import DataError
+from data.dataset import DataError
 from data.tokenizer import EOS, save
 from eval import needle
 from eval.haystack import NEEDLES, continuation, read_needles, room_for_answer
@@ -29,7 +29,7 @@ def model():
 @pytest.fixture
 def folder(model, tmp_path):
     """An exported model, its vocabulary, and a haystack."""
-    save(BYTES.ranks, tmp_path / "ranks")
+    save(BYTES.bpe.ranks, tmp_path / "ranks")
     to_hf(model, tmp_path / "hf")
     for number, text in enumerate(essays(12)):
         (tmp_path / "essays").mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ def test_a_model_with_more_room_is_one_that_had_it_from_the_start(model):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--haystack", "nowhere/"], "nowhere: not a folder"),
+        (["--haystack", "nowhere/"], "nowhere/: no such file"),
         (["--haystack", "{}/empty"], "the haystack holds no text"),
         (["--lengths", "50", "100", "2"], "length 50 is too short"),
         (["--lengths", "100", "50", "2"], "--lengths must be MIN <= MAX"),

@@ -9,13 +9,13 @@ from conftest import TINY
 
 import eval.perplexity as perplexity
 from config.cli import ConfigError
-from data.token_stream import DataError
-from data.tokenizer import BOS, EOS, Tokenizer, save
+from data.dataset import DataError
+from data.tokenizer import BOS, EOS, ByteLevelBPE, Tokenizer, save
 from eval.perplexity import BUCKETS, Window, batches, evaluate, token_losses, windows
 from hf import to_hf
 from model import Lucie, LucieConfig
 
-BYTES = Tokenizer({bytes([b]): b + 4 for b in range(256)})
+BYTES = Tokenizer(ByteLevelBPE({bytes([b]): b + 4 for b in range(256)}))
 GIVEN = "Les années passent; les œuvres restent. "
 
 
@@ -133,7 +133,7 @@ def test_special_tokens_in_a_text_are_text(model):
 @pytest.fixture
 def folder(model, tmp_path):
     """An exported model that has its tokenizer, and texts beside it."""
-    save(BYTES.ranks, tmp_path / "ranks")
+    save(BYTES.bpe.ranks, tmp_path / "ranks")
     to_hf(model, tmp_path / "hf")
     lines = [json.dumps({"text": text}) for text in (GIVEN * 3, GIVEN * 5)]
     (tmp_path / "fr.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -190,7 +190,7 @@ def test_a_window_alone_moves_by_half_of_it(folder, window):
     ("given", "message"),
     [
         (["--texts", "fr.jsonl"], "fr.jsonl: a text is NAME=FILES"),
-        (["--texts", "fr=nowhere.txt"], "nowhere.txt: not a folder"),
+        (["--texts", "fr=nowhere.txt"], "nowhere.txt: no such file"),
         (["--texts", "x={}/hf/config.json"], "no field 'text'"),
         (["--texts", "x={}/empty"], "x: no document with 1 tokens"),
         (["--texts", "fr={}/fr.jsonl", "--stride", "5000"], "a stride is 1 to the window's 4,096"),

@@ -44,7 +44,7 @@ from bench.traffic import Step, faults, saved
 from bench.savings import SAVINGS
 from config import Config
 from config.cli import ConfigError
-from data.loader import Share
+from data.dataset import Share
 
 config, found = Config(**{TINY}), {{}}
 

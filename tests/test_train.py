@@ -18,6 +18,7 @@ import checkpoint
 import hf
 import train
 from config import Config
+from data.dataset import DataError, Mixture
 
 SMALL = {k: v for k, v in TINY.items()} | dict(
     seq_len=16,
@@ -895,7 +896,7 @@ def test_real_text_in_five_languages_trains(tmp_path):
     """50 steps on a mixture of the shared corpus, prepared by the commands a user would type."""
     files = [SHARED / f"corpus/{language}.jsonl.gz" for language in ("en", "fr", "de", "es", "it")]
     prepare = [sys.executable, "-m", "data.prepare"]
-    learn = [sys.executable, "-m", "data.tokenizer", "train"]
+    learn = [*prepare, "vocabulary"]
     ranks = tmp_path / "r.tiktoken"
     command = [*learn, str(files[1]), "--vocab_size=2000", "--out", str(ranks)]
     subprocess.run(command, check=True, capture_output=True)
@@ -919,3 +920,20 @@ def test_real_text_in_five_languages_trains(tmp_path):
     )
     assert int(rows[-1]["training_steps"]) == 50
     assert float(rows[-1]["training_loss"]) < math.log(2000) - 1
+
+
+def test_training_passes_on_partial_and_the_length_of_the_run(tiny_data):
+    held, path = tiny_data / "held.csv", tiny_data / "m.csv"
+    held.write_text("name,path,weight,series\na,a,1,x\nb,b,3,x\n")
+    path.write_text(held.read_text() + "c,c,9,\n")
+    options = dict(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97)
+    options |= dict(samples=100, eval_samples=8, micro_batch_size=8)
+    with pytest.raises(DataError, match="sources lack files: c"):
+        train.open_data(Config(**options), 0, 1)
+    found, held_out = train.open_data(Config(**options, partial=True), 0, 1)
+    assert found.missing == ["c"]
+    assert [found.locate(i).source for i in range(100)] == [0] * 25 + [1] * 75
+    # The run over the held-out data is as long as the validation.
+    expected = Mixture(held, 7, 42, 97, samples=8)
+    assert [expected.locate(i).source for i in range(8)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert held_out.batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]

@@ -20,7 +20,7 @@ import eval.needle
 from checkpoint import CheckpointError, open_model, write_text
 from config.cli import ConfigError
 from data import tokenizer
-from data.token_stream import DataError
+from data.dataset import DataError
 from eval import watch
 from eval.harness import TasksFailed
 from eval.watch import Evaluation
@@ -241,7 +241,7 @@ def test_mistakes_are_told_at_the_start(run, tmp_path, monkeypatch):
         return str(raised.value)
 
     assert "no task leters" in line("--tasks=letters,leters")
-    assert "a.txt: not a folder" in line(f"--needle=--haystack {tmp_path}/a.txt")
+    assert "a.txt: no such file" in line(f"--needle=--haystack {tmp_path}/a.txt")
     (tmp_path / "a.txt").write_text("a b")
     assert "--depths >= 1" in line(f"--needle=--haystack {tmp_path}/a.txt --depths 0")
     assert "No closing quotation" in line(f"--needle=--haystack '{tmp_path}/a.txt")

@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 
-from data import demo_corpus
+from data import demo
 
 OPENERS = "\n\t([{/<'’\"«“‘‚‹—–―"
 
@@ -50,12 +50,11 @@ def code_points() -> list[str]:
     return [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
 
-def lucie_json(shuffled: bool = False) -> dict:
+def lucie_json() -> dict:
     """A tokenizer.json of Lucie's form with about 1,700 tokens, its rules written out here.
 
     The tokenizers library learns it. Then come merges that learning does not give and a file may
-    hold: tokens that another merge always forestalls, second pairs for a token, blanks; `shuffled`
-    puts all merges in a random order, so that a token may outrank its parts.
+    hold: tokens that another merge always forestalls, second pairs for a token, and blanks.
     """
     import tokenizers
     from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -75,7 +74,7 @@ def lucie_json(shuffled: bool = False) -> dict:
     trainable = tokenizers.Tokenizer.from_str(json.dumps(written))
     words = r"▁*[\p{L}\p{M}_]+|\p{N}|▁*[^\p{L}\p{M}\p{N}\n▁]+|▁+|\n+"
     trainable.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
-    texts = [t for s in ("fr", "de", "code", "en") for t in demo_corpus.documents(s, "valid")]
+    texts = [t for s in ("fr", "de", "code", "en") for t in demo.documents(s, "valid")]
     trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
     trainable.train_from_iterator(texts, trainer)
     model = json.loads(trainable.to_str())["model"]
@@ -96,8 +95,6 @@ def lucie_json(shuffled: bool = False) -> dict:
     for token in (" ", "\xa0", "e\xa0"):
         vocab[token] = len(vocab)
     merges.append(["e", "\xa0"])
-    if shuffled:
-        rng.shuffle(merges)
 
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": special[i], **plain, "special": True} for i in range(4)]

@@ -1,7 +1,9 @@
-"""The text that `make demo` trains on, made on this machine without a network.
+"""The data of `make demo`, made on this machine without a network.
 
-Called by `python -m data.prepare demo`, which asks for `documents(source, split)`, and by the
-demo's final exam, which asks for `capital_questions(language, held_out)`.
+    python -m data.demo --out out/demo_data
+
+writes texts, a vocabulary, token streams and mixtures. The demo's final exam (eval/capitals.py)
+asks for `capital_questions(language, held_out)`.
 
 English prose and code come from the standard library of the running Python. Everything else is
 written here from four tables of facts (`demo/countries.csv`, `words.csv`, `events.csv`,
@@ -20,6 +22,7 @@ In `templates.json`, `[is|are]` is the verb for a singular and for a plural coun
 a list means the same in every language, which is how translated pairs are made.
 """
 
+import argparse
 import ast
 import csv
 import json
@@ -33,11 +36,28 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from config.cli import Parser, run_cli
+from data import tokenizer
+from data.dataset import DataError
+from data.prepare import Options, tokenize, write_mixture
+
 LANGUAGES = ("en", "fr", "de", "es", "it")
 SOURCES = ("en", "fr", "code", "de", "es", "it", "parallel", "facts", "arithmetic")
 TABLES = Path(__file__).parent / "demo"
 TRAIN_KILOBYTES = dict(zip(SOURCES, (2400, 2400, 3000, 700, 700, 500, 400, 1000, 400), strict=True))
 VALID_KILOBYTES = 40
+VOCAB_SIZE = 4096
+# Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
+# mathematics, science, encyclopedia and dialogue of the real one, and more of the rarest language.
+PUBLISHED = {
+    "en": 0.332, "fr": 0.324, "code": 0.147, "de": 0.069, "es": 0.066, "it": 0.038,
+    "parallel": 0.025,
+}  # fmt: skip
+ANNEALING = {
+    "facts": 0.82, "arithmetic": 0.03, "code": 0.03, "en": 0.02, "fr": 0.02, "de": 0.02,
+    "es": 0.02, "it": 0.04,
+}  # fmt: skip
+MIXTURES = {"pretraining": PUBLISHED, "extension": PUBLISHED, "annealing": ANNEALING}
 
 PAIRS = (("fr", "en"), ("de", "fr"), ("es", "en"), ("it", "en"))
 OTHER_TOPICS = ("reverse", "language", "currency", "continent", "year")
@@ -397,3 +417,50 @@ def clean(text: str) -> str:
     """Composed Unicode (NFC), plain line ends, no control characters but newline and tab."""
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+# --- the files of the demo -----------------------------------------------------------------------
+
+
+def prepare(out: Path) -> None:
+    """Texts, vocabulary, streams and mixtures of the demo, in `out`."""
+    train = {source: list(documents(source, "train")) for source in SOURCES}
+    # The vocabulary sees each source in its share of the mixture.
+    sample = []
+    for source, share in PUBLISHED.items():
+        size, left = len(PUBLISHED) * share, 200_000
+        for text in Random(source).sample(train[source], len(train[source])):
+            if left <= 0:
+                break
+            sample.append(text)
+            left -= len(text) / size
+    tokenizer.save(tokenizer.train(sample, VOCAB_SIZE), out / "ranks.tiktoken")
+    (out / "texts").mkdir(exist_ok=True)
+    for split in ("train", "valid"):
+        file = out / "texts" / f"{split}.jsonl"
+        with open(file, "w", encoding="utf-8") as f:
+            for source in SOURCES:
+                for text in train[source] if split == "train" else documents(source, split):
+                    f.write(json.dumps({"source": source, "text": text}) + "\n")
+        options = Options(split_by=("source",))
+        tokenize([file], tokenizer.load(out / "ranks.tiktoken"), out / split, options)
+    for name, weights in MIXTURES.items():
+        _write_mixture(out / f"{name}.csv", weights, "train")
+    _write_mixture(out / "validation.csv", PUBLISHED, "valid")
+
+
+def _write_mixture(file: Path, weights: dict[str, float], split: str) -> None:
+    rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
+    write_mixture(file, rows)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        prog="data.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo_data"), help="folder to write")
+    prepare(parser.parse_args(argv).out)
+
+
+if __name__ == "__main__":
+    run_cli(main, DataError)

@@ -1,0 +1,540 @@
+"""Which samples a mixture has, and that they are read from disk or from a store as they are."""
+
+import os
+import random
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import chain, groupby
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_stream, write_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import dataset
+from data.dataset import BOS, HEADER, IGNORE, MAGIC, DataError, Leaf, Mixture, TokenStream
+from data.inspect import index_faults
+
+# --- which source
+
+
+def normalized(weights):
+    return [weight / sum(weights) for weight in weights]
+
+
+def counts_at(tree, n):
+    """Samples of each source among the first n, for an array of n, by the rule for each node."""
+    if type(tree) is Leaf:
+        return {tree.source: n}
+    left = np.floor(tree.p * n + 0.5).astype(np.int64)
+    return counts_at(tree.left, left) | counts_at(tree.right, n - left)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shares_of_140_sources_hold_at_every_prefix(seed):
+    rng = random.Random(seed)
+    weights = normalized([10 ** rng.uniform(-8, np.log10(0.05)) for _ in range(140)])
+    tree, worst = dataset.huffman(weights), 0.0
+    for start in (0, 762_000_000):
+        n = np.arange(start, start + 50_000)
+        for source, count in counts_at(tree, n).items():
+            exact = weights[source] * n
+            assert np.abs(count - np.rint(exact)).max() <= 1
+            worst = max(worst, np.abs(count - exact).max())
+    print(f"largest deviation from the exact share: {worst:.3f} samples")
+    assert worst <= max(dataset._deviations(tree, 0.0).values())
+
+
+@given(st.lists(st.floats(1e-8, 1), min_size=1, max_size=30), st.integers(0, 2**40))
+def test_descending_the_tree_agrees_with_counting(weights, start):
+    tree = dataset.huffman(normalized(weights))
+    counts = counts_at(tree, np.arange(start, start + 50))
+    for k in range(49):
+        source, rank = dataset.descend(tree, start + k)
+        assert rank == counts[source][k]
+        for other, count in counts.items():
+            assert count[k + 1] - count[k] == (other == source)
+    assert dataset.drawn(tree, start) == {source: count[0] for source, count in counts.items()}
+
+
+# --- which place in the source
+
+
+@given(st.integers(1, 300), st.text(max_size=8))
+def test_a_permutation_visits_everything_once(length, key):
+    assert sorted(dataset.permute(i, length, key) for i in range(length)) == list(range(length))
+
+
+# --- samples
+
+
+def mixture_of(folder, name="mixture", **options):
+    return Mixture(folder / f"{name}.csv", 7, 42, 97, **options)
+
+
+def test_each_epoch_reads_every_sample_once_in_a_new_order(tiny_data):
+    mixture = mixture_of(tiny_data)
+    orders = {}
+    for i in range(2_000):
+        source, epoch, position = mixture.locate(i)
+        orders.setdefault((source, epoch), []).append(position)
+    for source, length in enumerate(mixture.lengths):
+        epochs = [order for (of, _), order in sorted(orders.items()) if of == source]
+        assert len(epochs) >= 3
+        assert all(sorted(order) == list(range(length)) for order in epochs[:-1])
+        assert len(set(epochs[-1])) == len(epochs[-1])
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_samples_tile_the_stream_and_end_with_a_target(tiny_data):
+    write_stream(tiny_data / "a", [np.arange(7 * 20 + 1) % 97], 97)  # the last token is a target
+    mixture = mixture_of(tiny_data)
+    raw = [np.fromfile(tiny_data / f"{name}.bin", np.uint16) for name in mixture.names]
+    inputs = {}
+    for i in range(1_500):
+        source, _, position = mixture.locate(i)
+        sample = mixture[i]
+        assert sample.dtype == np.int64 and sample.shape == (8,)
+        assert np.array_equal(sample, raw[source][7 * position : 7 * position + 8])
+        inputs[source, position] = sample[:-1]
+    for source, length in enumerate(mixture.lengths):
+        joined = np.concatenate([inputs[source, p] for p in range(length)])
+        assert np.array_equal(joined, raw[source][: 7 * length])  # no token is skipped or repeated
+        assert len(raw[source]) - 7 * length <= 7
+
+
+# A run that is resumed must read the samples that it would have read, so these never change.
+PUBLISHED = {
+    "pretraining": (
+        {0: (4, 0, 18186371), 1: (36, 0, 1548941), 762_000_000: (25, 1, 4863831)},
+        "1d623d3bd3c19aceedfe5df21e383d56f35e52ff2790e1709d33f78a139c5d81",
+    ),
+    "pretraining_by_year": (
+        {0: (43, 0, 1051895), 1: (21, 0, 3687447), 762_000_000: (16, 0, 625375)},
+        "9ecd77c663ad9d921e84a8477eb8a9d612cbd627cabe169ab1c47814a961eaff",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_samples_of_the_published_mixtures_are_what_they_were(name, monkeypatch):
+    path = f"data/mixtures/{name}.csv"
+    tokens = {row["path"]: int(row["tokens"]) for row in dataset.read_rows(path)}
+
+    class Published:  # in the place of terabytes
+        def __init__(self, path):
+            self.tokens = tokens[path]
+
+    monkeypatch.setattr(dataset, "TokenStream", Published)
+    monkeypatch.setattr(dataset, "size_of", lambda file: 0)
+    mixture = Mixture(path, 4096, 42, 65_024, samples=762_144_586)
+    samples, fingerprint = PUBLISHED[name]
+    assert {i: mixture.locate(i) for i in samples} == samples
+    assert mixture.fingerprint() == fingerprint
+    assert mixture.deviation() == pytest.approx(1.235, abs=1e-3)
+    started = time.perf_counter()
+    for i in range(762_000_000, 762_002_000):
+        mixture.locate(i)
+    took = (time.perf_counter() - started) / 2_000
+    print(f"sample 762,000,000 is located in {1e6 * took:.1f} microseconds")
+
+
+def test_weights_from_epochs(tiny_data):
+    # Excel begins a file with a byte order mark.
+    (tiny_data / "e.csv").write_text("name,path,epochs\na,a,2\nb,b,1\n", encoding="utf-8-sig")
+    mixture = mixture_of(tiny_data, "e")
+    a, b = (stream.tokens for stream in mixture.streams)
+    assert mixture.weights == pytest.approx([2 * a / (2 * a + b), b / (2 * a + b)])
+
+
+def resident_kilobytes():
+    """What is resident now: the maximum would hide a leak below an earlier peak."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_memory_is_flat_over_random_reads_of_a_large_file(tmp_path):
+    count = 2**30  # tokens: 2 GB, which take no room on disk
+    with open(tmp_path / "big.bin", "wb") as f:
+        f.truncate(2 * count)
+    index = HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", count, 0, 0, 1)
+    (tmp_path / "big.idx").write_bytes(index)
+    write_weights(tmp_path / "m.csv", {"big": 1})
+    mixture = Mixture(tmp_path / "m.csv", 4096, 42, 97)
+    for i in range(100):
+        mixture[i]
+    before, grown = resident_kilobytes(), 0
+    for i in range(10_000):
+        mixture[i]
+        if i % 500 == 499:
+            grown = max(grown, resident_kilobytes() - before)
+    print(f"10,000 samples of 2 GB: {grown} kB more resident memory")
+    assert grown < 4_000
+
+
+# --- bad data
+
+
+def write_ids(path, dtype, wrong):
+    ids = np.zeros(500, dtype)
+    ids[123] = wrong
+    write_stream(path, [ids], 97 if dtype is np.uint16 else 2**17)
+
+
+def write_rows(folder, *lines):
+    (folder / "mixture.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: os.remove(d / "a.bin"), r"a\.bin: no such file"),
+        (lambda d: os.truncate(d / "a.bin", 100), r"a\.bin: truncated, 100 bytes"),
+        (lambda d: os.truncate(d / "a.idx", 34 + 12 * 30 + 8), r"a\.idx: truncated"),
+        (lambda d: (d / "a.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "lists no documents"),
+        (lambda d: (d / "a.idx").write_bytes(b"PK" * 40), r"a\.idx: not an index"),
+        (lambda d: (d / "a.idx").write_bytes(HEADER.pack(MAGIC, 1, 7, 0, 1)), "type 7 is not"),
+        (lambda d: write_stream(d / "a", [np.zeros(7)], 97), r"a\.bin: 7 tokens .* take its row"),
+        (lambda d: write_ids(d / "b", np.uint16, 97), r"b\.bin: token 123 has id 97, past .* 97"),
+        (lambda d: write_ids(d / "b", np.int32, -1), r"b\.bin: token 123 has id -1, past .* 97"),
+        (lambda d: os.remove(d / "mixture.csv"), r"mixture\.csv: No such file"),
+        (lambda d: (d / "mixture.csv").write_bytes(b"name,path,weight\n\xff,a,1"), "UTF-8"),
+        (lambda d: write_rows(d, "name,path", "a,a"), "weight or epochs"),
+        (lambda d: write_rows(d, "name,path,weight", "a,a,-1"), "line 2"),
+        (lambda d: write_rows(d, "name,path,weight", "a,a,1", "b,b,x"), "line 3"),
+        (lambda d: write_rows(d, "name,path,weight", "a,a,0"), "at least one"),
+        (lambda d: write_rows(d, "name,path,weight", "a,a,1", "a,b,1"), "name of its own"),
+        (lambda d: write_rows(d, "name,path,weight,order", "a,a,1,year"), "order is shuffled or"),
+        (lambda d: write_rows(d, "name,path,weight", "a,nowhere://a,1"), r"^nowhere://a\.idx: "),
+    ],
+)
+def test_bad_data_is_named_in_one_line(tiny_data, change, message):
+    change(tiny_data)
+    with pytest.raises(DataError, match=message) as error:
+        mixture = mixture_of(tiny_data)
+        for i in range(2_000):
+            mixture[i]
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_shrinks_under_a_run_is_an_error(tiny_data):
+    mixture = mixture_of(tiny_data)
+    os.truncate(tiny_data / "a.bin", 10)
+    with pytest.raises(DataError, match=r"a\.bin: truncated after \d+ tokens"):
+        for i in range(2_000):
+            mixture[i]
+    os.remove(tiny_data / "a.bin")
+    with pytest.raises(DataError, match=r"a\.bin: No such file"):
+        for i in range(2_000):
+            mixture[i]
+
+
+# --- sources in the order of their files, and sources that are not there
+
+
+def test_a_source_in_the_order_of_its_file(tiny_data):
+    (tiny_data / "m.csv").write_text("name,path,weight,order\na,a,0.7,file\nb,b,0.3,shuffled\n")
+    ordered, shuffled = (mixture_of(tiny_data, name) for name in ("m", "mixture"))
+    length, rank = ordered.lengths[0], 0
+    for ours, theirs in zip(map(ordered.locate, range(1000)), map(shuffled.locate, range(1000))):
+        if ours.source == 0:
+            assert ours == (0, *divmod(rank, length))
+            assert (theirs.source, theirs.epoch) == (0, rank // length)
+            rank += 1
+        else:
+            assert ours == theirs
+    assert rank > 3 * length
+    assert ordered.fingerprint() != shuffled.fingerprint()
+
+
+def test_a_partial_mixture_is_that_of_the_sources_that_are_there(tiny_data):
+    (tiny_data / "m.csv").write_text("name,path,weight\na,a,7\nb,b,3\nc,none/c,5\nd,d,2\n")
+    (tiny_data / "d.idx").write_bytes((tiny_data / "a.idx").read_bytes())  # without its tokens
+    with pytest.raises(DataError, match=r"m\.csv: 2 of 4 sources lack files: c, d \("):
+        mixture_of(tiny_data, "m")
+    left, rest = mixture_of(tiny_data, "m", partial=True), mixture_of(tiny_data)
+    assert left.names == ["a", "b"] and left.missing == ["c", "d"]
+    assert left.weights == pytest.approx([0.7, 0.3])
+    assert all(left.locate(i) == rest.locate(i) for i in range(500))
+    os.truncate(tiny_data / "b.bin", 10)
+    with pytest.raises(DataError, match=r"b\.bin: truncated"):  # a broken source is not forgiven
+        mixture_of(tiny_data, "m", partial=True)
+
+
+# --- series
+
+
+@pytest.fixture(scope="module")
+def seven_streams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streams")
+    rng = np.random.default_rng(0)
+    for k in range(7):
+        write_stream(folder / f"s{k}", [rng.integers(0, 97, 20 * (k + 1) ** 2)], 97)
+    return folder
+
+
+def series_of(folder, rows, samples=0):
+    """rows: (stream, weight, series, order)"""
+    lines = [f"s{k},s{k},{weight!r},{series},{order}" for k, weight, series, order in rows]
+    write_rows(folder, "name,path,weight,series,order", *lines)
+    return mixture_of(folder, samples=samples)
+
+
+@settings(max_examples=30)
+@given(
+    st.permutations(range(7)),
+    st.lists(st.floats(1e-3, 1), min_size=7, max_size=7),
+    st.lists(st.sampled_from(["", "x", "y"]), min_size=7, max_size=7),
+    st.lists(st.sampled_from(["", "file"]), min_size=7, max_size=7),
+    st.integers(1, 1500),
+)
+def test_a_series_takes_turns_and_every_row_gets_its_share(
+    seven_streams, order, weights, series, orders, samples
+):
+    rows = list(zip(order, weights, series, orders))
+    mixture = series_of(seven_streams, rows, samples)
+    found = [mixture.locate(i) for i in range(samples)]
+    counts = Counter(sample.source for sample in found)
+    for k, weight in enumerate(normalized(weights)):
+        assert abs(counts[k] - weight * samples) <= mixture.deviation() + 1
+    for name in set(series) - {""}:
+        members = [k for k in range(7) if series[k] == name]
+        met = [k for k, _ in groupby(s.source for s in found if s.source in members)]
+        assert met == sorted(set(met))  # one after the other, each once
+        # The series is drawn as evenly over the run as a single source.
+        share, seen = sum(normalized(weights)[k] for k in members), 0
+        for n, sample in enumerate(found, start=1):
+            seen += sample.source in members
+            assert abs(seen - share * n) <= mixture.deviation() + 1e-9
+    # Within its turn a row is what it would be alone: epoch after epoch, in its own order.
+    for k in range(7):
+        alone = series_of(seven_streams, [(order[k], 1.0, "", orders[k])])
+        mine = [sample for sample in found if sample.source == k]
+        assert mine == [alone.locate(i)._replace(source=k) for i in range(len(mine))]
+
+
+def test_turns_at_the_edges(seven_streams):
+    # After the run the last row goes on.
+    mixture = series_of(seven_streams, [(3, 0.5, "x", "file"), (5, 0.5, "x", "file")], 10)
+    assert [mixture.locate(i).source for i in range(12)] == [0] * 5 + [1] * 7
+    assert [mixture.locate(i).position for i in range(12)] == [*range(5), *range(7)]
+    # A row that is too light for a sample has no turn.
+    rows = [(1, 1e-3, "x", ""), (2, 1.0, "x", ""), (3, 1e-3, "x", "")]
+    mixture = series_of(seven_streams, rows, 10)
+    assert {mixture.locate(i).source for i in range(10)} == {1}
+    mixture = series_of(seven_streams, rows, 1002)
+    assert [mixture.locate(i).source for i in (0, 1, 1000, 1001)] == [0, 1, 1, 2]
+
+
+def test_the_turns_of_a_series_need_the_length_of_the_run(seven_streams):
+    rows = [(1, 0.4, "x", ""), (2, 0.3, "x", ""), (3, 0.3, "", "")]
+    with pytest.raises(DataError, match=r"mixture\.csv: the turns of its series depend on --sam"):
+        series_of(seven_streams, rows)
+    short, long = (series_of(seven_streams, rows, samples) for samples in (50, 100))
+    assert short.fingerprint() != long.fingerprint()
+    series_of(seven_streams, rows[1:])  # a series of one needs no length
+
+
+# --- the format, by writers that are not ours
+
+
+def write_from_the_description(path, documents, code, dtype):
+    """Byte by byte, as Megatron documents it. A document is a list of sequences."""
+    sequences = [*chain(*documents)]
+    lengths = [len(sequence) for sequence in sequences]
+    offsets = [np.dtype(dtype).itemsize * sum(lengths[:k]) for k in range(len(lengths))]
+    boundaries = [sum(map(len, documents[:k])) for k in range(len(documents) + 1)]
+    with open(f"{path}.bin", "wb") as f:
+        for sequence in sequences:
+            f.write(np.array(sequence, dtype).tobytes())
+    with open(f"{path}.idx", "wb") as f:
+        f.write(b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code))
+        f.write(struct.pack("<QQ", len(sequences), len(documents) + 1))
+        f.write(struct.pack(f"<{len(lengths)}i", *lengths))
+        f.write(struct.pack(f"<{len(offsets)}q", *offsets))
+        f.write(struct.pack(f"<{len(boundaries)}q", *boundaries))
+
+
+def random_documents(vocab_size):
+    """Lists of sequences, some of which are empty."""
+    rng = np.random.default_rng(0)
+    sizes = [[rng.integers(0, 40) for _ in range(rng.integers(1, 5))] for _ in range(30)]
+    return [[rng.integers(0, vocab_size, size).tolist() for size in part] for part in sizes]
+
+
+@pytest.mark.parametrize(
+    "code, dtype, vocab_size",
+    [(8, np.uint16, 65_024), (4, np.int32, 128_256), (5, np.int64, 2**40)]
+    + [(1, np.uint8, 256), (2, np.int8, 128), (3, np.int16, 2**15)],
+)
+def test_streams_written_from_the_description(tmp_path, code, dtype, vocab_size):
+    documents = random_documents(vocab_size)
+    write_from_the_description(tmp_path / "m", documents, code, dtype)
+    flat = [*chain(*chain(*documents))]
+    stream = TokenStream(tmp_path / "m")
+    assert (stream.tokens, stream.documents, stream.dtype) == (len(flat), 30, dtype)
+    for start in range(0, len(flat) - 7, 101):
+        assert stream.read(start, 7, vocab_size).tolist() == flat[start : start + 7]
+    assert list(index_faults(stream)) == []
+
+
+def test_ids_are_stored_in_two_bytes_where_they_fit():
+    assert [dataset.token_dtype(n) for n in (97, 65_535, 65_536)] == [np.uint16] * 2 + [np.int32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code, dtype, vocab_size", [(8, np.uint16, 65_024), (4, np.int32, 2**17)])
+def test_megatron_writes_what_we_read_and_reads_what_we_write(tmp_path, code, dtype, vocab_size):
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    documents = random_documents(vocab_size)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype)
+    for document in documents:
+        builder.add_document([*chain(*document)], [len(sequence) for sequence in document])
+    builder.finalize(str(tmp_path / "m.idx"))
+    write_from_the_description(tmp_path / "d", documents, code, dtype)
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"m.{kind}").read_bytes() == (tmp_path / f"d.{kind}").read_bytes()
+    whole = [[*chain(*document)] for document in documents]
+    write_stream(tmp_path / "ours", whole, vocab_size)
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
+    assert theirs.index.dtype == dtype and megatron.DType.optimal_dtype(vocab_size) == dtype
+    assert [theirs[k].tolist() for k in range(len(theirs))] == whole
+    assert theirs.document_indices.tolist() == list(range(31))
+
+
+# --- streams in an object store
+
+
+@pytest.fixture
+def store(tiny_data):
+    """fsspec's store in memory with the streams of tiny_data, and their mixture on disk."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
+        memory.pipe_file(f"/bucket/{name}", (tiny_data / name).read_bytes())
+    text = "name,path,weight\na,memory://bucket/a,7\nb,memory://bucket/b,3\n"
+    (tiny_data / "remote.csv").write_text(text)
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_streams_of_an_object_store_are_those_on_disk(tiny_data, store, monkeypatch):
+    read_range, ranges = type(store).cat_file, []
+
+    def noting(self, path, start=None, end=None, **options):
+        ranges.append(end - start)
+        return read_range(self, path, start, end, **options)
+
+    monkeypatch.setattr(type(store), "cat_file", noting)
+    here, there = mixture_of(tiny_data), mixture_of(tiny_data, "remote")
+    assert here.fingerprint() == there.fingerprint()
+    assert sum(ranges) == 2 * (34 + 4 + 8)  # of an index: its head and where its tokens end
+    ranges.clear()
+    assert all(np.array_equal(here[i], there[i]) for i in range(300))
+    assert ranges == [16] * 300  # no more than the tokens of a sample
+    store.rm("/bucket/a.bin")
+    with pytest.raises(DataError, match=r"^memory://bucket/a\.bin: no such file$"):
+        for i in range(20):
+            there[i]
+    left = mixture_of(tiny_data, "remote", partial=True)
+    assert left.names == ["b"] and left.missing == ["a"]
+
+
+def unreachable(original, *arguments):
+    raise FileNotFoundError("/bucket/a") from ConnectionRefusedError("it is down")
+
+
+@pytest.mark.parametrize(
+    "method, replacement, message",
+    [
+        ("info", unreachable, r"a\.idx: ConnectionRefusedError: it is down$"),
+        ("info", lambda f, *a: f(*a) | {"size": None}, r"a\.idx: .* does not tell its size"),
+        ("cat_file", lambda f, self, path: f(self, path), r"a\.idx: .* sends whole files only"),
+    ],
+)
+def test_a_server_with_a_fault_is_not_one_without_the_file(
+    tiny_data, store, monkeypatch, method, replacement, message
+):
+    original = getattr(type(store), method)
+    monkeypatch.setattr(
+        type(store), method, lambda self, path, **_: replacement(original, self, path)
+    )
+    with pytest.raises(DataError, match=rf"^memory://bucket/{message}"):
+        mixture_of(tiny_data, "remote", partial=True)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (FileNotFoundError("/bucket/x"), "x: no such file"),
+        # The package `datasets` has a FileNotFoundError of its own, with a message of its own.
+        (type("NotOnTheHub", (FileNotFoundError,), {})("no x"), "x: NotOnTheHub: no x"),
+        (RuntimeError(), "x: RuntimeError"),
+        (RuntimeError("\ngone\nfor ever"), "x: RuntimeError: gone"),
+        (ImportError("Install s3fs"), "x: Install s3fs"),
+        (DataError("y: as it is"), "y: as it is"),
+    ],
+)
+def test_what_packages_raise_is_one_line(error, message):
+    with pytest.raises(DataError) as raised, dataset.store_errors("x"):
+        raise error
+    assert str(raised.value) == message
+
+
+def test_files_on_disk_are_read_without_slow_imports(tiny_data):
+    code = "import sys; from data.dataset import Mixture; Mixture(sys.argv[1], 7, 42, 97)[0]; "
+    code += "assert not {'fsspec', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(tiny_data / "mixture.csv")], check=True)
+
+
+# --- what one rank reads for a step
+
+
+class Numbers:
+    """The tokens of sample i count up from i."""
+
+    seq_len = 16
+
+    def __getitem__(self, i):
+        return np.arange(i, i + self.seq_len + 1)
+
+
+@given(
+    world=st.integers(1, 9),
+    size=st.integers(1, 40),
+    micro=st.integers(1, 5),
+    first=st.integers(0, 10**12),
+)
+def test_ranks_read_everything_once_in_as_many_passes(world, size, micro, first):
+    read, passes, counted = [], set(), 0
+    for rank in range(world):
+        share = dataset.read_share(Numbers(), range(first, first + size), micro, rank, world)
+        ours = []
+        passes.add(len(share.batches))
+        counted += share.targets
+        for x, y in share.batches:
+            assert x.shape == y.shape and 1 <= x.shape[0] <= micro and x.dtype == torch.int64
+            assert x.is_contiguous() and y.is_contiguous()
+            if (y != IGNORE).all():
+                assert torch.equal(y, x + 1)  # each target is the token that follows
+                ours += x[:, 0].tolist()
+            else:
+                assert (y == IGNORE).all()
+        assert ours == list(share.samples) == [*range(first + rank, first + size, world)]
+        read += ours
+    assert sorted(read) == list(range(first, first + size))
+    assert len(passes) == 1
+    assert counted == size * 16
+
+
+@given(st.lists(st.lists(st.sampled_from([BOS, 1, 7]), min_size=5, max_size=5), min_size=1))
+def test_documents_start_with_each_row_and_each_bos(rows):
+    flat = [*chain(*rows)]
+    expected = [k for k, token in enumerate(flat) if k % 5 == 0 or token == BOS]
+    starts = dataset.document_starts(torch.tensor(rows))
+    assert starts.dtype == torch.int32 and starts.tolist() == [*expected, len(flat)]
