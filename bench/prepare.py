@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from config.cli import ConfigError, Parser, run_cli
 from data.dataset import DataError
-from data.prepare import clean, find_files, read_documents, tokenize
+from data.prepare import clean, find_files, read_documents, tokenize, zstd
 from data.tokenizer import SPECIAL_TOKENS, load
 
 FORMS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 THEIRS = "datasets.map, jsonl"
-NEEDED = ("datasets", "tokenizers", "pyarrow", "backports.zstd")
+NEEDED = ("datasets", "tokenizers", "pyarrow")
 GROUP = 1000  # rows of a .parquet's group
 
 
@@ -72,7 +72,7 @@ def documents(files: list[Path], megabytes: float) -> Iterator[str]:
     while left > 0:
         before = left
         for text in read_documents(files):
-            text, _ = clean(vary(text, copy))
+            text = clean(vary(text, copy))
             # tokenizers reads special tokens in a text; for us they are text.
             if text.strip() and not any(token in text for token in SPECIAL_TOKENS):
                 yield text
@@ -88,7 +88,6 @@ def write_forms(files: list[Path], folder: Path, megabytes: float) -> tuple[int,
     """The documents as folder/texts.FORM; how many there are, and their bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from backports import zstd
 
     count, size, rows = 0, 0, []
     schema = pa.schema({"text": pa.string()})
@@ -209,7 +208,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
-    if missing := [name for name in NEEDED if find_spec(name.partition(".")[0]) is None]:
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ConfigError(f"what it measures with is missing: pip install {' '.join(missing)}")
     load(args.tokenizer)
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:

@@ -190,6 +190,16 @@ def lock(path: Path) -> IO | None:
     return file
 
 
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: under another name, synced, then renamed."""
+    unfinished = Path(f"{path}.tmp")
+    with open(unfinished, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    unfinished.replace(path)
+
+
 class LogFile:
     """stderr when it is not a terminal: a progress bar leaves one line a minute, and its last one.
 

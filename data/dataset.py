@@ -86,7 +86,8 @@ class Mixture:
             if stream.tokens <= seq_len:
                 raise DataError(
                     f"{stream.bin}: {stream.tokens:,} tokens are too few for one sample of "
-                    f"{seq_len:,} (and the token after it): take its row out of {path}"
+                    f"{seq_len:,} (and the token after it): take its row out of {path}, or give a "
+                    "smaller --seq_len"
                 )
             self.names.append(row["name"])
             self.streams.append(stream)

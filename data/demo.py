@@ -443,7 +443,8 @@ def prepare(out: Path) -> None:
                 for text in train[source] if split == "train" else documents(source, split):
                     f.write(json.dumps({"source": source, "text": text}) + "\n")
         options = Options(split_by=("source",))
-        tokenize([file], tokenizer.load(out / "ranks.tiktoken"), out / split, options)
+        ranks = tokenizer.load(out / "ranks.tiktoken")
+        tokenize([file], ranks, out / split, options, overwrite=True)
     for name, weights in MIXTURES.items():
         _write_mixture(out / f"{name}.csv", weights, "train")
     _write_mixture(out / "validation.csv", PUBLISHED, "valid")

@@ -393,7 +393,7 @@ def compare(
     for text, pattern in texts.items():
         documents, size = [], 0
         for document in read_documents(find_files([pattern]), None, field):
-            documents.append(clean(document)[0])
+            documents.append(clean(document))
             size += len(documents[-1].encode())
             if size >= megabytes * 1e6:
                 break
@@ -404,7 +404,7 @@ def compare(
             try:
                 tokens = sum(count(d) for d in tqdm(documents, desc=name, leave=False))
             except ValueError as error:  # tiktoken's regex gives up on a million spaces in a row
-                raise DataError(f"{text}: {name} cannot cut it: {error}") from None
+                raise DataError(f"{text}: {name} cannot tokenize it: {error}") from None
             line = f"{name:<{width}}{text:<12}{size / 1e6:>8.2f}"
             print(f"{line}{tokens / words:>13.3f}{size / tokens:>13.3f}")
 
@@ -463,7 +463,7 @@ def main(argv: list[str]) -> None:
     elif args.command == "verify":
         loaded = tokenizer.load(args.tokenizer)
         if found := verify_all(args.mixture, loaded.vocab_size, args.partial):
-            raise DataError(f"{args.mixture}: {found} faults")
+            raise DataError(f"{args.mixture}: {found} fault{'s' * (found > 1)}")
     elif args.command == "count":
         print_counts(args.mixture, args.partial)
     elif not 0 < args.megabytes < math.inf:

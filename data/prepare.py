@@ -16,19 +16,22 @@ held out by --validation go to OUT.valid; --split_by language makes streams OUT.
 OUT.csv and OUT.valid.csv are mixtures of them to train on, every token as often as any other.
 
 The same command, given again, skips the input files that are finished. The bytes written are the
-same for any number of processes. Memory: some batches for each process, one document, the
-.parquet's column of a row group, the window of a .zst (up to 2 GB).
+same for any number of processes. What other inputs or options gave is replaced only with
+--overwrite. Memory: some batches for each process, one document, the column of a .parquet's row
+group, the window of a .zst (up to 2 GB); at the end 4 bytes for each document of a stream.
 
 `vocabulary` learns a byte-level BPE from the texts, whole or each in a share of the bytes: with
 --shares fr=0.6 en=0.4 the inputs are NAME=PATH.
 
-Filtering the web, by language, quality or likeness, is another trade: see Hugging Face's datatrove.
+Filtering web text by language, quality or similarity is out of scope: see Hugging Face's datatrove.
 """
 
 import argparse
+import bz2
 import codecs
 import csv
 import glob
+import gzip
 import hashlib
 import io
 import json
@@ -45,7 +48,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -59,7 +62,7 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from config.cli import ConfigError, Parser, lock, run_cli
+from config.cli import ConfigError, Parser, lock, run_cli, write_file
 from data import tokenizer as tokenizers
 from data.dataset import (
     DTYPES,
@@ -86,34 +89,33 @@ Source = Path | str  # a string is an address of fsspec
 
 PLAIN, TABLES = (".txt", ".md"), (".parquet", ".arrow")
 KINDS = (*PLAIN, ".jsonl", ".json", *TABLES)
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What people and `datasets` put beside data, read only where it is named.
 BESIDE_DATA = re.compile(r"(readme|licen[cs]e|changelog|citation|notice)(\.|$)")
 DATASETS_OWN = ("dataset_info.json", "dataset_dict.json", "state.json")
 BYTES_OF = {"string": "binary", "large_string": "large_binary"}  # types of pyarrow
 # What a damaged file makes its reader raise.
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
 
-LARGEST = 1 << 26  # bytes of one document
+MAX_DOCUMENT = 1 << 26  # bytes of one document
 ROWS = 64  # of a table, made Python objects at a time
-BATCH = 1 << 18  # bytes handed to a process at a time
+BATCH_BYTES = 1 << 18  # bytes handed to a process at a time
 OVERHEAD = 512  # bytes of memory that a document takes besides its text
 IN_FLIGHT = 4  # batches read in advance, for each process
 BUFFERED = 1 << 24  # bytes of tokens kept before they are written
 SAVE_EVERY = 5.0  # seconds after which a finished input file is worth noting down
 CHUNK = 1 << 20  # entries of an index, or tokens, looked at together
+OTHER = "other inputs or options: choose another --out, or give --overwrite"
 ERRORS = 100  # listed in the report; all are counted
 STREAMS = 1000  # that one run may write
-HELD_OUT = 10  # documents that should be held out; where fewer would be, chunks are
-CHUNK_CHARACTERS = (200, 10_000)  # of a chunk, at least and at most
+HELD_OUT = 10  # documents that should be held out; where fewer would be, tails are
 REASONS = ("error", "empty", "short", "duplicate")  # for leaving a document out
-RULES = ("surrogates", "control", "nfc")  # of cleaning
 RESERVED = ("name", "path", "weight", "epochs", "order", "series", "tokens")  # in a mixture
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is made of the documents."""
+    """How documents are processed."""
 
     text_field: str = "text"
     split_by: tuple[str, ...] = ()  # fields, whose every combination of values is a stream
@@ -145,7 +147,7 @@ def _suffixes(source: Source) -> tuple[str, str]:
 def find_files(inputs: Iterable[str | Path]) -> list[Source]:
     """The files named, matched by a glob or found in folders, each once, in a fixed order.
 
-    Raises DataError for an input that is nothing, and for a folder without data.
+    Raises DataError for an input that matches no file, and for a folder without data.
     """
     found: dict[str, Source] = {}
     for given in map(str, inputs):
@@ -173,7 +175,8 @@ def _files_in(folder: Path) -> list[Path]:
         seen.add(real)
         # Sorted, so that of two ways to one folder the same is taken everywhere.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if not name.startswith(".")]
+        paths = [Path(here, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]  # no pipe, no link to nowhere
     return _data_among(sorted(found), folder)
 
 
@@ -199,6 +202,11 @@ def _find_remote(address: str) -> list[str]:
         if "*" in path or "[" in path:
             found = store.glob(path, detail=True).items()
             found = [f for f, info in found if info["type"] == "file" and "/." not in f]
+        elif address.startswith("http"):
+            if not kind_of(address):
+                known = ", ".join(KINDS)
+                raise DataError(f"{address}: a web server has no folders; name {known} files")
+            found = [path] if size_of(address) is not None else []
         elif store.isfile(path):
             found = [path]
         else:
@@ -208,16 +216,17 @@ def _find_remote(address: str) -> list[str]:
         return [store.unstrip_protocol(file) for file in sorted(found)]
 
 
-def version_of(source: Source) -> str:
-    """What changes with a file's content: a time or a checksum; "" where a store tells nothing."""
+def size_and_version(source: Source) -> tuple[int, str]:
+    """Bytes of a file, as stored, and what changes with its content: a time or a checksum."""
     if isinstance(source, Path):
-        return str(source.stat().st_mtime_ns)
+        found = source.stat()
+        return found.st_size, str(found.st_mtime_ns)
     with store_errors(source):
         store, path = open_store(source)
         info = store.info(path)
     known = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "Last-Modified")
     known += ("last_modified", "mtime", "created")
-    return next((str(info[key]) for key in known if info.get(key)), "")
+    return info["size"] or 0, next((str(info[key]) for key in known if info.get(key)), "")
 
 
 # --- reading files -------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ class Record(NamedTuple):
 
 
 def records(source: Source, columns: list[str]) -> Iterator[Record]:
-    """The records of a file. columns: the fields wanted, that of the text first.
+    """The records of a file. columns: names of the fields to read, that of the text first.
 
     A file that breaks ends in a record with the error. Raises DataError only where a package for
     this kind of file is not installed, and where a connection fails.
@@ -244,15 +253,21 @@ def records(source: Source, columns: list[str]) -> Iterator[Record]:
         for record in _records(source, columns):
             number = record.number
             yield record
-    except DAMAGED as error:
+    except READ_ERRORS as error:
         reason = (str(getattr(error, "strerror", "") or error).splitlines() or ["broken"])[0]
         yield Record(number + 1, None, 0, size_of(source) or 0, f"cannot be read further: {reason}")
 
 
 def read_documents(
-    files: Iterable[Source], progress: tqdm | None = None, text_field: str = "text"
+    files: Iterable[Source],
+    progress: tqdm | None = None,
+    text_field: str = "text",
+    on_error: str = "stop",
 ) -> Iterator[str]:
-    """The texts of the files, one by one. Raises DataError with file and line for a bad one."""
+    """The texts of the files, one by one.
+
+    Raises DataError with file and line for a bad one, or says so and skips it.
+    """
     for source in files:
         done = 0
         for record in records(source, [text_field]):
@@ -261,13 +276,16 @@ def read_documents(
                     raise ValueError(record.error)
                 yield parse(record.content, [text_field])[0]
             except ValueError as error:
-                raise DataError(f"{place(source, record.number)}: {error}") from None
+                message = f"{location(source, record.number)}: {error}"
+                if on_error == "stop":
+                    raise DataError(message) from None
+                tqdm.write(f"left out: {ascii(message)[1:-1]}", file=sys.stderr)
             if progress is not None:
                 progress.update(record.position - done)
                 done = record.position
 
 
-def place(source: Source, number: int) -> str:
+def location(source: Source, number: int) -> str:
     """Where a record is, in words."""
     words = {".jsonl": "line", ".json": "item", ".parquet": "row", ".arrow": "row"}
     word = words.get(kind_of(source))
@@ -366,6 +384,8 @@ def _unpacked(source: Source, stored: BinaryIO, stack: ExitStack) -> BinaryIO:
     if not stored.read(1):
         raise EOFError("an empty file is not compressed")
     stored.seek(0)
+    if compression == ".gz":
+        return stack.enter_context(gzip.GzipFile(fileobj=stored))
     if compression == ".zst":
         # fsspec might take zstandard, which reads one frame only, and reads half a file as whole.
         if zstd is None:
@@ -373,37 +393,66 @@ def _unpacked(source: Source, stored: BinaryIO, stack: ExitStack) -> BinaryIO:
         # The largest window that zstd --long=31 makes; a frame takes what it asks for.
         options = {zstd.DecompressionParameter.window_log_max: 31}
         return stack.enter_context(zstd.ZstdFile(stored, options=options))
-    from fsspec.compression import compr
+    new = bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor
+    return stack.enter_context(io.BufferedReader(_Members(stored, new), 1 << 18))
 
-    return stack.enter_context(compr[COMPRESSED[compression]](stored, mode="rb"))
+
+class _Members(io.RawIOBase):
+    """The members of a .bz2 or .xz, unpacked one after the other.
+
+    Python's own readers ignore a member that is damaged where it begins, and all that follows it.
+    """
+
+    def __init__(self, stored: BinaryIO, new: Callable[[], Any]) -> None:
+        self.stored, self.new, self.member = stored, new, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = b""
+        while not piece:
+            packed = b""
+            if self.member.eof:
+                packed = self.member.unused_data.lstrip(b"\0")  # .xz may be padded with zeros
+                while not packed:
+                    if not (more := self.stored.read(1 << 16)):
+                        return 0
+                    packed = more.lstrip(b"\0")
+                self.member = self.new()
+            elif self.member.needs_input:
+                packed = self.stored.read(1 << 16)
+                if not packed:
+                    raise EOFError("compressed data is cut short")
+            piece = self.member.decompress(packed, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 def _lines(stream: BinaryIO, stored: BinaryIO, number: int = 0) -> Iterator[Record]:
-    while line := stream.readline(LARGEST + 1):
+    while line := stream.readline(MAX_DOCUMENT + 1):
         number += 1
-        if len(line) > LARGEST:
+        if len(line) > MAX_DOCUMENT:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(1 << 20)
-            yield Record(number, None, 0, stored.tell(), f"a line over {LARGEST:,} bytes")
+            yield Record(number, None, 0, stored.tell(), f"a line over {MAX_DOCUMENT:,} bytes")
         elif line.strip():
             yield Record(number, line, len(line), stored.tell())
-    if stored.read(1):  # Python's readers of .bz2 and .xz ignore what they cannot read at the end
-        raise EOFError("what follows is not compressed data")
 
 
 def _json(stream: BinaryIO, stored: BinaryIO) -> Iterator[Record]:
     """An object a line; or one array, or one object, whose first line shows that it goes on."""
     number, line = 0, b"\n"
     while line and not (first := line.removeprefix(b"\xef\xbb\xbf").strip()):
-        number, line = number + 1, stream.readline(LARGEST + 1)
-    if line and len(line) <= LARGEST and not _goes_on(first):
+        number, line = number + 1, stream.readline(MAX_DOCUMENT + 1)
+    if line and len(line) <= MAX_DOCUMENT and not _goes_on(first):
         yield Record(number, line, len(line), stored.tell())
         yield from _lines(stream, stored, number)
     elif line:
-        content = line + stream.read(max(0, LARGEST + 1 - len(line)))
+        content = line + stream.read(max(0, MAX_DOCUMENT + 1 - len(line)))
         try:
-            if len(content) > LARGEST:
-                raise ValueError(f"over {LARGEST:,} bytes: make it a .jsonl")
+            if len(content) > MAX_DOCUMENT:
+                raise ValueError(f"over {MAX_DOCUMENT:,} bytes: make it a .jsonl")
             found = _parse_json(content)
         except ValueError as error:
             yield Record(1, None, 0, stored.tell(), str(error))
@@ -426,9 +475,9 @@ def _goes_on(line: bytes) -> bool:
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:
-    """A text; one longer than LARGEST is cut at line ends."""
-    block = stream.read(LARGEST)
-    while len(block) == LARGEST:
+    """A text; one longer than MAX_DOCUMENT is cut at line ends."""
+    block = stream.read(MAX_DOCUMENT)
+    while len(block) == MAX_DOCUMENT:
         end = block.rfind(b"\n") + 1
         if not end:  # then before a character that is not whole
             _, end = codecs.utf_8_decode(block, "replace", False)
@@ -462,7 +511,8 @@ def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Rec
                     batches = map(batches.get_batch, range(batches.num_record_batches))
             for batch in batches:
                 _require(columns, batch.schema.names)
-                for values in zip(*(_values(batch.column(name), name) for name in columns)):
+                found = [_values(batch.column(name), name, name == columns[0]) for name in columns]
+                for values in zip(*found):
                     number += 1
                     length = sum(len(value) for value in values if value is not None)
                     position = size * number // rows if rows else file.tell()
@@ -477,8 +527,11 @@ def _require(columns: list[str], names: list[str]) -> None:
         raise OSError(f"no column {lacking[0]!r}; it has {', '.join(names)}")
 
 
-def _values(column: Any, name: str) -> list[bytes | None]:
-    """A column's strings as bytes: pyarrow does not check that they are UTF-8."""
+def _values(column: Any, name: str, is_text: bool) -> list[bytes | None]:
+    """A column's strings as bytes, for pyarrow does not check that they are UTF-8.
+
+    Whole numbers become strings where the column is not the text.
+    """
     import pyarrow as pa
 
     kind = column.type
@@ -489,8 +542,10 @@ def _values(column: Any, name: str) -> list[bytes | None]:
         kind, column = kind.value_type, column.dictionary_decode()
     if pa.types.is_null(kind):
         return [None] * len(column)
+    if pa.types.is_integer(kind) and not is_text:
+        return column.cast(pa.string()).cast(pa.binary()).to_pylist()
     if str(kind) not in (*BYTES_OF, *BYTES_OF.values(), "string_view"):
-        raise OSError(f"column {name!r} is of {kind}, not of strings")
+        raise OSError(f"column {name!r} has type {kind}, not string")
     return column.cast(pa.large_binary()).to_pylist()
 
 
@@ -503,59 +558,42 @@ CONTROL_PAIRS = re.compile(b"\xc2[\x80-\x9f]")
 LINE_ENDS = {"\v": "\n", "\f": "\n", "\x85": "\n"}
 
 
-def clean(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text cleaned, and the names of the RULES that changed it.
+def clean(text: str) -> str:
+    """The text as it is trained on.
 
-    surrogates: halves of UTF-16 pairs, as JSON may write them, become their character, single ones
-    U+FFFD. control: control characters go, except tab and line ends; those that end a line or a
-    page (vertical tab, form feed, next line) become a line feed. nfc: Unicode's composed form,
-    which the tokenizers work on.
+    Halves of UTF-16 pairs, as JSON may write them, become their character, single ones U+FFFD.
+    Windows line ends become a line feed, as do control characters that end a line or a page
+    (vertical tab, form feed, next line); other control characters go, except tab, line feed and
+    carriage return. Unicode is composed (NFC), as the tokenizers see it.
     """
-    changed = []
     try:
         data = text.encode()  # the cheapest test for a surrogate: only they cannot be encoded
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        changed.append("surrogates")
         data = text.encode()
     if len(data.translate(None, CONTROL_BYTES)) < len(data) or CONTROL_PAIRS.search(data):
         text = CONTROL.sub(lambda found: LINE_ENDS.get(found[0], ""), text)
-        changed.append("control")
-    if not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-        changed.append("nfc")
-    return text, tuple(changed)
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
 
 
-def draw(text: str, salt: bytes = b"") -> float:
+def hash_fraction(text: str, salt: bytes = b"") -> float:
     """A number from 0 to under 1, even over texts, that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode() + salt).digest()[:8], "big") / 2**64
 
 
-def held_out_parts(text: str, share: float, size: int) -> list[tuple[str, bool]]:
-    """The text cut into parts, each with whether it is held out.
+def split_tail(text: str, share: float) -> list[tuple[str, bool]]:
+    """The text in two, each part with whether it is held out: about `share` of it at the end.
 
-    Chunks of about `size` characters, which end where a paragraph ends, or else a line or a word,
-    are held out at regular distances; the text decides where the first is. The chunks between two
-    of them stay together.
+    The tail begins where a paragraph does, or else a line or a word.
     """
-    cuts, end, passed = [], 0, draw(text)
-    while end < len(text):
-        start, end = end, len(text)
-        if end - start > 1.5 * size:
-            end = start + size
-            for border in ("\n\n", "\n", " "):
-                if (found := text.rfind(border, start + size // 2, end)) >= 0:
-                    end = found + len(border)
-                    break
-        passed += share
-        if held_out := passed >= 1:
-            passed -= 1
-        if held_out or not cuts or cuts[-1][2]:
-            cuts.append([start, end, held_out])
-        cuts[-1][1] = end
-    parts = [(text[start:end], held_out) for start, end, held_out in cuts]
-    return [part for part in parts if part[0].strip()]
+    tail = max(1, round(len(text) * share))
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    at = max(first + 1, last - tail)  # so that neither part is blank
+    for border in ("\n\n", "\n", " "):
+        if (found := text.rfind(border, max(first + 1, at - tail), at)) >= 0:
+            at = found + len(border)
+            break
+    return [(part, held_out) for part, held_out in ((text[:at], False), (text[at:], True)) if part]
 
 
 class Key(NamedTuple):
@@ -585,29 +623,25 @@ class Document(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a record: nothing, a document, or the parts that it was cut into."""
+    """What became of a record: nothing, a document, or the two parts that it was cut into."""
 
     documents: Sequence[Document] = ()
-    changed: tuple[str, ...] = ()  # the rules of cleaning that did
     digest: bytes = b""  # of the text, where duplicates are left out
     left_out: str = ""  # the reason
     error: str = ""
 
 
 class Worker:
-    """Records to documents: parsed, cleaned and tokenized.
+    """Records to documents: parsed, cleaned and tokenized. tails: see `holds_out_tails`."""
 
-    chunk: see `chunk_size`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, options: Options, chunk: int) -> None:
-        self.tokenizer, self.options, self.chunk = tokenizer, options, chunk
+    def __init__(self, tokenizer: Tokenizer, options: Options, tails: bool) -> None:
+        self.tokenizer, self.options, self.tails = tokenizer, options, tails
         self.columns = [options.text_field, *options.split_by]
 
     def __call__(self, contents: list) -> tuple[list[Result], np.ndarray]:
-        """The results, and the tokens of their documents one after the other.
+        """The results, and the tokens of their documents, one after the other, in `token_dtype`.
 
-        One array, for each has its price when it travels between processes.
+        In one array, because sending many small ones between processes is slow.
         """
         results, tokens = [], [np.empty(0, token_dtype(self.tokenizer.vocab_size))]
         for content in contents:
@@ -628,15 +662,16 @@ class Worker:
         for name, value in zip(options.split_by, values):
             if not value or not value.isprintable() or len(_escaped(value)) > 100:
                 raise ValueError(f"its field {name!r} cannot be part of a file's name")
-        text, changed = clean(text)
+        text = clean(text)
         if not text.strip():
             return Result(left_out="empty"), []
         if len(text) < options.min_characters:
             return Result(left_out="short"), []
-        if self.chunk:
-            parts = held_out_parts(text, options.validation, self.chunk)
+        if self.tails:
+            parts = split_tail(text, options.validation)
         else:
-            parts = [(text, bool(options.validation) and draw(text) < options.validation)]
+            held_out = bool(options.validation) and hash_fraction(text) < options.validation
+            parts = [(text, held_out)]
         digest = hashlib.sha256(text.encode()).digest()[:16] if options.deduplicate else b""
         documents, tokens = [], []
         for part, held_out in parts:
@@ -650,7 +685,7 @@ class Worker:
             key = Key(tuple(values), length, held_out)
             documents.append(Document(key, len(part), len(part.encode()), len(ids)))
             tokens.append(ids)
-        return Result(documents, changed, digest), tokens
+        return Result(documents, digest), tokens
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -670,7 +705,7 @@ def read_batches(files: list[Source], columns: list[str], first: int = 0) -> Ite
     for file in range(first, len(files)):
         for record in records(files[file], columns):
             weight = record.size + OVERHEAD
-            if contents and size + weight > BATCH:
+            if contents and size + weight > BATCH_BYTES:
                 yield Batch(contents, places, size, position, None)
                 contents, places, size = [], [], 0
             error = record.error and Result(left_out="error", error=record.error)
@@ -700,7 +735,7 @@ def process(
         held = 0
         try:
             for batch in batches:
-                while pending and held + batch.size > IN_FLIGHT * processes * BATCH:
+                while pending and held + batch.size > IN_FLIGHT * processes * BATCH_BYTES:
                     done, future = pending.popleft()
                     yield done, future.result()
                     held -= done.size
@@ -740,71 +775,82 @@ def _work(contents: list) -> tuple[list[Result], np.ndarray]:
 
 @dataclass
 class Stream:
-    """A stream in the making."""
+    """A stream being written."""
 
-    file: Path  # OUT.NAME.bin.tmp
+    file: Path
     characters: int = 0
     size: int = 0  # bytes of the text
     stored: int = 0  # bytes in the file
     buffer: bytearray = field(default_factory=bytearray)  # what goes there next
 
 
-class Output:
-    """The streams of a run in the making, and OUT.progress, which says how far it is.
+class StreamWriter:
+    """The streams of a run, written to a folder OUT.tmp, whose progress.json says how far they are.
 
-    A run goes on after the last input file that OUT.progress counts; what the files after it gave
-    is cut off. `run` identifies inputs and options: progress of other ones is not continued.
+    A run goes on after the last input file that progress.json counts; what later files gave is cut
+    off. `run` identifies inputs and options. Raises DataError where the progress is another run's,
+    unless `overwrite`, and for a stream that would replace one that is not in `replaced`.
     """
 
-    def __init__(self, out: Path, run: str, deduplicate: bool) -> None:
-        self.out, self.run, self.progress = out, run, Path(f"{out}.progress")
-        self.chunk = 0  # see chunk_size
-        self.counts: Counter[str] = Counter()  # of "in", "out", REASONS and RULES
+    def __init__(
+        self, out: Path, run: str, deduplicate: bool, overwrite: bool, replaced: Container[str]
+    ) -> None:
+        self.out, self.run, self.replaced = out, run, replaced
+        self.folder = Path(f"{out}.tmp")
+        self.counts: Counter[str] = Counter()  # of "in", "out" and the REASONS
         self.errors: list[str] = []
         self.streams: dict[Key, Stream] = {}
-        self.digests = Stream(Path(f"{out}.digests.tmp"))  # of the texts seen, 16 bytes each
+        self.digests = Stream(self.folder / "digests")  # of the texts seen, 16 bytes each
         self.seen: set[bytes] | None = set() if deduplicate else None
+        self.tails = False
         self.files_done = 0
-        if not (known := _progress(out)):
+        known = _progress(out)
+        found = os.listdir(self.folder) if self.folder.exists() else []
+        if not known and set(found) - {"progress.json.tmp"}:
+            raise DataError(f"{self.folder}: not written by data.prepare; choose another --out")
+        if known and known["run"] != run:
+            if not overwrite:
+                raise DataError(f"{out}: holds an unfinished run of {OTHER}")
+            known = {}
+        if not known:
+            self.discard()
+            self.folder.mkdir()
+            self.save(0)
             return
+        self.tails, self.files_done = known["tails"], known["files_done"]
+        self.errors, self.digests.stored = known["errors"], known["digests"]
+        self.counts.update(known["counts"])
         for values, length, held_out, *numbers in known["streams"]:
             self._stream(Key(tuple(values), length, held_out), *numbers)
-        self.digests.stored = known["digests"]
-        cut_short = [s for s in self._all() if (size_of(s.file) or 0) < s.stored]
-        if known["run"] != run or cut_short:
-            print(f"{out}: inputs or options are others now; begun anew", file=sys.stderr)
-            self.discard()
-            return
-        for stream in self._all():
+        for stream in [*self.streams.values(), self.digests]:
+            if (size_of(stream.file) or 0) < stream.stored:
+                raise DataError(f"{stream.file}: truncated; remove {self.folder} to start over")
             if stream.stored:
                 os.truncate(stream.file, stream.stored)
-        self.files_done, self.errors = known["files_done"], known["errors"]
-        self.chunk = known["chunk"]
-        self.counts.update(known["counts"])
         if self.digests.stored:
             data = self.digests.file.read_bytes()
             self.seen = {data[at : at + 16] for at in range(0, len(data), 16)}
         print(f"{out}: {self.files_done} input files are done; going on", file=sys.stderr)
 
-    def _all(self) -> list[Stream]:
-        return [*self.streams.values(), self.digests]
+    def discard(self) -> None:
+        """Remove the folder, progress.json last: without it the folder would be a stranger's."""
+        if self.folder.exists():
+            for file in sorted(self.folder.iterdir(), key=lambda f: f.name == "progress.json"):
+                file.unlink()
+            self.folder.rmdir()
 
     def _stream(self, key: Key, *numbers: int) -> Stream:
         if key not in self.streams:
-            file = self.out.with_name(f"{key.name(self.out.name)}.bin.tmp")
-            self.streams[key] = Stream(file, *numbers)
+            name = key.name(self.out.name)
+            for suffix in ("bin", "idx"):
+                file = self.out.with_name(f"{name}.{suffix}")
+                if file.exists() and name not in self.replaced:
+                    raise DataError(f"{file}: not of this --out, and would be overwritten")
+            self.streams[key] = Stream(self.folder / f"{name}.bin", *numbers)
         return self.streams[key]
 
-    def discard(self) -> None:
-        """Remove what is not finished."""
-        for stream in self._all():
-            stream.file.unlink(missing_ok=True)
-        for file in (self.progress, Path(f"{self.progress}.tmp")):
-            file.unlink(missing_ok=True)
-        self.streams, self.digests.stored = {}, 0
-
     def add(self, results: list[Result], tokens: np.ndarray) -> None:
-        """Take over what a batch became."""
+        """Take over what a batch became. Raises DataError for over STREAMS streams."""
         end = 0
         for result in results:
             start = end
@@ -817,7 +863,6 @@ class Output:
             self.counts.update(("in", reason or "out"))
             if reason:
                 continue
-            self.counts.update(result.changed)
             for key, characters, size, length in result.documents:
                 stream = self._stream(key)
                 stream.buffer += tokens[start : start + length].tobytes()
@@ -826,11 +871,11 @@ class Output:
                 start += length
         if len(self.streams) > STREAMS:
             raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
-        if sum(len(stream.buffer) for stream in self._all()) > BUFFERED:
+        if sum(len(stream.buffer) for stream in self.streams.values()) > BUFFERED:
             self._write(sync=False)
 
     def _write(self, sync: bool) -> None:
-        for stream in self._all():
+        for stream in [*self.streams.values(), self.digests]:
             if stream.buffer or (sync and stream.stored):
                 with open(stream.file, "ab" if stream.stored else "wb") as f:
                     f.write(stream.buffer)
@@ -846,11 +891,11 @@ class Output:
         streams = [[*k, s.characters, s.size, s.stored] for k, s in self.streams.items()]
         known = {"run": self.run, "files_done": files_done, "counts": self.counts}
         known |= {"errors": self.errors, "streams": streams, "digests": self.digests.stored}
-        write_json(self.progress, known | {"chunk": self.chunk})
+        write_json(self.folder / "progress.json", known | {"tails": self.tails})
         self.files_done = files_done
 
     def index(self, split_by: tuple[str, ...], dtype: np.dtype) -> dict[str, dict]:
-        """Write an .idx.tmp for each stream, and return what the report says of it."""
+        """Write an .idx beside each .bin, and return what the report says of the streams."""
         found = {}
         total = sum(stream.stored for stream in self.streams.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="index", leave=False) as bar:
@@ -866,7 +911,7 @@ class Output:
                         begun = len(tokens) - int(ends[-1]) if len(ends) else begun + len(tokens)
                         bar.update(len(content))
                 name = key.name(self.out.name)
-                index = self.out.with_name(f"{name}.idx.tmp")
+                index = self.folder / f"{name}.idx"
                 write_index(index, np.frombuffer(lengths, np.int32), dtype)
                 with open(index, "rb") as f:
                     index_digest = hashlib.file_digest(f, "sha256").hexdigest()
@@ -876,7 +921,6 @@ class Output:
                     "held_out": key.held_out,
                     "documents": len(lengths),
                     "tokens": stream.stored // dtype.itemsize,
-                    "longest": max(lengths),
                     "characters": stream.characters,
                     "bytes": stream.size,
                     "sha256": {"bin": digest.hexdigest(), "idx": index_digest},
@@ -903,20 +947,16 @@ def write_index(file: Path | str, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 def write_mixture(path: Path, rows: list[dict]) -> None:
     """A mixture CSV; the columns are the keys of the first row: name, path, weight ..."""
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)  # in ASCII: names of files may not be UTF-8
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    # In ASCII, because names of files may not be UTF-8.
+    write_file(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 # --- tokens --------------------------------------------------------------------------------------
@@ -929,54 +969,70 @@ def tokenize(
     options: Options = DEFAULTS,
     processes: int = 1,
     on_error: str = "stop",
+    overwrite: bool = False,
 ) -> dict:
     """Write the documents of the files to the streams `out`..., and return what OUT.json says.
 
     Every byte written is the same for any number of processes and of interruptions. Raises
     DataError for a document that cannot be read, unless on_error is "skip", for a connection that
-    fails, and where another process is writing to `out`.
+    fails, where another process writes to `out`, and where the results of other inputs or options
+    would be lost, unless `overwrite`.
     """
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
     out = Path(out)
-    if not out.name:
-        raise DataError(f"{out}: is a folder; --out is the name of a stream in one")
-    if (held := lock(out)) is None:
+    if (lock_file := lock(out)) is None:
         raise DataError(f"{out}: another process is writing to it")
-    with held:
-        report = os.path.realpath(f"{out}.json")
-        files = [f for f in files if isinstance(f, str) or os.path.realpath(f) != report]
-        run, before = _identity(files, tokenizer, options), _report(out)
+    with lock_file:
+        own = os.path.realpath(out)
+        real = {file: os.path.realpath(file) for file in files if isinstance(file, Path)}
+        mine = {
+            f for f, r in real.items() if r == f"{own}.json" or r.startswith(f"{own}.tmp{os.sep}")
+        }
+        files = [file for file in files if file not in mine]
+        stats = [size_and_version(file) for file in files]
+        run, before = _identity(files, stats, tokenizer, options), _report(out)
         if before and before.get("run") == run:
             if _progress(out).get("run") == run:  # it was cut short when it was finished
                 return _put_in_place(out, before)
             if all(out.with_name(f"{name}.idx").exists() for name in before["streams"]):
                 _stop_at(before["errors"], on_error)
-                print(f"{out}: is made of these files already", file=sys.stderr)
+                with suppress(OSError):
+                    Path(f"{out}.tmp").rmdir()  # an empty one
+                print(f"{out}: already up to date", file=sys.stderr)
                 return before
-        output = Output(out, run, options.deduplicate)
+        elif before and not overwrite:
+            raise DataError(f"{out}: was made from {OTHER}")
+        replaced = before["streams"] if before else ()
+        writer = StreamWriter(out, run, options.deduplicate, overwrite, replaced)
         try:
-            _stop_at(output.errors, on_error)
-            if options.validation and not output.files_done:
-                output.chunk = chunk_size(files, options)
-            _fill(output, files, Worker(tokenizer, options, output.chunk), processes, on_error)
-            report = _summary(output, options) | {"run": run}
+            _stop_at(writer.errors, on_error)
+            if options.validation and not writer.files_done:
+                writer.tails = holds_out_tails(files, options)
+            worker = Worker(tokenizer, options, writer.tails)
+            _fill(writer, files, [size for size, _ in stats], worker, processes, on_error)
+            report = _summary(writer, options) | {"run": run}
         except BaseException:
-            if output.files_done in (0, len(files)):
-                output.discard()
+            if writer.files_done in (0, len(files)):
+                writer.discard()
             raise
-        report["streams"] = output.index(options.split_by, token_dtype(tokenizer.vocab_size))
-        _remove_streams(out, before)
-        write_json(Path(f"{out}.json"), report)  # from here on the run is finished
+        report["streams"] = writer.index(options.split_by, token_dtype(tokenizer.vocab_size))
+        _write_mixtures(writer.folder / out.name, report["streams"])
+        write_json(writer.folder / "report.json", report)
+        for name in replaced:
+            for suffix in ("idx", "bin"):
+                out.with_name(f"{name}.{suffix}").unlink(missing_ok=True)
+        for suffix in ("csv", "valid.csv"):
+            Path(f"{out}.{suffix}").unlink(missing_ok=True)
+        os.replace(writer.folder / "report.json", f"{out}.json")  # now the run is finished
         return _put_in_place(out, report)
 
 
-def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> str:
+def _identity(files: list[Source], stats: list, tokenizer: Tokenizer, options: Options) -> str:
     """A digest of all that the streams depend on."""
     bpe = tokenizer.bpe
     ranks = bpe.source if isinstance(bpe, LucieBPE) else repr(bpe.ranks).encode()
-    described = [(str(file), size_of(file), version_of(file)) for file in files]
-    known = ("format 2", hashlib.sha256(ranks).hexdigest(), options, described)
+    known = ("format 2", hashlib.sha256(ranks).hexdigest(), options, list(map(str, files)), stats)
     return hashlib.sha256(ascii(known).encode()).hexdigest()
 
 
@@ -990,95 +1046,90 @@ def _report(out: Path) -> dict | None:
         with suppress(ValueError, RecursionError):
             found = json.loads(report.read_bytes())
         if not isinstance(found, dict) or not found.keys() >= {"documents_in", "streams"}:
-            raise DataError(f"{report}: no report of data.prepare, and would be lost")
-    elif not Path(f"{out}.progress").exists():
-        for suffix in ("csv", "valid.csv", "bin", "idx"):
-            if Path(f"{out}.{suffix}").exists():
-                raise DataError(f"{out}.{suffix}: is not of data.prepare and would be lost")
+            raise DataError(f"{report}: not written by data.prepare; choose another --out")
+    for file in (Path(f"{out}.csv"), Path(f"{out}.valid.csv")):
+        if file.exists() and not found:
+            raise DataError(f"{file}: not written by data.prepare; choose another --out")
     return found
 
 
-def _remove_streams(out: Path, report: dict | None) -> None:
-    """Remove what an earlier run wrote: of other options, its streams would lie beside the new,
-    and what was held out of the one may be trained on in the other."""
-    for name in report["streams"] if report else ():
-        for suffix in ("idx", "bin"):
-            out.with_name(f"{name}.{suffix}").unlink(missing_ok=True)
-
-
 def _progress(out: Path) -> dict:
-    """What OUT.progress says, {} where it is not there."""
+    """What OUT.tmp/progress.json says, {} where it is not there."""
     with suppress(OSError, ValueError):
-        return json.loads(Path(f"{out}.progress").read_text(encoding="utf-8"))
+        return json.loads(Path(f"{out}.tmp/progress.json").read_text(encoding="utf-8"))
     return {}
 
 
-def _put_in_place(out: Path, report: dict) -> dict:
-    """Give the streams of a finished run their names, and write the mixtures of them."""
-    for name in report["streams"]:
-        for suffix in ("bin", "idx"):  # without its index a stream is not there
-            file = out.with_name(f"{name}.{suffix}")
-            if Path(f"{file}.tmp").exists():
-                os.replace(f"{file}.tmp", file)
-    for held_out, mixture in ((False, Path(f"{out}.csv")), (True, Path(f"{out}.valid.csv"))):
+def _write_mixtures(path: Path, streams: dict[str, dict]) -> None:
+    """PATH.csv and PATH.valid.csv, where there are streams for them."""
+    for held_out, suffix in ((False, ".csv"), (True, ".valid.csv")):
         rows = []
-        for name, stream in report["streams"].items():
+        for name, stream in streams.items():
             if stream["held_out"] == held_out:
                 row = {"name": name, "path": name, "weight": stream["tokens"]}
                 # A field may not take the meaning that its name has in a mixture.
                 values = {k: v for k, v in stream["split_by"].items() if k not in RESERVED}
                 rows.append(row | values)
         if rows:
-            write_mixture(mixture, rows)
-        else:
-            mixture.unlink(missing_ok=True)
-    for suffix in ("digests.tmp", "progress"):
-        Path(f"{out}.{suffix}").unlink(missing_ok=True)
+            write_mixture(Path(f"{path}{suffix}"), rows)
+
+
+def _put_in_place(out: Path, report: dict) -> dict:
+    """Move the streams of a finished run, and the mixtures of them, beside their report."""
+    names = [f"{name}.{suffix}" for name in report["streams"] for suffix in ("bin", "idx")]
+    for name in [*names, f"{out.name}.csv", f"{out.name}.valid.csv"]:
+        file = Path(f"{out}.tmp", name)  # .bin before .idx: without its index a stream is not there
+        if file.exists():
+            os.replace(file, out.with_name(name))
+    for name in ("digests", "progress.json"):
+        Path(f"{out}.tmp", name).unlink(missing_ok=True)
+    Path(f"{out}.tmp").rmdir()
     return report
 
 
-def chunk_size(files: list[Source], options: Options) -> int:
-    """Characters of the chunks that are held out, or 0 where whole documents are. Says which.
+def holds_out_tails(files: list[Source], options: Options) -> bool:
+    """Whether the tail of each document is held out, and not whole documents. Says which.
 
-    Chunks are for a single book, or a folder with three files: where fewer documents than HELD_OUT
+    Tails are for a single book, or a folder with three files: where fewer documents than HELD_OUT
     would be expected in the validation stream, there might be none.
     """
-    documents = size = 0
+    documents = 0
     for file in files:
-        for record in records(file, [options.text_field]):
-            documents, size = documents + 1, size + record.size
+        for _ in records(file, [options.text_field]):
+            documents += 1
             if documents * options.validation >= HELD_OUT:
                 print("validation: whole documents are held out", file=sys.stderr)
-                return 0
-    smallest, largest = CHUNK_CHARACTERS
-    chunk = max(smallest, min(largest, int(size * options.validation / HELD_OUT)))
+                return False
     print(
-        f"validation: with {documents:,} documents, chunks of about {chunk:,} characters are held "
-        "out",
-        file=sys.stderr,
+        f"validation: {documents} documents are few; the tail of each is held out", file=sys.stderr
     )
-    return chunk
+    return True
 
 
 def _fill(
-    output: Output, files: list[Source], worker: Worker, processes: int, on_error: str
+    writer: StreamWriter,
+    files: list[Source],
+    sizes: list[int],
+    worker: Worker,
+    processes: int,
+    on_error: str,
 ) -> None:
-    begins = list(accumulate((size_of(file) or 0 for file in files), initial=0))
+    begins = list(accumulate(sizes, initial=0))
     with tqdm(
-        total=begins[-1] or None, initial=begins[output.files_done], unit="B", unit_scale=True,
+        total=begins[-1] or None, initial=begins[writer.files_done], unit="B", unit_scale=True,
         desc="tokens", smoothing=0.05,
     ) as bar:  # fmt: skip
-        batches = read_batches(files, worker.columns, output.files_done)
+        batches = read_batches(files, worker.columns, writer.files_done)
         for batch, (results, tokens) in process(batches, worker, processes):
-            output.add(results, tokens)
+            writer.add(results, tokens)
             for (file, number), result in zip(batch.places, results):
-                if result.error and len(output.errors) < ERRORS:
-                    output.errors.append(f"{place(files[file], number)}: {result.error}")
-                    _stop_at(output.errors, on_error)
+                if result.error and len(writer.errors) < ERRORS:
+                    writer.errors.append(f"{location(files[file], number)}: {result.error}")
+                    _stop_at(writer.errors, on_error)
             if batch.files_done is None:
                 bar.update(begins[batch.places[-1][0]] + batch.position - bar.n)
             else:
-                output.save(batch.files_done)
+                writer.save(batch.files_done)
                 bar.update(begins[batch.files_done] - bar.n)
 
 
@@ -1087,28 +1138,26 @@ def _stop_at(errors: list[str], on_error: str) -> None:
         raise DataError(f"{errors[0]} (--on_error skip leaves it out and goes on)")
 
 
-def _summary(output: Output, options: Options) -> dict:
+def _summary(writer: StreamWriter, options: Options) -> dict:
     """What the report says of the run as a whole. Raises DataError for a run without documents."""
-    counts = output.counts
+    counts = writer.counts
     reasons = {reason: counts[reason] for reason in REASONS}
     assert counts["in"] == counts["out"] + sum(reasons.values()), counts
     for held_out in (False, True) if options.validation else (False,):
-        if not any(key.held_out == held_out for key in output.streams):
+        if not any(key.held_out == held_out for key in writer.streams):
             part = "validation" if held_out else "training"
             kept = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-            hint = "; --validation holds out a part" if counts["out"] else ""
             raise DataError(
-                f"{output.out}: no document for {part}: of {counts['in']:,} read "
-                f"{counts['out']:,} were kept ({kept}){hint}"
+                f"{writer.out}: no document for {part}: of {counts['in']:,} read "
+                f"{counts['out']:,} were kept ({kept})"
             )
     return {
         "options": asdict(options),
-        "held_out": f"chunks of {output.chunk} characters" if output.chunk else "documents",
+        "held_out": "the tail of each document" if writer.tails else "whole documents",
         "documents_in": counts["in"],
         "documents": counts["out"],
         "left_out": reasons,
-        "changed": {rule: counts[rule] for rule in RULES},
-        "errors": output.errors,
+        "errors": writer.errors,
     }
 
 
@@ -1116,7 +1165,11 @@ def _summary(output: Output, options: Options) -> dict:
 
 
 def sample_texts(
-    texts: dict[str, list[Source]], shares: dict[str, float], megabytes: float | None, field: str
+    texts: dict[str, list[Source]],
+    shares: dict[str, float],
+    megabytes: float | None,
+    text_field: str,
+    on_error: str,
 ) -> Iterator[str]:
     """The texts of {name: files}, cleaned, each with its share of the bytes.
 
@@ -1127,8 +1180,8 @@ def sample_texts(
     sizes, stored = dict.fromkeys(texts, 0), sum(size_of(f) or 0 for t in texts.values() for f in t)
     with tqdm(total=stored, unit="B", unit_scale=True, desc="measure") as bar:
         for name, files in texts.items():
-            for text in read_documents(files, bar, field):
-                sizes[name] += len(clean(text)[0].encode())
+            for text in read_documents(files, bar, text_field, on_error):
+                sizes[name] += len(clean(text).encode())
     total = sum(shares.values())
     scarce = min(shares, key=lambda name: sizes[name] / shares[name])
     most = sizes[scarce] / shares[scarce] * total
@@ -1138,38 +1191,37 @@ def sample_texts(
     for name, files in texts.items():
         keep = shares[name] / total * size / sizes[name]
         print(f"{name}: {keep:.1%} of {sizes[name] / 1e6:,.3f} MB are drawn")
-        for text in read_documents(files, None, field):
-            text, _ = clean(text)
-            if keep >= 1 or draw(text, b"sample") < keep:
+        for text in read_documents(files, None, text_field, on_error):
+            text = clean(text)
+            if keep >= 1 or hash_fraction(text, b"sample") < keep:
                 yield text
 
 
 def _vocabulary(args: argparse.Namespace) -> None:
     if args.out.is_dir():
         raise ConfigError(f"{args.out}: is a folder; --out is the ranks file to write")
-    if args.megabytes and not args.shares:
-        raise ConfigError("--megabytes is for a sample by --shares; without them all text is read")
-    if args.shares:
-        shares: dict[str, float] = {}
-        for given in args.shares:
-            name, _, number = given.partition("=")
-            known = shares.setdefault(name, 0.0)
-            with suppress(ValueError):
-                shares[name] = float(number)
-            if known or not 0 < shares[name] < math.inf:
-                raise ConfigError(f"{given}: write --shares NAME=NUMBER, over 0, each name once")
-        texts: dict[str, list[Source]] = {}
-        for given in args.inputs:
-            name, _, path = given.partition("=")
-            if name not in shares or not path:
-                raise ConfigError(f"{given}: write NAME=PATH, with a name that --shares has")
-            texts[name] = texts.get(name, []) + find_files([path])
-        if lacking := shares.keys() - texts.keys():
-            raise ConfigError(f"--shares {min(lacking)}: no text has this name")
-        sample = sample_texts(texts, shares, args.megabytes, args.text_field)
+    shares: dict[str, float] = {} if args.shares else {"all": 1.0}
+    for given in args.shares or ():
+        name, _, number = given.partition("=")
+        known = shares.setdefault(name, 0.0)
+        with suppress(ValueError):
+            shares[name] = float(number)
+        if known or not 0 < shares[name] < math.inf:
+            raise ConfigError(f"{given}: write --shares NAME=NUMBER, over 0, each name once")
+    inputs: dict[str, list[str]] = {}
+    for given in args.inputs:
+        name, _, path = given.partition("=") if args.shares else ("all", "", given)
+        if name not in shares or not path:
+            raise ConfigError(f"{given}: write NAME=PATH, with a name that --shares has")
+        inputs.setdefault(name, []).append(path)
+    if lacking := shares.keys() - inputs.keys():
+        raise ConfigError(f"--shares {min(lacking)}: no text has this name")
+    texts = {name: find_files(paths) for name, paths in inputs.items()}
+    if args.shares or args.megabytes:
+        sample = sample_texts(texts, shares, args.megabytes, args.text_field, args.on_error)
     else:
-        files = find_files(args.inputs)
-        sample = (clean(text)[0] for text in read_documents(files, None, args.text_field))
+        found = read_documents(texts["all"], None, args.text_field, args.on_error)
+        sample = map(clean, found)
     args.out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
     ranks = tokenizers.train(sample, args.vocab_size)
     tokenizers.save(ranks, args.out)
@@ -1188,44 +1240,53 @@ def main(argv: list[str]) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     tokens = commands.add_parser("tokens", help="text files to token streams")
-    learn = commands.add_parser("vocabulary", help="text files to a ranks file")
-    for command in (tokens, learn):
+    train = commands.add_parser("vocabulary", help="text files to a vocabulary")
+    for command in (tokens, train):
         command.add_argument("inputs", nargs="+", help="files, folders, globs, addresses")
-        command.add_argument("--text_field", default="text", help="of JSON and tables")
+        add = command.add_argument
+        add("--text_field", default="text", help="field or column that holds the text (text)")
+        add(
+            "--on_error", choices=("stop", "skip"), default="stop",
+            help="stop at an unreadable document (default), or skip and report it",
+        )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add = tokens.add_argument
     add("--tokenizer", required=True, help="ranks file, tokenizer.json or its folder")
     add("--out", required=True, help="stream to write, without suffix")
     add("--split_by", nargs="+", default=(), metavar="FIELD", help="a stream for each value")
-    add("--validation", type=float, default=0.0, help="share of the text held out")
-    add("--min_characters", type=int, default=0, help="of a document to be kept")
-    add("--deduplicate", action="store_true", help="keep the first of equal texts")
-    add("--split_length", type=int, help="tokens; longer documents go to OUT.long")
-    add("--on_error", choices=("stop", "skip"), default="stop", help="at a document that is bad")
-    add("--processes", type=int, default=cores, help="as many as there are cores")
-    add = learn.add_argument
+    add("--validation", type=float, default=0.0, help="share of the text to hold out (0)")
+    add("--min_characters", type=int, default=0, help="leave out documents shorter than this (0)")
+    add("--deduplicate", action="store_true", help="keep only the first of equal texts")
+    add("--split_length", type=int, help="put documents of more tokens into OUT.long")
+    add("--processes", type=int, default=cores, help="worker processes (all cores)")
+    add("--overwrite", action="store_true", help="replace what other inputs or options gave")
+    add = train.add_argument
     add("--out", type=Path, required=True, help="ranks file to write")
     add("--folder", help="folder to write a tokenizer.json to as well")
-    add("--vocab_size", type=int, default=65_024, help="special tokens included")
+    add("--vocab_size", type=int, default=65_024, help="special tokens included (65,024)")
     add("--shares", nargs="+", metavar="NAME=NUMBER", help="of the inputs, which are NAME=PATH")
-    add("--megabytes", type=float, help="size of the sample that the shares are drawn into")
+    add("--megabytes", type=float, help="size of a sample to train on (all the text)")
     args = parser.parse_args(argv)
     if args.command == "vocabulary":
         _vocabulary(args)
-    elif args.processes < 1 or args.min_characters < 0 or (args.split_length or 1) < 1:
-        raise ConfigError(
-            "--processes and --split_length are 1 or more, --min_characters 0 or more"
-        )
     else:
         _tokens(args)
 
 
 def _tokens(args: argparse.Namespace) -> None:
+    lengths = [args.processes, 1 if args.split_length is None else args.split_length]
+    if min(lengths) < 1 or args.min_characters < 0:
+        raise ConfigError(
+            "--processes and --split_length are 1 or more, --min_characters 0 or more"
+        )
+    if args.out.endswith("/") or not Path(args.out).name:
+        raise ConfigError(f"--out {args.out}: must end in a name, such as out/mine/all")
     chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
     options = Options(**chosen | {"split_by": tuple(args.split_by)})
     tokenizer, files = tokenizers.load(args.tokenizer), find_files(args.inputs)
     began = time.monotonic()
-    report = tokenize(files, tokenizer, args.out, options, args.processes, args.on_error)
+    how = (options, args.processes, args.on_error, args.overwrite)
+    report = tokenize(files, tokenizer, args.out, *how)
     seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from config.cli import write_file
 from data.dataset import BOS, EOS, DataError, token_dtype
 from data.lucie_tokenizer import (
     SPECIAL_TOKENS,
@@ -255,7 +256,8 @@ def _check(ranks: dict[bytes, int]) -> None:
 def save(ranks: dict[bytes, int], path: str | Path) -> None:
     """Write a ranks file, ids ascending."""
     items = sorted(ranks.items(), key=itemgetter(1))
-    _write(path, b"".join(b"%s %d\n" % (base64.b64encode(token), i) for token, i in items))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, b"".join(b"%s %d\n" % (base64.b64encode(token), i) for token, i in items))
 
 
 def save_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -280,8 +282,10 @@ def save_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",
     } | (LUCIE_CONFIG if released else {})
-    _write(Path(folder, "tokenizer.json"), released or _json(to_tokenizer_json(bpe)))
-    _write(Path(folder, "tokenizer_config.json"), _json(config))
+    content = released or _json(to_tokenizer_json(bpe))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_file(Path(folder, "tokenizer.json"), content)
+    write_file(Path(folder, "tokenizer_config.json"), _json(config))
 
 
 def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
@@ -345,22 +349,15 @@ def _json(content: dict) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=2).encode()
 
 
-def _write(path: str | Path, content: bytes) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
-def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> dict[bytes, int]:
+def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Learn a vocabulary of vocab_size tokens, special ones included: {bytes of a token: id}.
 
-    The `tokenizers` library counts and merges, with progress bars on a terminal, where count is the
-    number of texts. Memory: each different word once. Raises DataError if the library is not
-    installed, or if the text holds too few different pairs for so many tokens.
+    The `tokenizers` library counts and merges, with progress bars on a terminal. Memory: each
+    different word once. Raises DataError if the library is not installed, or if the text holds too
+    few different pairs for so many tokens.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
@@ -380,7 +377,7 @@ def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> di
         show_progress=sys.stderr.isatty(),
     )
     # Composed as the tokenizer composes a text before it cuts it.
-    bpe.train_from_iterator(map(nfc, texts), trainer, count)
+    bpe.train_from_iterator(map(nfc, texts), trainer)
     # tokenizers names a merge by its two parts, tiktoken by their concatenation; a token that a
     # second pair of parts gives as well keeps the rank of its first.
     byte_of = {char: byte for byte, char in byte_characters().items()}
@@ -391,6 +388,6 @@ def train(texts: Iterable[str], vocab_size: int, count: int | None = None) -> di
     if len(ranks) + len(SPECIAL_TOKENS) != vocab_size:
         raise DataError(
             f"the text gives {len(ranks) + len(SPECIAL_TOKENS):,} tokens, not {vocab_size:,}: "
-            "more text or a smaller vocabulary is needed"
+            f"give more text, or --vocab_size {len(ranks) + len(SPECIAL_TOKENS)}"
         )
     return ranks

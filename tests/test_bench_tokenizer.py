@@ -43,9 +43,7 @@ def test_the_table_has_a_rate_for_each(files, capsys, monkeypatch):
 def test_a_difference_is_an_error(files, capsys, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     encode = Tokenizer.encode
-    monkeypatch.setattr(
-        Tokenizer, "encode", lambda *args: [i + (i > 300) for i in encode(*args)]
-    )
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args: [i + (i > 300) for i in encode(*args)])
     assert bench.main([str(files), str(files / "texts.jsonl")]) == 1
     assert "ids differ from ours at" in capsys.readouterr().err
 

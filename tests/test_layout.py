@@ -24,9 +24,7 @@ def imports() -> dict[str, set[str]]:
     """{module of ours: the modules of ours that it imports, anywhere in its file}."""
     files = [p for p in Path().rglob("*.py") if p.parts[0] not in ("tests", "out")]
     files = [p for p in files if not p.parts[0].startswith(".venv")]
-    names = {
-        path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files
-    }
+    names = {path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
     ours, found = set(names.values()), {}
     for path, name in names.items():
         imported = set()

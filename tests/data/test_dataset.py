@@ -77,35 +77,37 @@ def mixture_of(folder, name="mixture", **options):
     return Mixture(folder / f"{name}.csv", 7, 42, 97, **options)
 
 
-def test_each_epoch_reads_every_sample_once_in_a_new_order(tiny_data):
-    mixture = mixture_of(tiny_data)
-    orders = {}
-    for i in range(2_000):
-        source, epoch, position = mixture.locate(i)
+def test_each_epoch_reads_every_sample_once_and_samples_tile_the_stream(tiny_data):
+    for name, count in (("b", 7 * 20), ("c", 7 * 20 + 1)):  # the last token is only a target
+        write_stream(tiny_data / name, [np.arange(count) % 97], 97)
+    rows = "name,path,epochs,order\na,a,4,\nb,b,3.5,shuffled\nc,c,20,file\n"
+    # Excel begins a file with a byte order mark.
+    (tiny_data / "m.csv").write_text(rows, encoding="utf-8-sig")
+    mixture = mixture_of(tiny_data, "m")
+    raw = [np.fromfile(tiny_data / f"{name}.bin", np.uint16) for name in mixture.names]
+    tokens = [epochs * len(stream) for epochs, stream in zip((4, 3.5, 20), raw)]
+    assert mixture.weights == pytest.approx(normalized(tokens))
+    orders, inputs = {}, {}
+    for i in range(int(sum(tokens)) // 7):
+        (source, epoch, position), sample = mixture.locate(i), mixture[i]
+        assert sample.dtype == np.int64 and sample.shape == (8,)
+        assert np.array_equal(sample, raw[source][7 * position : 7 * position + 8])
         orders.setdefault((source, epoch), []).append(position)
+        inputs[source, position] = sample[:-1]
     for source, length in enumerate(mixture.lengths):
         epochs = [order for (of, _), order in sorted(orders.items()) if of == source]
         assert len(epochs) >= 3
         assert all(sorted(order) == list(range(length)) for order in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
-        assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_samples_tile_the_stream_and_end_with_a_target(tiny_data):
-    write_stream(tiny_data / "a", [np.arange(7 * 20 + 1) % 97], 97)  # the last token is a target
-    mixture = mixture_of(tiny_data)
-    raw = [np.fromfile(tiny_data / f"{name}.bin", np.uint16) for name in mixture.names]
-    inputs = {}
-    for i in range(1_500):
-        source, _, position = mixture.locate(i)
-        sample = mixture[i]
-        assert sample.dtype == np.int64 and sample.shape == (8,)
-        assert np.array_equal(sample, raw[source][7 * position : 7 * position + 8])
-        inputs[source, position] = sample[:-1]
-    for source, length in enumerate(mixture.lengths):
+        if mixture.names[source] == "c":
+            assert all(order == list(range(len(order))) for order in epochs)
+        else:
+            assert epochs[0] != epochs[1] != epochs[2]
         joined = np.concatenate([inputs[source, p] for p in range(length)])
         assert np.array_equal(joined, raw[source][: 7 * length])  # no token is skipped or repeated
         assert len(raw[source]) - 7 * length <= 7
+    (tiny_data / "m.csv").write_text(rows.replace("file", "shuffled"))
+    assert mixture_of(tiny_data, "m").fingerprint() != mixture.fingerprint()
 
 
 # A run that is resumed must read the samples that it would have read, so these never change.
@@ -142,14 +144,6 @@ def test_the_samples_of_the_published_mixtures_are_what_they_were(name, monkeypa
         mixture.locate(i)
     took = (time.perf_counter() - started) / 2_000
     print(f"sample 762,000,000 is located in {1e6 * took:.1f} microseconds")
-
-
-def test_weights_from_epochs(tiny_data):
-    # Excel begins a file with a byte order mark.
-    (tiny_data / "e.csv").write_text("name,path,epochs\na,a,2\nb,b,1\n", encoding="utf-8-sig")
-    mixture = mixture_of(tiny_data, "e")
-    a, b = (stream.tokens for stream in mixture.streams)
-    assert mixture.weights == pytest.approx([2 * a / (2 * a + b), b / (2 * a + b)])
 
 
 def resident_kilobytes():
@@ -233,24 +227,6 @@ def test_a_file_that_shrinks_under_a_run_is_an_error(tiny_data):
     with pytest.raises(DataError, match=r"a\.bin: No such file"):
         for i in range(2_000):
             mixture[i]
-
-
-# --- sources in the order of their files, and sources that are not there
-
-
-def test_a_source_in_the_order_of_its_file(tiny_data):
-    (tiny_data / "m.csv").write_text("name,path,weight,order\na,a,0.7,file\nb,b,0.3,shuffled\n")
-    ordered, shuffled = (mixture_of(tiny_data, name) for name in ("m", "mixture"))
-    length, rank = ordered.lengths[0], 0
-    for ours, theirs in zip(map(ordered.locate, range(1000)), map(shuffled.locate, range(1000))):
-        if ours.source == 0:
-            assert ours == (0, *divmod(rank, length))
-            assert (theirs.source, theirs.epoch) == (0, rank // length)
-            rank += 1
-        else:
-            assert ours == theirs
-    assert rank > 3 * length
-    assert ordered.fingerprint() != shuffled.fingerprint()
 
 
 def test_a_partial_mixture_is_that_of_the_sources_that_are_there(tiny_data):
