@@ -1011,11 +1011,11 @@ def tokenize(
                 writer.tails = holds_out_tails(files, options)
             worker = Worker(tokenizer, options, writer.tails)
             _fill(writer, files, [size for size, _ in stats], worker, processes, on_error)
-            report = _summary(writer, options) | {"run": run}
         except BaseException:
-            if writer.files_done in (0, len(files)):
+            if not writer.files_done:
                 writer.discard()
             raise
+        report = _summary(writer, options) | {"run": run}
         report["streams"] = writer.index(options.split_by, token_dtype(tokenizer.vocab_size))
         _write_mixtures(writer.folder / out.name, report["streams"])
         write_json(writer.folder / "report.json", report)
@@ -1147,6 +1147,7 @@ def _summary(writer: StreamWriter, options: Options) -> dict:
         if not any(key.held_out == held_out for key in writer.streams):
             part = "validation" if held_out else "training"
             kept = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+            writer.discard()
             raise DataError(
                 f"{writer.out}: no document for {part}: of {counts['in']:,} read "
                 f"{counts['out']:,} were kept ({kept})"
@@ -1294,8 +1295,8 @@ def _tokens(args: argparse.Namespace) -> None:
     print(f"documents {report['documents']:,} of {report['documents_in']:,}; left out: {left_out}")
     for error in report["errors"]:
         print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
-    size = sum(stream["bytes"] for stream in report["streams"].values()) / 1e6
-    print(f"{size:,.1f} MB of text, {seconds:,.1f} s; see {args.out}.json")
+    size = tqdm.format_sizeof(sum(stream["bytes"] for stream in report["streams"].values()))
+    print(f"{size}B of text, {seconds:,.1f} s; see {args.out}.json")
 
 
 if __name__ == "__main__":
