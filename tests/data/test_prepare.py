@@ -94,7 +94,7 @@ def files_of(out):
 
 
 def test_a_document_is_bos_text_eos_and_the_report_counts_what_is_not_written(tmp_path):
-    texts = ["Bonjour à tous.", "mot", "", "  ", "Zwei\nZeilen", "<s> is text", "mot", "m\0ot"]
+    texts = ["Bonjour à tous.", "mot", "", "  ", "Zwei\r\0\nZeilen", "<s> is text", "mot", "m\0ot"]
     texts += ["e\u0301 e", "é e", "a", "b\ud800c", " \n\u00a0", "ab"]
     file = write(tmp_path / "t.jsonl", json_lines(texts) + b"{\n" * 250)
     report = run(file, tmp_path / "x", "skip", min_characters=3, deduplicate=True)
@@ -185,20 +185,18 @@ def killed_at(moment, monkeypatch, *args, **options):
 
 
 def test_a_run_that_is_killed_at_any_write_goes_on(tmp_path, monkeypatch, capfd):
-    """It replaces a stream of other options, which never mixes with the new one.
-
-    Whichever of both commands comes next, it ends as if nothing had happened.
-    """
+    """Old streams never mix with the new ones, and whichever command comes next ends as ever."""
     monkeypatch.setattr(prepare, "SAVE_EVERY", 0)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for name in "ab":  # with texts that both have
-        lines = json_lines(f"{name * (n > 2)} {n}" for n in range(20))
-        write(tmp_path / f"in/{name}.jsonl", lines)
+        write(tmp_path / f"in/{name}.jsonl", json_lines(f"{name * (n > 2)} {n}" for n in range(20)))
     options = {"old": {}, "new": dict(validation=0.3, deduplicate=True, min_characters=3)}
     expected, reached, moment = {}, True, 0
     for name in ("new", "old"):
         run(tmp_path / "in", tmp_path / "whole/x", overwrite=True, **options[name])
         expected[name] = files_of(tmp_path / "whole/x")
+    write(tmp_path / "whole/x.tmp/progress.json", '{"run": "unfinished"}')  # a third one
+    write(tmp_path / "whole/x.tmp/x.bin", "unfinished")
     while reached:
         moment += 1
         folders = {name: tmp_path / f"{moment}/{name}" for name in options}
