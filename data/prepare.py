@@ -156,7 +156,9 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
         else:
             exists = os.path.exists(given)
             paths = map(Path, [given] if exists else sorted(glob.glob(given, recursive=True)))
-            files = [f for path in paths for f in (_files_in(path) if path.is_dir() else [path])]
+            files = []
+            for path in paths:  # what is neither is a pipe, or a link to nowhere
+                files += _files_in(path) if path.is_dir() else [path] if path.is_file() else []
         if not files:
             kinds = f"no {', '.join(KINDS)} file in it"
             raise DataError(f"{given}: {kinds if os.path.isdir(given) else 'no such file'}")
@@ -1152,9 +1154,10 @@ def _summary(writer: StreamWriter, options: Options) -> dict:
                 f"{writer.out}: no document for {part}: of {counts['in']:,} read "
                 f"{counts['out']:,} were kept ({kept})"
             )
+    held_out = "the tail of each document" if writer.tails else "whole documents"
     return {
         "options": asdict(options),
-        "held_out": "the tail of each document" if writer.tails else "whole documents",
+        "held_out": held_out if options.validation else "nothing",
         "documents_in": counts["in"],
         "documents": counts["out"],
         "left_out": reasons,
