@@ -245,7 +245,7 @@ class LucieLM(LM):
         generator: torch.Generator,
     ) -> list[str]:
         """A batch of texts; it ends with the last that goes on."""
-        decoders, ends = [self.tokenizer.decoder() for _ in prompts], self.model.eos_token_ids
+        decoders, ends = [self.tokenizer.bpe.decoder() for _ in prompts], self.model.eos_token_ids
         texts, going = [""] * len(prompts), set(range(len(prompts)))
         for step in decode(self.model, prompts, new, sampling, generator):
             for row, token, _ in step:
