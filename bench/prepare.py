@@ -208,7 +208,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing := missing + ([] if zstd else ["backports.zstd"]):
         raise ConfigError(f"what it measures with is missing: pip install {' '.join(missing)}")
     load(args.tokenizer)
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
