@@ -147,7 +147,7 @@ PARTS = [
         "tests",
         0.2,
         lambda out, minutes: ["-m", "pytest", "-q", "-m", "gpu and not slow", *in_processes()],
-        lambda out, minutes: ["-m", "pytest", "-q", "-m", "not slow", "tests/test_swiglu.py"],
+        lambda out, minutes: ["-m", "pytest", "-q", "-m", "not slow", "tests/kernels/test_swiglu.py"],
         tests_headline,
         "one file of them, in Triton's interpreter; those marked gpu cannot run here",
     ),

@@ -107,7 +107,7 @@ def run(folder: Path, code: str, interpret: bool) -> dict[str, Any]:
     """What the code prints as JSON, after the kernels above, in a process of its own."""
     script = folder / "script.py"  # a file: triton reads the source of its kernels
     script.write_text(KERNELS + code, encoding="utf-8")
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "TRITON_INTERPRET": str(int(interpret))}
     done = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300

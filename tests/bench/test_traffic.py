@@ -26,7 +26,7 @@ from config import Config
 from config.cli import ConfigError
 from gpuless.compiler import Launch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 T, H, F, V, HEADS, KV, D, LAYERS = 256, 256, 384, 640, 2, 1, 128, 2
 TINY = dict(
     hidden_size=H, intermediate_size=F, vocab_size=V, num_attention_heads=HEADS,

@@ -16,7 +16,7 @@ from bench.static import CASES, REQUIREMENTS, faults
 from gpuless.compiler import Launch
 from gpuless.sass import Program
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(*args: str | Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
