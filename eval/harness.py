@@ -277,8 +277,9 @@ def weights_of(source: str) -> dict[str, Any]:
         name, trained = state["config"].get("name", ""), hf.trained(state)
         name = next((phase for word, phase in PHASES.items() if word in name), name)
     else:
-        folder = hf.folder_of(source.removeprefix("hf:"))
-        name, trained = Path(source.removeprefix("hf:")).name, hf.training_of(folder)
+        path = source.removeprefix("hf:")
+        folder = hf.folder_of(path) if source.startswith("hf:") else Path(source)
+        name, trained = Path(path).name, hf.training_of(folder)
     return dict.fromkeys(COLUMNS[:3]) | {"training_phase": name} | trained
 
 
