@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -181,17 +182,13 @@ def test_a_panel_for_each_benchmark(tmp_path):
 
 
 def test_runs_are_told_apart_and_tokens_may_be_unknown(runs):
-    for name in ("x/main", "y/main"):
-        (runs / name).parent.mkdir()
-        (runs / "main").rename(runs / name) if name == "x/main" else (
-            write(runs / name / "evaluation.csv", TABLE, [row("Lucie-7B", "", "", "arc", 0.4)])
-        )
-    for name in ("log.csv", "config.json"):
-        (runs / "y/main" / name).write_bytes((runs / "x/main" / name).read_bytes())
-    scores = curves.read([runs / "x/main", runs / "y/main"]).scores
+    shutil.copytree(runs / "main", runs / "other" / "main")
+    rows = [row("Lucie-7B", "", "", "arc", 0.4)]
+    write(runs / "other" / "main" / "evaluation.csv", TABLE, rows)
+    scores = curves.read([runs / "main", runs / "other" / "main"]).scores
     points = curves.points_of(scores, ("arc", "5", "acc,none"))
     assert [values[:, 1].tolist() for values in points.values()] == [[0.25, 0.5], [0.4]]
-    assert list(points) == [str(runs / "x/main"), str(runs / "y/main")]
+    assert list(points) == [str(runs / "main"), str(runs / "other" / "main")]
     (line,) = curves.draw_scores(scores[2:], curves.tests_of(scores[2:])).axes[0].get_lines()
     assert list(line.get_xdata()) == [0]
 

@@ -12,18 +12,15 @@ from conftest import SHARED, TINY, needs_shared
 from config.cli import ConfigError
 from data import tokenizer as tokenizers
 from data.dataset import DataError
-from data.tokenizer import BOS, EOS, ByteLevelBPE, Tokenizer, save
+from data.tokenizer import BOS, ByteLevelBPE, Tokenizer, save
 from eval import needle
 from eval.needle import (
     LANGUAGES,
     NEEDLES,
-    continuation,
     draw,
-    generated,
     hide,
     log_probabilities,
     longest_retrieved,
-    picked,
     read_haystack,
     read_needles,
     room_for_answer,
@@ -149,9 +146,6 @@ def test_needles_of_ones_own(tmp_path):
         file.write_text(other)
         with pytest.raises(DataError, match=r"needles.json: not of the form"):
             read_needles("fr", file)
-    file.write_text('{"fr": {"fact": "", "question": "", "needles": {}}}')
-    with pytest.raises(DataError, match=r"needles.json: no needles in fr"):
-        read_needles("fr", file)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -232,61 +226,31 @@ def stand_in(monkeypatch, window=10**9, asked=None):
 
 
 @pytest.mark.parametrize("scoring", ["generate", "likelihood"])
-def test_a_model_that_reads_all_scores_one_everywhere(folder, monkeypatch, capsys, scoring):
+def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, scoring, window=700):
     asked, stem = [], f"en_{scoring}"
-    stand_in(monkeypatch, asked=asked)
-    run(folder, "--scoring", scoring)
-    found = rows(folder, stem)
-    assert [(row["length"], row["depth"]) for row in found] == [
-        (str(length), str(depth))
-        for length in (500, 1000, 1500, 2000)
-        for depth in (0, 25, 50, 75, 100)
-    ]
-    assert {row["score"] for row in found} == {"1.0000"}
-    assert all(row["answer"] == row["expected"] for row in found)
-    assert len({row["expected"] for row in found}) > 3
-    room = room_for_answer(BYTES, read_needles("en"))
-    assert [len(prompt) + room for prompt in asked] == [int(row["length"]) for row in found]
-    assert all(prompt[0] == 0 and prompt.count(0) == 1 for prompt in asked)
+    stand_in(monkeypatch, window, asked)
+    run(folder, "--scoring", scoring, lengths=(500, 2500, 6), depths=11)
+    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder, stem)
+    grid = [(n, d) for n in range(500, 2501, 400) for d in range(0, 101, 10)]
+    assert [(int(row["length"]), int(row["depth"])) for row in found] == grid
+    assert [len(prompt) + room for prompt in asked] == [length for length, _ in grid]
+    assert all(prompt[0] == BOS and prompt.count(BOS) == 1 for prompt in asked)
+    for row in found:
+        inside = int(row["position"]) >= int(row["length"]) - room - window
+        assert (row["answer"] == row["expected"]) == inside
+        low = 0 if scoring == "likelihood" else 0.4
+        assert float(row["score"]) == 1 if inside else float(row["score"]) <= low
     out, err = capsys.readouterr()
-    assert "mean of the map 1.000; retrieval over 0.9 at every length up to 2,000 tokens" in out
-    assert "2,000 tokens at once: the model was trained on 512" in err
+    assert "retrieval over 0.9 at every length up to 500 tokens" in out
+    assert "2,500 tokens at once: the model was trained on 512" in err
     assert (folder / "out" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
-def test_a_window_of_attention_is_the_map(folder, monkeypatch, scoring, window=700):
-    stand_in(monkeypatch, window)
-    run(folder, "--scoring", scoring, lengths=(500, 2500, 6), depths=11)
-    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder, f"en_{scoring}")
-    answers = {n.answer for n in read_needles("en")}
-    kept = 0
-    for row in found:
-        prompt = int(row["length"]) - room
-        inside = int(row["position"]) >= prompt - window
-        assert (row["answer"] == row["expected"]) == inside
-        if scoring == "likelihood":
-            assert float(row["score"]) == inside and row["answer"] in answers
-        else:
-            assert (float(row["score"]) == 1) if inside else (float(row["score"]) < 0.4)
-            assert inside or row["answer"] == "I have not read of that"
-        kept += inside
-    assert 0.1 < kept / len(found) < 0.9
-
-
 def test_a_random_model_finds_next_to_nothing(folder):
-    """The real one, past the 512 positions it has; no needle is picked more than by chance."""
-    grid = dict(lengths=(450, 700, 2), depths=2)
-    run(folder, **grid)
-    assert sum(float(row["score"]) for row in rows(folder)) / 4 < 0.05
-    run(folder, "--scoring", "likelihood", **grid)
-    picked = rows(folder, "en_likelihood")
-    answers = [n.answer for n in read_needles("en")]
-    assert all(row["answer"] in answers for row in picked)
-    assert [float(row["score"]) for row in picked] == [
-        row["answer"] == row["expected"] for row in picked
-    ]
-    assert sum(float(row["score"]) for row in picked) < 3
+    """The real one, past the 512 positions it has."""
+    for scoring in ("generate", "likelihood"):
+        run(folder, "--scoring", scoring, lengths=(450, 700, 2), depths=2)
+        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 3
 
 
 def test_goes_on_where_it_stopped(folder, monkeypatch):
@@ -362,45 +326,6 @@ def test_log_probabilities_equal_those_of_whole_sequences(model, monkeypatch, ch
             likely = model(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
         exact = sum(float(likely[len(prompt) - 1 + n, i]) for n, i in enumerate(ids))
         assert ours == pytest.approx(exact, abs=1e-3)
-
-
-def test_the_picker_takes_the_largest_per_byte(model, monkeypatch):
-    needles = read_needles("fr")
-    sizes = [len(n.answer.encode()) for n in needles]
-    values = [-1.0 * size for size in sizes]
-    longest = sizes.index(max(sizes))
-    values[longest] *= 0.9  # still the least likely as a whole
-    assert values[longest] == min(values)
-    given = []
-
-    def log_probabilities(model, prompt, continuations):
-        given.append((prompt, continuations))
-        return values
-
-    monkeypatch.setattr(needle, "log_probabilities", log_probabilities)
-    assert picked(model, BYTES, needles, [0, 5, 6]) == needles[longest].answer
-    assert given == [([0, 5, 6], [continuation(BYTES, f" {n.answer}") for n in needles])]
-
-
-def test_a_generated_answer_is_its_first_line(model, monkeypatch):
-    needles = read_needles("en")
-    for said, expected in (
-        (" Eat a sandwich.\nQuestion: What", "Eat a sandwich."),
-        ("\n\n  In Lisbon \nor", "In Lisbon "),
-        ("", ""),
-        (" \n", ""),
-    ):
-        asked = []
-
-        def decode(model, prompts, room, sampling, said=said, asked=asked):
-            asked.append((prompts, room, sampling))
-            for token in [*BYTES.encode_ordinary(said), EOS]:
-                yield [(0, token, -1.0)]
-
-        monkeypatch.setattr(needle, "decode", decode)
-        assert generated(model, BYTES, needles, [0, 9]) == expected
-        longest = max(len(f" {n.fact}".encode()) for n in needles)
-        assert asked == [([[0, 9]], longest, Sampling(temperature=0))]
 
 
 @pytest.mark.parametrize(
