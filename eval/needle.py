@@ -373,8 +373,8 @@ def main(argv: list[str]) -> None:
     scores = measure([(length, depth) for length in lengths for depth in depths], answer_of, file)
     draw(scores, *read_map(file)[1:]).savefig(file.with_suffix(".png"))
     mean, reached = sum(scores.values()) / len(scores), longest_retrieved(scores)
-    found = f"over {RETRIEVED} at every length up to {reached:,} tokens" if reached else "none"
-    print(f"mean of the map {mean:.3f}; retrieval {found}")
+    where = f"every length up to {reached:,} tokens" if reached else "no length"
+    print(f"mean of the map {mean:.3f}; retrieval over {RETRIEVED} at {where}")
     print(f"{file}, {file.with_suffix('.png')}")
 
 
