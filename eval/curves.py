@@ -83,9 +83,9 @@ class Results(NamedTuple):
 def read(paths: Sequence[Path]) -> Results:
     """What runs, CSVs and folders hold. Raises DataError, in one line, for anything else."""
     found = Results([], [], [], [])
-    names = [path.resolve().name for path in paths]
-    for path, name in zip(paths, names):
-        label = str(path) if names.count(name) > 1 else name
+    runs = [path.resolve().name for path in paths if (path / "log.csv").is_file()]
+    for path in paths:
+        label = str(path) if runs.count(path.resolve().name) > 1 else path.resolve().name
         try:
             if (path / "log.csv").is_file():
                 options = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -253,9 +253,11 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_everything_and_asks_nothing_of_a_network(runs, capsys):
-    """needle maps elsewhere are found by their folder."""
-    (runs / "main" / "needle").rename(runs / "maps")
-    args = [runs / "main", runs / "annealing", runs / "maps", "--html", runs / "new" / "p.html"]
+    """Needle maps elsewhere are found by their folder, which may be called as the run is."""
+    (runs / "maps").mkdir()
+    (runs / "main" / "needle").rename(runs / "maps" / "main")
+    maps, page = runs / "maps" / "main", runs / "new" / "p.html"
+    args = [runs / "main", runs / "annealing", maps, "--html", page]
     curves.main(list(map(str, args)))
     content = (runs / "new" / "p.html").read_text(encoding="utf-8")
     read = Page(content)
