@@ -50,15 +50,12 @@ def right(model: Lucie, tokenizer: Tokenizer, questions: list[tuple[str, str]]) 
 
 def examine(model: Lucie, tokenizer: Tokenizer) -> dict[str, tuple[float, float]]:
     """The shares of capitals that a model (recalls, transfers), by language."""
-    return {
-        language: tuple(
-            sum(right(model, tokenizer, questions)) / len(questions)
-            for questions in (
-                demo.capital_questions(language, held_out) for held_out in (False, True)
-            )
-        )
-        for language in demo.LANGUAGES
-    }
+
+    def share(language: str, held_out: bool) -> float:
+        answers = right(model, tokenizer, demo.capital_questions(language, held_out))
+        return sum(answers) / len(answers)
+
+    return {name: (share(name, False), share(name, True)) for name in demo.LANGUAGES}
 
 
 def first_lines(model: Lucie, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
@@ -68,18 +65,11 @@ def first_lines(model: Lucie, tokenizer: Tokenizer, prompts: list[str]) -> list[
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="eval.capitals",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m eval.capitals", description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", help="runs or checkpoints; the last one is examined")
-    parser.add_argument(
-        "--at_least",
-        type=float,
-        metavar="SHARE",
-        help="exit with 1 if a smaller share is recalled in one of the languages",
-    )
+    bar = "exit with 1 if a smaller share is recalled in one of the languages"
+    parser.add_argument("--at_least", type=float, metavar="SHARE", help=bar)
     args = parser.parse_args(argv)
 
     index = [row["en_name"] for row in demo.countries()].index(COUNTRY)

@@ -1,254 +1,162 @@
-"""Learning curves: the loss of the phases side by side, each on a scale of its own, and the
-learning rate in a strip below.
+"""What a run has learned, as pictures or one page: loss, benchmark scores, needle maps, samples.
 
     python -m eval.curves out/pretrain out/extension out/annealing --png curves.png
-    python -m eval.curves out/pretrain --x gpu-hours --behind training_logs_1_pretraining.csv
+    python -m eval.curves out/pretrain --x share --behind training_logs_1_pretraining.csv \\
+        evaluation_learning_curve.csv.gz --baselines evaluation_baselines.csv.gz --scores scores.png
+    python -m eval.curves out/pretrain out/extension needle_results/ --html report.html
 
-Reads each run's log.csv; the logs that Lucie published have the same columns. Prints the curves as
-text, and draws them where matplotlib is installed.
+Takes runs in the order of their phases, logs or tables of scores in CSV (.gz as well) with the
+columns of those that Lucie published, and folders of needle maps. A run brings its log.csv,
+evaluation.csv, needle/ and samples.jsonl. --behind draws other results in grey, --baselines other
+models as dashed lines. The page holds everything it shows and runs no script.
 """
 
 import argparse
+import base64
 import csv
+import gzip
+import html
+import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from config.cli import Parser, run_cli
+import numpy as np
+
+from config import Config
+from config.cli import ConfigError, Parser, run_cli, write_file
+from data.dataset import DataError
+from eval import needle
 from schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-X = {  # what a curve may run along: the words under it
-    "tokens": "tokens",
-    "time": "hours",
-    "gpu-hours": "GPU hours",
-    "share": "of the phase's tokens",
-}
 COLOURS = ("#2563eb", "#0d9668", "#d9480f", "#7c3aed", "#a16207")  # of phases, in order
-BEHIND, INK = "#9aa1ab", "#24292f"
+BEHIND = "#9aa1ab"
 STYLE = {
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.edgecolor": "#80868f", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.35, "grid.linewidth": 0.6, "axes.titlesize": "medium",
-    "axes.titleweight": "bold", "legend.frameon": False, "legend.fontsize": "small",
-    "svg.hashsalt": "curves",  # the same picture is the same file
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.35,
+    "axes.titlesize": "medium", "axes.titleweight": "bold", "legend.frameon": False,
+    "legend.fontsize": "small", "svg.fonttype": "none", "svg.hashsalt": "curves",
 }  # fmt: skip
-
-
-class CurveError(Exception):
-    """A log that cannot be drawn; the message is one line."""
+# Means over some of MMLU's subjects, as Lucie's tables name them.
+CATEGORIES = {"humanities", "other", "social sciences", "stem"}
+# Models tuned to follow instructions do not belong on a curve of pretraining.
+TUNED = re.compile("^4_instruct|Instruct|Chat")
+Test = tuple[str, str, str]  # dataset, num_fewshot, score_name: what may be compared
 
 
 class Curve(NamedTuple):
-    """One phase. Every list has an entry per row of the log; without a validation it is NaN."""
-
     name: str
-    x: dict[str, list[float]]  # by the keys of X
-    loss: list[float]
-    learning_rate: list[float]
-    validation: list[float]
-    vocab_size: int | None  # of the run; None for a bare log
-
-    @property
-    def tokens(self) -> list[float]:
-        return self.x["tokens"]
+    options: dict[str, Any]  # the run's config.json; empty for a log by itself
+    log: dict[str, np.ndarray]  # columns of the log, NaN where a row has nothing, and "share"
 
 
-# --- reading -------------------------------------------------------------------------------------
+class Score(NamedTuple):
+    """A row of an evaluation.csv, or of the baselines, which have no tokens."""
+
+    model: str  # the run; the phase of a table by itself; or the baseline
+    tokens: float
+    test: Test
+    score: float
+    stderr: float  # NaN where it is not known
 
 
-def read(path: Path) -> Curve:
-    """The curve of a run directory or of a log in CSV. Raises CurveError."""
-    file = path / "log.csv" if path.is_dir() else path
-    rows = _rows(file)
-    if rows and None in rows[-1].values():
-        rows.pop()  # cut short by a crash
+class Results(NamedTuple):
+    curves: list[Curve]
+    scores: list[Score]
+    maps: list[tuple]  # what needle.draw takes
+    samples: list[list[str]]  # run, checkpoint, prompt, text
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read(paths: Sequence[Path]) -> Results:
+    """What runs, CSVs and folders hold. Raises DataError, in one line, for anything else."""
+    found = Results([], [], [], [])
+    runs = [path.resolve().name for path in paths if (path / "log.csv").is_file()]
+    for path in paths:
+        label = str(path) if runs.count(path.resolve().name) > 1 else path.resolve().name
+        try:
+            if (path / "log.csv").is_file():
+                options = json.loads((path / "config.json").read_text(encoding="utf-8"))
+                found.curves.append(curve_of(path / "log.csv", label, options))
+                if (path / "evaluation.csv").is_file():
+                    found.scores.extend(scores_of(read_csv(path / "evaluation.csv"), label))
+                found.maps.extend(map(needle.read_map, sorted(path.glob("needle/**/*.csv"))))
+                samples = path / "samples.jsonl"
+                lines = samples.read_text(encoding="utf-8") if samples.is_file() else ""
+                for line in map(json.loads, filter(None, lines.split("\n"))):
+                    keys = ("checkpoint", "prompt", "text")
+                    found.samples.append([label, *(str(line[key]) for key in keys)])
+            elif path.is_dir():
+                found.maps.extend(map(needle.read_map, sorted(path.rglob("*.csv"))))
+            elif "dataset" in (rows := read_csv(path))[0]:
+                found.scores.extend(scores_of(rows))
+            elif "depth" in rows[0]:
+                found.maps.append(needle.read_map(path))
+            else:  # Lucie's own logs are called training_logs_1_pretraining.csv
+                name = re.sub(r"^training_logs_\d_", "Lucie ", path.stem)
+                found.curves.append(curve_of(path, name, {}))
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, csv.Error) as error:
+            what = "no run, log, table of scores or needle map, or a damaged one"
+            raise DataError(f"{path}: {what} ({type(error).__name__}: {error})") from None
+    return found
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, without one that a crash has cut short."""
+    content = file.read_bytes()
     try:
-        options = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
-        x = {"tokens": [float(row["training_tokens"]) for row in rows]}
-        x["time"] = [float(row["walltime"]) for row in rows]
-        x["gpu-hours"] = [float(row["gputime"]) for row in rows]
-        curve = Curve(
-            # Lucie's own are called training_logs_1_pretraining.csv
-            path.name if path.is_dir() else re.sub(r"^training_logs_\d_", "Lucie ", path.stem),
-            x,
-            [float(row["training_loss"]) for row in rows],
-            [float(row["learning_rate"]) for row in rows],
-            [float(row.get("validation_loss") or "nan") for row in rows],
-            options.get("vocab_size"),
-        )
-        planned = _planned_tokens(options) if options else curve.tokens[-1:]
-        x["share"] = [tokens / planned[0] for tokens in curve.tokens]
-    except OSError as error:
-        raise CurveError(f"{error.filename}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise CurveError(f"{file}: not a log with Lucie's columns") from None
-    if not rows:
-        raise CurveError(f"{file}: a log without rows has no curve")
-    return curve
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+    except (EOFError, zlib.error) as error:
+        raise ValueError(error) from None
+    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+    return rows[:-1] if rows and None in rows[-1].values() else rows
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    try:
-        with open(file, encoding="utf-8", newline="") as f:
-            return list(csv.DictReader(f))
-    except (UnicodeDecodeError, csv.Error):
-        raise CurveError(f"{file}: not a log with Lucie's columns") from None
-    except OSError as error:
-        raise CurveError(f"{file}: {error.strerror}") from None
+def curve_of(file: Path, name: str, options: dict) -> Curve:
+    """A log; the options of its run say how many tokens the phase has."""
+    rows = read_csv(file)
+    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+    tokens = whole = log["training_tokens"][-1]
+    if options:
+        schedule = Schedule(SimpleNamespace(**options))
+        whole = schedule.samples_after(schedule.num_steps()) * options["seq_len"]
+    log["share"] = log["training_tokens"] / whole
+    log.setdefault("validation_loss", np.full(len(rows), math.nan))
+    needed = ("training_steps", "training_loss", "learning_rate", "walltime", "gputime")
+    if missing := set(needed) - log.keys() or not tokens:
+        raise ValueError(f"no {missing}")
+    return Curve(name, options, log)
 
 
-def _planned_tokens(options: dict) -> list[float]:
-    """The tokens of a whole phase, by its config."""
-    schedule = Schedule(SimpleNamespace(**options))
-    return [schedule.samples_after(schedule.num_steps()) * options["seq_len"]]
+def scores_of(rows: list[dict[str, str]], run: str = "") -> list[Score]:
+    """The scores of a table, without those of tuned models; run: the name that they get."""
+    scores = []
+    for row in rows:
+        model = row.get("model_name") or row["training_phase"]
+        if not TUNED.search(model):
+            shots = f"{float(row['num_fewshot']):.0f}" if row["num_fewshot"] else ""
+            test = (row["dataset"], shots, row["score_name"])
+            tokens, error = row.get("training_tokens") or 0, row["stderr"].replace("N/A", "")
+            values = (float(tokens), test, float(row["score"]), float(error or "nan"))
+            scores.append(Score(run or model, *values))
+    return scores
 
 
-def smoothed(values: Sequence[float], rows: int) -> list[float]:
-    """Means over `rows` values, an odd number, around each: fewer towards the ends, as many before
-    as after."""
-    out = []
-    for i in range(len(values)):
-        reach = min(rows // 2, i, len(values) - 1 - i)
-        window = values[i - reach : i + reach + 1]
-        out.append(sum(window) / len(window))
-    return out
-
-
-# --- the loss ------------------------------------------------------------------------------------
-
-
-def as_text(curves: list[Curve], width: int = 72, height: int = 16) -> str:
-    """The training loss as a plot of characters, a part of the width and a mark each phase."""
-    losses = [loss for curve in curves for loss in curve.loss]
-    low, high = min(losses), max(losses)
-    part = width // len(curves) - 1
-    parts = []
-    for number, curve in enumerate(curves, 1):
-        grid = [[" "] * part for _ in range(height)]
-        for tokens, loss in zip(curve.tokens, curve.loss):
-            column = min(part - 1, int(tokens / curve.tokens[-1] * part))
-            row = round((high - loss) / ((high - low) or 1) * (height - 1))
-            grid[row][column] = str(number)
-        parts.append(["".join(row) for row in grid])
-    lines = []
-    for number, row in enumerate(zip(*parts)):
-        label = high - number * (high - low) / (height - 1)
-        lines.append(f"{label:6.2f} |{'|'.join(row)}".rstrip())
-    lines.append(f"{'loss':>6} +{'+'.join(['-' * part] * len(curves))}")
-    ends = [magnitude(curve.tokens[-1]) + " tokens" for curve in curves]
-    lines.append(f"{'':8}{' '.join(f'{end:>{part}}' for end in ends)}")
-    for number, curve in enumerate(curves, 1):
-        text = f"{'':8}{number} {curve.name}: loss {curve.loss[-1]:.3f}"
-        if validated := [loss for loss in curve.validation if loss == loss]:
-            text += f", validation {validated[-1]:.3f}"
-            if curve.vocab_size:  # what guessing among all tokens would cost
-                share = validated[-1] / math.log(curve.vocab_size)
-                text += f", {share:.1%} of ln({curve.vocab_size:,})"
-        lines.append(text)
-    return "\n".join(lines)
-
-
-def draw(
-    curves: Sequence[Curve], behind: Sequence[Curve] = (), x: str = "tokens", smooth: int = 1
-) -> "Figure":
-    """The convergence figure: a column a phase, the loss on a common scale and, logarithmic, the
-    learning rate below. Lucie's was drawn like this.
-
-    behind: curves in grey, the first one in the first column and so on. smooth: rows to a mean,
-    an odd number.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    columns = list(zip_longest(curves, behind))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8 if len(columns) == 1 else 4.2 * len(columns), 5.2), dpi=150)
-        figure.set_layout_engine("constrained")
-        axes = figure.subplots(
-            2, len(columns), squeeze=False, sharex="col", sharey="row", height_ratios=(4, 1)
-        )
-        low, high = _limits([curve for pair in columns for curve in pair if curve])
-        for number, (pair, (loss, rate)) in enumerate(zip(columns, axes.T)):
-            end = max(max(curve.x[x]) for curve in pair if curve)
-            scale, unit = (0.01, "%") if x == "share" else scale_of(end)
-            _draw_phase(loss, rate, pair, COLOURS[number % len(COLOURS)], x, scale, smooth)
-            first = pair[0] or pair[1]
-            loss.set_title(first.name, loc="left", pad=18)
-            loss.text(0, 1.02, length(first), transform=loss.transAxes, size=8)
-            loss.set_ylim(low, high)
-            if first.loss[0] > high:
-                at = dict(transform=loss.transAxes, va="top", size=8)
-                loss.text(0.13, 0.98, f"from {first.loss[0]:.2f}", **at)
-            loss.legend(loc="upper right")
-            rate.set_xlabel(" ".join(word for word in (unit, X[x]) if word))
-            rate.set_xlim(-0.02 * end / scale, 1.02 * end / scale)
-        axes[0, 0].set_ylabel("loss (nats per token)")
-        axes[1, 0].set_ylabel("learning rate")
-        rates = [v for pair in columns for c in pair if c for v in c.learning_rate if v > 0]
-        if rates:
-            axes[1, 0].set_yscale("log")
-            axes[1, 0].set_ylim(max(min(rates), max(rates) / 300) / 1.6, 1.6 * max(rates))
-    return figure
-
-
-def _draw_phase(
-    loss: "Axes",
-    rate: "Axes",
-    pair: tuple[Curve | None, Curve | None],
-    colour: str,
-    x: str,
-    scale: float,
-    smooth: int,
-) -> None:
-    """One column; of the pair, ours is drawn over what is behind it."""
-    mean = f", mean of {smooth} rows" if smooth > 1 else ""
-    for curve, ink, order in ((pair[1], BEHIND, 2), (pair[0], colour, 4)):
-        if curve is None:
-            continue
-        xs = [value / scale for value in curve.x[x]]
-        line = smoothed(curve.loss, smooth)
-        label = f"{curve.name if ink == BEHIND else 'loss'} {curve.loss[-1]:.3f}{mean}"
-        if smooth > 1:
-            loss.plot(xs, curve.loss, color=ink, lw=0.8, alpha=0.3, zorder=order - 1)
-        loss.plot(xs, line, color=ink, lw=1.8, label=label, zorder=order)
-        rate.plot(xs, curve.learning_rate, color=ink, lw=1.5, zorder=order)
-        validated = [(at, v) for at, v in zip(xs, curve.validation) if v == v]
-        if validated and ink != BEHIND:
-            style = dict(color=ink, mfc="white", ms=4, lw=1.2, ls=(0, (4, 2)), zorder=order + 1)
-            loss.plot(*zip(*validated), marker="o", label="validation", **style)
-
-
-def _limits(curves: list[Curve]) -> tuple[float, float]:
-    """A range that shows all but the first fall: 97 % of every curve, and room for the legend."""
-    low = min(min(curve.loss) for curve in curves)
-    high = max(sorted(c.loss)[min(len(c.loss) - 1, int(0.97 * len(c.loss)))] for c in curves)
-    high = max([high, *(v for curve in curves for v in curve.validation if v == v)])
-    room = (high - low) or 0.5
-    return low - 0.06 * room, high + 0.2 * room
-
-
-def length(curve: Curve) -> str:
-    """How long a phase has been trained, in words."""
-    words = [f"{magnitude(curve.tokens[-1])} tokens", duration(curve.x["time"][-1])]
-    if curve.x["gpu-hours"][-1] != curve.x["time"][-1]:
-        words.append(duration(curve.x["gpu-hours"][-1]).replace(" ", " GPU "))
-    return ", ".join(words)
-
-
-def duration(hours: float) -> str:
-    """`2.5 min`, `3.21 h`, `1,190 h`."""
-    if hours < 1:
-        return f"{60 * hours:.3g} min"
-    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
+# --- words ----------------------------------------------------------------------------------------
 
 
 def scale_of(number: float) -> tuple[float, str]:
@@ -258,76 +166,349 @@ def scale_of(number: float) -> tuple[float, str]:
     return 10.0**power, names[power]
 
 
-def magnitude(tokens: float) -> str:
-    scale, name = scale_of(tokens)
-    return f"{tokens / scale:.2f} {name}".strip()
+def magnitude(number: float) -> str:
+    """Three digits: `3.12 trillion`."""
+    scale, name = scale_of(number)
+    return f"{number / scale:.3g} {name}".strip()
 
 
-# --- the command ---------------------------------------------------------------------------------
+def length_of(curve: Curve) -> str:
+    """How long a phase has been trained; GPU hours if GPUs, more than one, trained it."""
+    tokens, hours, gpu = (curve.log[n][-1] for n in ("training_tokens", "walltime", "gputime"))
+    words = [f"{magnitude(tokens)} tokens", f"{hours:,.3g} h" if hours < 100 else f"{hours:,.0f} h"]
+    if hours < 1:
+        words[1] = f"{60 * hours:.2g} min"
+    # The MFU is known for GPUs alone; Lucie's logs, which lack the column, are of GPUs.
+    if gpu > hours and not np.isnan(curve.log.get("mfu", np.zeros(1))).all():
+        words.append(f"{gpu:,.3g} GPU h" if gpu < 100 else f"{gpu:,.0f} GPU h")
+    return ", ".join(words)
 
 
-def add_pictures(parser: Parser) -> None:
-    """--png and --svg, for `save`."""
-    for kind in ("png", "svg"):
-        text = f"draw to a {kind.upper()}, too"
-        parser.add_argument(
-            f"--{kind}", type=Path, action="append", dest="pictures", metavar="FILE", help=text
+def last_validation(curve: Curve) -> str:
+    """Its last validation loss, in relation to guessing among all tokens if those are known."""
+    known = curve.log["validation_loss"][~np.isnan(curve.log["validation_loss"])]
+    if not len(known):
+        return ""
+    vocabulary = curve.options.get("vocab_size")
+    share = f", {known[-1] / math.log(vocabulary):.1%} of ln({vocabulary:,})" if vocabulary else ""
+    return f"{known[-1]:.3f}{share}"
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def draw(
+    curves: Sequence[Curve],
+    behind: Sequence[Curve] = (),
+    x: str = "tokens",
+    smooth: int = 1,
+    limits: tuple[float, float] | None = None,
+) -> "Figure":
+    """One column per phase: the loss on a common scale, and the learning rate below.
+
+    behind: curves in grey, the first one in the first column and so on. smooth: rows to a mean,
+    as many before a row as after it, drawn over the rows themselves. There are fewer in the steep
+    beginning; the mean ends where rows are lacking, because a mean of fewer would bend its end.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    columns = list(zip_longest(curves, behind))
+    with rc_context(STYLE):
+        size = (5.6 if len(columns) == 1 else 4.2 * len(columns), 5)
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots(
+            2, len(columns), squeeze=False, sharex="col", sharey="row", height_ratios=(4, 1)
         )
+        low, high = limits or limits_of([curve for pair in columns for curve in pair if curve])
+        for number, ((ours, grey), (loss, rate)) in enumerate(zip(columns, axes.T)):
+            first = ours or grey
+            end = max(curve.log["training_tokens"][-1] for curve in (ours, grey) if curve)
+            scale, unit = (0.01, "% of the phase's") if x == "share" else scale_of(end)
+            for curve, ink in ((grey, BEHIND), (ours, COLOURS[number % len(COLOURS)])):
+                if curve:
+                    xs = curve.log["share" if x == "share" else "training_tokens"] / scale
+                    draw_loss(loss, curve, xs, ink, smooth)
+                    rate.plot(xs, curve.log["learning_rate"], color=ink, lw=1.5)
+            loss.set_title(first.name, loc="left", pad=18)
+            loss.text(0, 1.02, length_of(first), transform=loss.transAxes, size=8)
+            loss.set_ylim(low, high)
+            if (start := first.log["training_loss"][0]) > high:
+                loss.text(
+                    0.1, 0.98, f"from {start:.2f}", transform=loss.transAxes, va="top", size=8
+                )
+            loss.legend(loc="upper right")
+            rate.set_xlabel(f"{unit} tokens".strip())
+        axes[0, 0].set_ylabel("loss (nats per token)")
+        axes[1, 0].set_ylabel("learning rate")
+        rates = np.concatenate([curve.log["learning_rate"] for curve in (*curves, *behind)])
+        if len(rates := rates[rates > 0]):
+            axes[1, 0].set_yscale("log")
+            axes[1, 0].set_ylim(max(min(rates), max(rates) / 300) / 1.6, 1.6 * max(rates))
+    return figure
 
 
-def save(draw: Callable[[], "Figure"], pictures: list[Path]) -> None:
-    """Draw, and write in the formats that the names end in. Raises CurveError."""
-    try:
-        import matplotlib
+def draw_loss(axes: "Axes", curve: Curve, xs: np.ndarray, ink: str, smooth: int) -> None:
+    loss, validation = curve.log["training_loss"], curve.log["validation_loss"]
+    order, name = (2, curve.name) if ink == BEHIND else (4, "loss")
+    label, mean, at = f"{name} {loss[-1]:.3f}", loss, xs
+    if 1 < smooth <= len(loss):
+        axes.plot(xs, loss, color=ink, lw=0.8, alpha=0.3, zorder=order - 1)
+        reach = [min(smooth // 2, row) for row in range(len(loss) - smooth // 2)]
+        mean = [loss[row - r : row + r + 1].mean() for row, r in enumerate(reach)]
+        at, label = xs[: len(mean)], f"{label}, mean of {smooth} rows"
+    axes.plot(at, mean, color=ink, lw=1.8, label=label, zorder=order)
+    if ink != BEHIND and (known := ~np.isnan(validation)).any():
+        style = {"color": ink, "mfc": "white", "ms": 4, "lw": 1.2, "ls": "--", "marker": "o"}
+        axes.plot(xs[known], validation[known], label="validation", zorder=order + 1, **style)
 
-        figure = draw()
-        for path in pictures:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with matplotlib.rc_context(STYLE):
-                figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-            print(f"{'':8}{path}")
-    except ImportError:
-        raise CurveError("drawing needs: pip install matplotlib") from None
-    except ValueError as error:  # a name that ends in no format
-        raise CurveError(f"{path}: {error}") from None
+
+def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
+    """A range that shows all but the first fall: 97 % of every curve, and room for the legend."""
+    low = min(curve.log["training_loss"].min() for curve in curves)
+    high = max(np.quantile(curve.log["training_loss"], 0.97) for curve in curves)
+    validation = np.concatenate([curve.log["validation_loss"] for curve in curves])
+    high = np.nanmax([high, *validation])
+    room = (high - low) or 0.5
+    return low - 0.06 * room, high + 0.2 * room
+
+
+# --- benchmarks -----------------------------------------------------------------------------------
+
+
+def tests_of(scores: Sequence[Score]) -> list[Test]:
+    """The tests that stand for a benchmark: mmlu, and not its 57 subjects. In their order.
+
+    A subject's name begins with its benchmark's. What has subjects of its own is a benchmark, such
+    as mmlu_continuation. Raises DataError if there are none.
+    """
+    if not scores:
+        raise DataError("no scores to draw: python -m eval.harness RUN --tasks NAMES")
+    names = {score.test[0] for score in scores}
+    whole = {name for name in names if any(other.startswith(f"{name}_") for other in names)}
+    parts = {name for name in names for other in whole if name.startswith(f"{other}_")}
+    wanted = names - ((parts | CATEGORIES) - whole)
+    return [test for test in dict.fromkeys(score.test for score in scores) if test[0] in wanted]
+
+
+def points_of(scores: Sequence[Score], test: Test) -> dict[str, np.ndarray]:
+    """{model: tokens, score and stderr of each checkpoint, `[checkpoints, 3]`} of one test.
+
+    A checkpoint that was evaluated more than once counts with its mean.
+    """
+    found: dict[str, dict[float, list]] = {}
+    for model, tokens, this, *values in scores:
+        if this == test:
+            found.setdefault(model, {}).setdefault(tokens, []).append((tokens, *values))
+    return {
+        model: np.array([np.mean(same, axis=0) for _, same in sorted(by_tokens.items())])
+        for model, by_tokens in found.items()
+    }
+
+
+def draw_scores(
+    scores: Sequence[Score],
+    tests: Sequence[Test],
+    behind: Sequence[Score] = (),
+    baselines: Sequence[Score] = (),
+    x: str = "tokens",
+) -> "Figure":
+    """Scores against tokens, one panel per test: the first phase along the axis, later ones, which
+    are short beside it, in strips of their own after it. Shaded: one standard error.
+
+    x: tokens, or the share of the first phase's tokens, of ours and of those behind.
+    """
+    from matplotlib import colormaps, rc_context
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(score.model for score in baselines))
+    across = min(4, len(tests))
+    down = -(-len(tests) // across)
+    with rc_context(STYLE | {"axes.titlesize": "small"}):
+        size = (max(5.6, 3.5 * across), 0.7 + 2.6 * down)
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        named: dict[str, Any] = {}
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        for panel in panels[len(tests) :]:
+            panel.set_axis_off()
+        for panel, test in zip(panels, tests):
+            for number, model in enumerate(models):
+                for _, score, _ in points_of(baselines, test).get(model, ()):
+                    style = {"color": colormaps["Dark2"](number % 8), "ls": "--", "lw": 1}
+                    panel.axhline(score, label=model, **style)
+            draw_phases(panel, points_of(behind, test), x, ours=False)
+            draw_phases(panel, points_of(scores, test), x, ours=True)
+            panel.tick_params(labelsize=7)
+            name, shots, kind = test
+            panel.set_title(name.replace("_", " "), loc="left")
+            how = kind.split(",")[0] + (f", {shots}-shot" if shots else "")
+            panel.set_title(how, loc="right", size=7, weight="normal")
+            named |= {text: line for line, text in zip(*panel.get_legend_handles_labels())}
+        style = {"loc": "outside lower center", "ncols": min(5, 1 + across), "fontsize": 8}
+        figure.legend(named.values(), named, **style)
+    return figure
+
+
+def draw_phases(panel: "Axes", phases: dict[str, np.ndarray], x: str, ours: bool) -> None:
+    if not phases:
+        return
+    end = next(iter(phases.values()))[:, 0].max() or 1  # 0 where tokens are not known
+    scale, unit = (end / 100, "% of the first phase's") if x == "share" else scale_of(end)
+    for number, (model, points) in enumerate(phases.items()):
+        tokens, score, error = points.T
+        if number:
+            tokens = end * np.linspace(0, 0.06, len(tokens)) + end * (0.97 + 0.09 * number)
+        ink = COLOURS[number % len(COLOURS)] if ours else BEHIND
+        label = re.sub(r"^\d_", "", model) if ours else "behind"
+        style = {"color": ink, "marker": "o", "ms": 2.5, "lw": 1.5, "zorder": 2 + 2 * ours}
+        panel.plot(tokens / scale, score, label=label, **style)
+        shade = {"color": ink, "alpha": 0.15, "lw": 0}
+        panel.fill_between(tokens / scale, score - error, score + error, **shade)
+    panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= end / scale])
+    panel.set_xlabel(f"{unit} tokens".strip(), size=7)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: #24292f; background: #fff;
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+.pictures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+img { width: 100%; max-width: 40rem; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; min-width: 6rem;
+  border-bottom: 1px solid #dfe2e6; font-weight: 400; }
+details { background: #f5f6f8; border-radius: 8px; padding: .5rem .9rem; margin: .6rem 0; }
+</style>
+<h1>$title</h1>
+$sections</html>
+""")
+
+
+def table(*rows: Sequence[object]) -> str:
+    """Rows of text, not HTML; the first row and the first cell of each are headings."""
+    lines = []
+    for number, (first, *rest) in enumerate(rows):
+        tag = "td" if number else "th"
+        cells = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in rest)
+        lines.append(f"<tr><th>{html.escape(str(first))}</th>{cells}</tr>\n")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
+
+
+def pictures(figures: dict[str, "Figure"]) -> str:
+    """Figures by what they show, as SVG, beside each other where the screen is wide enough."""
+    from matplotlib import rc_context
+
+    parts = []
+    for label, figure in figures.items():
+        svg = io.BytesIO()
+        with rc_context(STYLE):
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+        source = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
+        parts.append(f'<img alt="{html.escape(label)}" src="{source}">\n')
+    return f'<div class="pictures">{"".join(parts)}</div>\n' if parts else ""
+
+
+def page(found: Results, behind: Results, baselines: list[Score], x: str, smooth: int) -> str:
+    """All results as HTML."""
+    curves, names = found.curves, [curve.name for curve in found.curves]
+    if not curves:
+        raise DataError("--html needs a run or a log")
+    common = limits_of([*curves, *behind.curves])
+    losses = {
+        f"loss and learning rate of {curve.name}": draw([curve], grey, x, smooth, common)
+        for number, curve in enumerate(curves)
+        for grey in [behind.curves[number : number + 1]]
+    }
+    facts = [
+        ["trained", *map(length_of, curves)],
+        ["share of the phase", *(f"{curve.log['share'][-1]:.0%}" for curve in curves)],
+        ["steps", *(f"{curve.log['training_steps'][-1]:,.0f}" for curve in curves)],
+        ["loss", *(f"{curve.log['training_loss'][-1]:.3f}" for curve in curves)],
+        ["validation loss", *map(last_validation, curves)],
+    ]
+    scores = {
+        f"{test[0]} over training": draw_scores(found.scores, [test], behind.scores, baselines, x)
+        for test in (tests_of(found.scores) if found.scores else ())
+    }
+    maps = {title: needle.draw(scores, trained, title) for scores, trained, title in found.maps}
+    texts: dict[str, list] = {}
+    for run, checkpoint, prompt, text in found.samples:
+        texts.setdefault(prompt, []).append((f"{run}, {checkpoint}", text))
+    samples = "".join(
+        f"<details><summary>{html.escape(prompt)}</summary>"
+        f"{table(('checkpoint', 'completion'), *rows)}</details>\n"
+        for prompt, rows in texts.items()
+    )
+    default, chosen = vars(Config()), []
+    for option in dict.fromkeys(option for curve in curves for option in curve.options):
+        values = [curve.options.get(option, "") for curve in curves]
+        if any(value != default.get(option) for value in values):
+            chosen.append([option, *values])
+    sections = {
+        "Training": table(["", *names], *facts) + pictures(losses),
+        "Benchmarks": pictures(scores),
+        "Needle in a haystack": pictures(maps),
+        "Samples": samples,
+        "Configuration": table(["option", *names], *chosen) + "All others have their defaults.",
+    }
+    parts = (f"<h2>{name}</h2>\n{content}\n" for name, content in sections.items() if content)
+    return PAGE.substitute(title=html.escape(" · ".join(names)), sections="".join(parts))
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m eval.curves",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="runs or their CSV, in order of phases")
-    parser.add_argument("--behind", nargs="+", type=Path, default=[], help="the same, in grey")
-    parser.add_argument(
-        "--x",
-        choices=X,
-        default="tokens",
-        help="share: of the phase's tokens, to compare runs of other lengths",
-    )
-    parser.add_argument(
-        "--smooth",
-        type=int,
-        default=1,
-        metavar="ROWS",
-        help="mean of so many rows of the log, an odd number, as many before each as after it "
-        "(fewer at the ends); the rows themselves stay, faint. 1: none",
-    )
-    add_pictures(parser)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m eval.curves", description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, CSVs or needle folders, in order")
+    many = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
+    parser.add_argument("--behind", help="results to draw in grey", **many)
+    parser.add_argument("--baselines", help="tables of scores of other models", **many)
+    share = "share: of the phase's tokens, to compare runs of other lengths"
+    parser.add_argument("--x", choices=("tokens", "share"), default="tokens", help=share)
+    mean = "draw means of so many rows of the log, an odd number; default: 1"
+    parser.add_argument("--smooth", type=int, default=1, metavar="ROWS", help=mean)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw loss and learning rate here")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="draw benchmark scores here")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with everything")
     args = parser.parse_args(argv)
     if args.smooth < 1 or args.smooth % 2 == 0:
-        parser.error(f"--smooth is an odd number, not {args.smooth}")
+        raise ConfigError(f"--smooth is an odd number, not {args.smooth}")
     return args
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    curves, behind = [read(path) for path in args.runs], [read(path) for path in args.behind]
-    print(as_text(curves))
-    if args.pictures:
-        save(lambda: draw(curves, behind, args.x, args.smooth), args.pictures)
+    found, behind, baselines = read(args.runs), read(args.behind), read(args.baselines).scores
+    written = [path for path in (args.png, args.scores, args.html) if path]
+    try:
+        for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if args.png:
+            draw(found.curves, behind.curves, args.x, args.smooth).savefig(args.png)
+        if args.scores:
+            shown = (found.scores, tests_of(found.scores), behind.scores, baselines, args.x)
+            draw_scores(*shown).savefig(args.scores)
+        if args.html:
+            content = page(found, behind, baselines, args.x, args.smooth)
+            write_file(args.html, content.encode())
+    except ImportError:
+        raise ConfigError("drawing needs matplotlib: pip install matplotlib") from None
+    for path in written:
+        print(f"wrote {path}")
+    for number, curve in enumerate(found.curves, 1):
+        validation = last_validation(curve)
+        loss = f"loss {curve.log['training_loss'][-1]:.3f}"
+        print(f"{number} {curve.name}: {loss}{validation and f', validation {validation}'}")
 
 
 if __name__ == "__main__":
-    run_cli(main, CurveError)
+    run_cli(main, DataError, ValueError)

@@ -1,302 +1,466 @@
 """Lucie's benchmarks, with lm-evaluation-harness (pip install -r requirements-eval.txt).
 
     python -m eval.harness out/pretrain --tasks french,english
+    python -m eval.harness out/pretrain --tasks french --samples --all_checkpoints --follow
     torchrun --nproc-per-node=8 -m eval.harness hf:OpenLLM-France/Lucie-7B --tasks arc_challenge
     python -m eval.harness out/demo_pretrain --tasks mine --include_path my_tasks
 
-Tasks are french, english, multilingual, leaderboard-fr (what Lucie was evaluated on, eval/tasks.py)
-and any name of lm-evaluation-harness; those that Lucie ran get the same few-shot examples. YAML and
-JSONL of your own need no network: --include_path. (A data_files in them is relative to where you
-run this.)
+Tasks are french, english, multilingual, leaderboard-fr (what Lucie was evaluated on: tasks.json;
+the last group needs its YAML files in --include_path) and any name of lm-evaluation-harness. Those
+that Lucie ran get the same number of few-shot examples. Your own YAML and JSONL need no network.
 
     RUN/evaluation.csv                             scores, in the columns Lucie published
-        evaluation/1_main_step0005000/mmlu_5shot.json   all that lm-evaluation-harness said of one
+        evaluation/1_main_step0005000/mmlu_5shot.json   all that lm-evaluation-harness reports
+        samples.jsonl                              with --samples: greedy completions
 
-A task that has its JSON is not evaluated again; a JSON of other weights is an error. One that
-cannot be loaded or computed does not stop the others. With --limit both are evaluation_limitN.
+A task that has its JSON is not evaluated again, so a killed command continues when it is given
+again. A task that fails is one line on stderr and does not stop the others. With --limit N, names
+begin with evaluation_limitN. Under torchrun every rank holds the whole model and answers its share.
 """
 
 import argparse
+import csv
 import difflib
-import functools
+import io
 import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from checkpoint import CheckpointError, write_text
-from config.cli import ConfigError, Parser, run_cli
+import checkpoint
+import hf
+from checkpoint import CheckpointError
+from config.cli import ConfigError, Parser, in_one_line, run_cli, write_file
 from data.dataset import DataError
-from data.tokenizer import Tokenizer
-from eval.opening import add_model_options, fingerprint, open_with_tokenizer
-from eval.scores import Weights, add_rows, read_rows, rows_of, weights_of
-from eval.tasks import GROUPS, PUBLISHED, Task
+from data.tokenizer import BOS, EOS, Tokenizer
+from eval.perplexity import HEAD_ROWS, add_model_options, newest_of, open_model
+from generate import Sampling, complete, decode
 from model import Lucie
 from parallel import gather, rank, start_processes, together, world_size
+from schedule import Schedule
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError:  # tasks_of says how to install it
+    TemplateLM = object
 
-    from eval.adapter import LucieLM
+# {group: {benchmark, as Lucie's tables name it: {task: few-shot examples, null for its own}}}
+GROUPS = json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))
+COLUMNS = ("training_phase", "training_steps", "training_tokens", "benchmark", "dataset")
+COLUMNS += ("num_fewshot", "score_name", "score", "stderr")
+PHASES = {"pretrain": "1_main", "extension": "2_extension", "annealing": "3_annealing"}
+KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+PROMPTS = (
+    "The capital of France is", "La capitale de la France est", "Die Hauptstadt von Frankreich ist",
+    "La capital de Francia es", "La capitale della Francia è",
+)  # fmt: skip
 
-SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-evaluation-harness's
+
+class Task(NamedTuple):
+    benchmark: str
+    name: str
+    num_fewshot: int | None
 
 
-class TasksFailed(Exception):
-    """Why some tasks have no scores; `rows` are the scores of the others."""
-
-    def __init__(self, reasons: list[str], rows: list[dict]) -> None:
-        super().__init__("; ".join(reasons))
-        self.rows = rows
+# --- Lucie as a model of lm-evaluation-harness ----------------------------------------------------
 
 
-def evaluate(
-    model: Lucie,
-    tokenizer: Tokenizer,
-    tasks: Sequence[str],
-    weights: Weights,
-    out: Path,
-    *,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    batch_tokens: int = 16_384,
-    include_path: str | None = None,
-    again: bool = False,
-    progress: bool = False,
-) -> list[dict]:
-    """Evaluate and record; the rows of `out`, a CSV, that belong to these tasks and weights.
+class LucieLM(TemplateLM):
+    """Answers requests; TemplateLM splits a context and its continuation into ids.
 
-    Every rank calls this with the whole model; rank 0 writes. tasks, include_path: see above.
-    fewshot: for all tasks, instead of their own. limit: so many questions of each. batch_tokens:
-    ids in a forward pass. What is recorded already is not computed, unless again. The model is in
-    its mode afterwards, and generators of random numbers are where they were.
-
-    Before anything is computed, raises ConfigError for a task that does not exist or a record of
-    other weights, DataError for a file that is not a table of scores, and OSError if `out` cannot
-    be written. When all is done, raises TasksFailed if tasks could not be loaded or computed.
+    batch_tokens: ids in one forward pass, with padding and the tokens to be generated.
     """
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise ValueError("this model is sharded: evaluate its checkpoint instead")
-    read_rows(out)
-    manager, wanted = check(tasks, include_path, fewshot)
-    adapter = _adapter_class()(model, tokenizer, batch_tokens, progress and rank() == 0)
-    folder, own = out.with_suffix("") / weights.folder(), fingerprint(model)
-    files = [folder / _file_name(task) for task in wanted]
-    records = [gather(None if again else _record(file, weights, limit))[0] for file in files]
-    for file, record in zip(files, records):
-        if record and record["fingerprint"] != own:
-            raise ConfigError(
-                f"{file} is of other weights or another dtype: choose another --out, or --again"
-            )
-    together(_begin, out, folder, errors=(OSError,))
-    rows, reasons = [], []
-    for number, (task, file, record) in enumerate(zip(wanted, files, records), start=1):
-        if fewshot and task.num_fewshot == 0 and rank() == 0:
-            print(f"{task.name} never has examples: 0, not {fewshot}", file=sys.stderr)
-        if record is None:
-            adapter.label = f"{number}/{len(wanted)} {task.name}"
-            try:
-                with _left_as_found(model):
-                    results = _results(adapter, manager, task, limit)
-            except Exception as error:  # a task brings code of its own
-                if world_size() > 1 and not getattr(error, "on_all_ranks", False):
-                    raise  # the other ranks, which know nothing of it, are not to wait
-                why = _reason(error)
-                if isinstance(error, torch.OutOfMemoryError):
-                    why = f"out of memory, try --batch_tokens={max(1, batch_tokens // 2)}"
-                reasons.append(f"{task.name}: {why}")
-                continue
-            record = {"weights": weights, "fingerprint": own, "limit": limit}
-            record |= {"rows": rows_of(results, task, weights), "results": results}
-            if rank() == 0:
-                write_text(file, json.dumps(record, indent=1, ensure_ascii=False, default=str))
-        if rank() == 0:
-            add_rows(out, record["rows"])
-        rows += record["rows"]
-    if reasons:
-        raise TasksFailed(reasons, rows)
-    return rows
+
+    eot_token_id, prefix_token_id = EOS, BOS
+
+    def __init__(
+        self, model: Lucie, tokenizer: Tokenizer, batch_tokens: int = 16_384, label: str = ""
+    ) -> None:
+        super().__init__()
+        self.model, self._tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.label, self.room = label, model.config.max_position_embeddings
+        self._device = model.embed_tokens.weight.device
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Exactly one `<s>` begins the ids, or none if add_special_tokens is False."""
+        while string.startswith("<s>"):
+            string = string.removeprefix("<s>")
+        return self._tokenizer.encode(string)[add_special_tokens is False :]
+
+    def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation in nats, whether greedy decoding gives it) of each
+        (texts, ids of a context, ids of its continuation). A context that is too long loses its
+        beginning. Raises ValueError for a continuation longer than the model's context.
+
+        Requests that differ only in their last id, such as the letters of a multiple-choice
+        question, are read once.
+        """
+        readers: dict[tuple, list[tuple[int, list[int]]]] = {}  # {what is read: what it answers}
+        for number, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.room:
+                size = f"a continuation has {len(continuation):,} tokens"
+                raise ValueError(f"{size}, the model's context {self.room:,}")
+            if continuation:
+                read = tuple([*context, *continuation][-self.room - 1 : -1])
+                readers.setdefault(read, []).append((number, continuation))
+        items = [(read, [ids for _, ids in asked]) for read, asked in readers.items()]
+        answers = [(0.0, True)] * len(requests)  # an empty continuation is certain
+        found = self._share(items, lambda item: len(item[0]), self._scores)
+        for asked, scores in zip(readers.values(), found):
+            for (number, _), score in zip(asked, scores):
+                answers[number] = score
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text (nats): of all its ids but `<s>`, each once, in windows as
+        long as the context. The last window reaches back to be full; the others begin with the
+        last id of the one before."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pieces, owners, totals = [], [], [0.0] * len(requests)
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(ids, BOS, self.room, 1):
+                pieces.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(pieces)):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """What follows each (context, generation_kwargs), up to `</s>`, a text of "until", or
+        max_gen_toks (256 by default). Greedy texts do not depend on batches or ranks.
+
+        Raises ValueError for generation_kwargs that are not known here, or for max_gen_toks that
+        leave no room for a context.
+        """
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        alike: dict[str, list[int]] = {}  # {generation_kwargs: requests}
+        for number, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        texts = [""] * len(requests)
+        for asked, numbers in alike.items():
+            how = normalize_gen_kwargs(json.loads(asked))
+            stops, new = handle_stop_sequences(how["until"], "</s>"), how["max_gen_toks"]
+            if unknown := how.keys() - KNOWN:
+                raise ValueError(f"generation_kwargs {', '.join(sorted(unknown))}: not known here")
+            if not 0 < new < self.room:
+                limits = f"max_gen_toks is 1 to {self.room - 1:,} with this model's context"
+                raise ValueError(f"{limits}, not {new:,}: set it in the task's generation_kwargs")
+            drawn = (how.get("temperature", 1.0), how.get("top_k", 0), how.get("top_p", 1.0))
+            sampling = Sampling(*drawn) if how["do_sample"] else Sampling(temperature=0)
+            manner = (new, sampling, [stop for stop in stops if stop])
+            generator = torch.Generator(self._device).manual_seed(42)
+            prompts = [
+                (self.tok_encode(requests[n].args[0])[new - self.room :], *manner, generator)
+                for n in numbers
+            ]
+            found = self._share(prompts, lambda prompt: len(prompt[0]) + prompt[1], self._continued)
+            for number, text in zip(numbers, found):
+                texts[number] = text
+        return texts
+
+    def _share(self, items: Sequence, size: Callable[[Any], int], work: Callable) -> list:
+        """The answers to items. Each rank takes every world-th of them, the largest first, so that
+        a lack of memory shows at once; work(items) answers a batch."""
+        order = sorted(range(len(items)), key=lambda number: -size(items[number]))
+
+        def mine() -> dict[int, Any]:
+            rest, answers = order[rank() :: world_size()], {}
+            with tqdm(desc=self.label, total=len(rest), disable=rank() > 0) as bar:
+                while rest:
+                    count = max(1, self.batch_tokens // size(items[rest[0]]))
+                    batch, rest = rest[:count], rest[count:]
+                    answers |= zip(batch, work([items[number] for number in batch]))
+                    bar.update(len(batch))
+            return answers
+
+        found = {}
+        for part in gather(together(mine, errors=(ValueError, torch.OutOfMemoryError))):
+            found |= part
+        return [found[number] for number in range(len(items))]
+
+    @torch.no_grad()
+    def _scores(self, batch: list[tuple[tuple, list]]) -> list[list[tuple[float, bool]]]:
+        """For each (ids to read, continuations that end one id after them): a score for each
+        continuation. The floor is 2 N FLOPs per id read, and 2 D V per id scored."""
+        tokens = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.int64)  # the longest first
+        for row, (read, _) in zip(tokens, batch):
+            row[: len(read)] = torch.tensor(read)
+        found = []
+        for hidden, (read, continuations) in zip(self.model.hidden(tokens.to(self._device)), batch):
+            found.append([])
+            for ids in continuations:
+                logprob, greedy = 0.0, True
+                rows = hidden[len(read) - len(ids) : len(read)].split(HEAD_ROWS)
+                targets = torch.tensor(ids, device=self._device).split(HEAD_ROWS)
+                for x, target in zip(rows, targets):
+                    logits = self.model.lm_head(x).float()
+                    chosen = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
+                    logprob += float(chosen.double().sum())
+                    greedy &= bool((logits.argmax(-1) == target).all())
+                found[-1].append((logprob, greedy))
+        return found
+
+    def _continued(self, batch: list[tuple]) -> list[str]:
+        """The text after each (prompt ids, max_gen_toks, Sampling, stop texts, generator)."""
+        _, new, sampling, stops, generator = batch[0]
+        ids: list[list[int]] = [[] for _ in batch]
+        prompts = [prompt for prompt, *_ in batch]
+        for number, step in enumerate(decode(self.model, prompts, new, sampling, generator), 1):
+            for row, token, _ in step:
+                ids[row].append(token)
+            if number % 16 == 0:  # reading texts at every step would take longer
+                texts = [self._tokenizer.decode(row) for row in ids]
+                ended = [row[-1] in self.model.eos_token_ids for row in ids]
+                if all(end or any(map(text.count, stops)) for end, text in zip(ended, texts)):
+                    break
+        texts = [self._tokenizer.decode(row) for row in ids]
+        for stop in stops:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
 
 
-def check(
-    names: Sequence[str], include_path: str | None, fewshot: int | None = None
-) -> tuple["TaskManager", list[Task]]:
-    """What can load tasks, and the tasks that names stand for.
+# --- what is evaluated and recorded ---------------------------------------------------------------
+
+
+def tasks_of(names: Sequence[str], include_path: str | None, fewshot: int | None = None) -> tuple:
+    """(lm-evaluation-harness's TaskManager, the tasks that names stand for, each once).
 
     Raises ConfigError if lm-evaluation-harness, a name or the folder of include_path is missing.
     """
-    _adapter_class()
-    manager = _tasks_there_are(tuple(names), include_path)
-    return manager, chosen(names, manager, fewshot)
-
-
-def _adapter_class() -> "type[LucieLM]":
     try:
-        from eval.adapter import LucieLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError(
-            f"{error.name} is missing: pip install -r requirements-eval.txt"
-        ) from None
-    return LucieLM
-
-
-def chosen(names: Sequence[str], manager: "TaskManager", fewshot: int | None) -> list[Task]:
-    """The tasks that names stand for, each once. Raises ConfigError for an unknown name."""
-    found: dict[str, Task] = {}
-    known = manager.task_index
-    for name in names:
-        tasks = GROUPS.get(name)
-        if tasks is None and name not in known:
-            near = difflib.get_close_matches(name, [*GROUPS, *known], 1)
+        install = "pip install -r requirements-eval.txt"
+        raise ConfigError(f"{error.name} is missing: {install}") from None
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"{include_path}: no such folder of tasks")
+    published = {
+        group: [Task(b, name, shots) for b, tasks in table.items() for name, shots in tasks.items()]
+        for group, table in GROUPS.items()
+    }
+    by_name = {task.name: [task] for tasks in published.values() for task in tasks} | published
+    tasks = [task for name in names for task in by_name.get(name, [Task(name, name, None)])]
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if any(task.name not in manager.task_index for task in tasks):
+        manager = TaskManager(include_path=include_path)  # reads 14,000 files
+    for task in tasks:
+        if task.name not in manager.task_index:
+            near = difflib.get_close_matches(task.name, [*GROUPS, *manager.task_index], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"no task {name}: --include_path=DIR for your own{hint}")
-        if tasks is None:
-            tags = sorted(known[name].tags) if known[name].kind.name == "TAG" else [name]
-            tasks = [PUBLISHED.get(tag, Task(name, tag, None)) for tag in tags]
-        for task in tasks:
-            if task.name not in known:
-                raise ConfigError(
-                    f"{name}: lm-evaluation-harness has no {task.name}; --include_path=DIR with it"
-                )
-            if fewshot is not None:
-                shots = 0 if _without_examples(task.name, known) else fewshot
-                task = task._replace(num_fewshot=shots)
-            found[task.name] = task
-    return list(found.values())
+            raise ConfigError(f"no task {task.name}: --include_path DIR for your own{hint}")
+    if fewshot is not None:
+        tasks = [task._replace(num_fewshot=fewshot) for task in tasks]
+    return manager, list(dict.fromkeys(tasks))
 
 
-def _without_examples(part: str | dict, index: dict) -> bool:
-    """Whether a task, or all of a group, has its number of examples fixed at 0."""
-    own = {"task": part} if isinstance(part, str) else part
-    if isinstance(own.get("task"), str) and own["task"] in index:
-        own = (index[own["task"]].cfg or {}) | (own if isinstance(part, dict) else {})
-    if isinstance(own.get("task"), list):
-        return all(_without_examples(part, index) for part in own["task"])
-    return own.get("num_fewshot") == 0
+def weights_of(source: str) -> dict[str, Any]:
+    """Which weights those of a checkpoint or of a model in the Hugging Face layout are: the first
+    three of COLUMNS, steps and tokens over all phases or None if they are unknown."""
+    state_file = Path(source) / "state.json"
+    if not source.startswith("hf:") and state_file.is_file():
+        state = checkpoint.read_state(source)
+        name, trained = state["config"].get("name", ""), hf.trained(state)
+        name = next((phase for word, phase in PHASES.items() if word in name), name)
+    else:
+        path = source.removeprefix("hf:")
+        folder = hf.folder_of(path) if source.startswith("hf:") else Path(source)
+        name, trained = Path(path).name, hf.training_of(folder)
+    return dict.fromkeys(COLUMNS[:3]) | {"training_phase": name} | trained
 
 
-@functools.cache  # it takes seconds
-def _tasks_there_are(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
-    """What lm-evaluation-harness can load; of 14,000 files only where one's own do not suffice."""
-    from lm_eval.tasks import TaskManager
+def evaluate(lm: LucieLM, manager: Any, task: Task, weights: dict, out: Path, limit=None) -> None:
+    """Evaluate one task; rank 0 shows its scores, puts them into `out` and all results beside it.
 
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise ConfigError(f"{include_path}: no such folder of tasks")
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        wanted = [t.name for name in names for t in GROUPS.get(name, [Task("", name, None)])]
-        if all(name in own.task_index for name in wanted):
-            return own
-    return TaskManager(include_path=include_path)
+    Every rank calls this with the whole model, which is in its mode afterwards, as the generators
+    of random numbers are where they were. Raises what the task raises.
+    """
+    from lm_eval.evaluator import simple_evaluate
 
-
-def _results(adapter: "LucieLM", manager: "TaskManager", task: Task, limit: int | None) -> dict:
-    """What lm-evaluation-harness says of one task, without the single answers."""
-    from lm_eval.evaluator import evaluate as lm_evaluate
-
-    # some tasks shuffle their choices as they are loaded
-    random.seed(SEEDS["python"])
-    np.random.seed(SEEDS["numpy"])
-    torch.manual_seed(SEEDS["torch"])
-    loaded = together(_loaded, manager, task.name, errors=(ValueError,))
-    for part in loaded["tasks"].values():
-        own = part.get_config("num_fewshot")
-        if own != 0 and task.num_fewshot is not None:  # 0 is for tasks that have no examples
-            part.set_config(key="num_fewshot", value=task.num_fewshot)
-        elif own is None:
-            part.set_config(key="num_fewshot", value=0)
-        part.set_fewshot_seed(seed=SEEDS["fewshot"])
-    iterations = 100_000 if rank() == 0 else 0  # of errors that have no formula
-    return lm_evaluate(adapter, loaded, limit=limit, bootstrap_iters=iterations, log_samples=False)
-
-
-def _loaded(manager: "TaskManager", name: str) -> dict:
-    try:
-        return manager.load([name])
-    except Exception as error:  # datasets has dozens of its own
-        raise ValueError(f"not loaded ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error; a ValueError needs no name, those of others' code do."""
-    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return name + str(error).strip().partition("\n")[0]
+    options = {"num_fewshot": task.num_fewshot, "task_manager": manager, "limit": limit}
+    options["bootstrap_iters"] = 100_000 if rank() == 0 else 0  # for errors without a formula
+    with left_as_found(lm.model):
+        if world_size() > 1:  # a task that one rank cannot load fails on all
+            together(manager.load, [task.name], errors=(Exception,))
+        results = simple_evaluate(lm, tasks=[task.name], log_samples=False, **options)
+    if rank() == 0:
+        file = record_of(out, weights, task)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = rows_of(results, task, weights)
+        for row in rows:
+            error = f" ± {float(row['stderr']):.4f}" if row["stderr"] else ""
+            print(f"{row['dataset']:36} {row['score_name']:24} {float(row['score']):.4f}{error}")
+        add_rows(out, rows)
+        write_file(file, json.dumps(results, indent=1, ensure_ascii=False, default=str).encode())
 
 
 @contextmanager
-def _left_as_found(model: Lucie) -> Iterator[None]:
-    """Evaluation mode within; the mode and the generators of before after it."""
+def left_as_found(model: Lucie) -> Iterator[None]:
+    """Evaluation mode within; afterwards the mode and the generators of before."""
     training, python, numpy = model.training, random.getstate(), np.random.get_state()
     device = model.embed_tokens.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            yield model.eval()
+            model.eval()
+            yield
         finally:
             model.train(training)
             random.setstate(python)
             np.random.set_state(numpy)
 
 
-def _file_name(task: Task) -> str:
+def record_of(out: Path, weights: dict, task: Task) -> Path:
+    """The JSON of a task; it is written last, so where it exists the scores are in `out`."""
+    phase, steps, _ = weights.values()
+    folder = phase if steps is None else f"{phase}_step{steps:07d}"
     shots = "" if task.num_fewshot is None else f"_{task.num_fewshot}shot"
-    return f"{task.name}{shots}.json"
+    return out.with_suffix("") / folder / f"{task.name}{shots}.json"
 
 
-def _begin(out: Path, folder: Path) -> None:
-    """An error of writing now, not after the first task."""
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        add_rows(out, [])
+def rows_of(results: dict, task: Task, weights: dict) -> list[dict]:
+    """A row for each score of each dataset, spelt as in Lucie's tables."""
+    rows = []
+    for dataset, scores in results["results"].items():
+        shots = results["n-shot"][dataset] if dataset in results["configs"] else None
+        name = dataset.rpartition("::")[2]  # of a group defined within another one
+        if name.startswith("mmlu_") and name.endswith("_continuation"):
+            name = f"mmlu_continuation_{name[len('mmlu_') : -len('_continuation')]}"
+        for score_name, score in scores.items():
+            metric, comma, kind = score_name.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(score, int | float):
+                continue
+            error = scores.get(f"{metric}_stderr,{kind}")
+            values = [*weights.values(), task.benchmark, name, shots, score_name, score]
+            values += [error if isinstance(error, float) else None]
+            texts = (str(float(v)) if isinstance(v, int | float) else v or "" for v in values)
+            rows.append(dict(zip(COLUMNS, texts)))
+    return rows
 
 
-def _record(file: Path, weights: Weights, limit: int | None) -> dict | None:
-    """What was recorded of a task, if of these weights and with this limit."""
+def read_rows(out: Path) -> list[dict]:
+    """The rows of a table of scores, none if there is no file. Raises DataError for another one."""
+    if not out.exists():
+        return []
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        same = (record["weights"], record["limit"]) == (list(weights), limit)
-        known = isinstance(record["rows"], list) and isinstance(record["fingerprint"], str)
-        return record if same and known else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        reader = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"), newline=""))
+        if tuple(reader.fieldnames or ()) == COLUMNS:
+            return list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    raise DataError(f"{out}: not a table of scores with the columns {','.join(COLUMNS)}")
 
 
-# --- the command ---------------------------------------------------------------------------------
+def add_rows(out: Path, rows: list[dict]) -> None:
+    """Put rows in the table; a score that is there already is replaced."""
+    table = {tuple(row[name] for name in COLUMNS[:7]): row for row in [*read_rows(out), *rows]}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.values())
+    write_file(out, text.getvalue().encode())
 
 
-def names_in(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+# --- the command ----------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path, follow: bool, poll: float = 30.0) -> Iterator[str]:
+    """The complete checkpoints of a run, the oldest first, each once. follow: also those to come,
+    up to that of the run's last step; poll: seconds between looks. Raises CheckpointError."""
+    last, seen = 0, set()
+    if follow:
+        options = hf.read_json(run / "config.json")
+        last = Schedule(SimpleNamespace(**options)).num_steps()
+    while True:
+        there = gather(checkpoint.found(run / "checkpoints"))[0]
+        if new := [path for _, path in there if path not in seen]:
+            seen.add(new[0])
+            yield str(new[0])  # then look again: others may have come, or gone
+        elif not follow or (there and there[-1][0] >= last):
+            break
+        else:
+            time.sleep(poll)
+    if not seen:
+        raise CheckpointError(f"{run}: no complete checkpoint there")
+
+
+def evaluate_source(source: str, run: Path, args: argparse.Namespace, found: tuple) -> bool:
+    """Do for one checkpoint or model what is not done yet; whether all tasks succeeded.
+
+    found: what `tasks_of` returns.
+    """
+    (manager, tasks), name, fine = found, Path(source).name, True
+    weights = weights_of(source)
+    out = args.out or run / f"evaluation{f'_limit{args.limit}' if args.limit else ''}.csv"
+    read_rows(out)  # an error now, not after hours
+    left = [task for task in tasks if not record_of(out, weights, task).is_file()]
+    file = run / "samples.jsonl"
+    samples = file.read_text(encoding="utf-8") if args.samples and file.is_file() else ""
+    sampled = not args.samples or json.dumps({"checkpoint": name})[1:-1] in samples
+    left, sampled = gather((left, sampled))[0]
+    if left or not sampled:
+        errors = (CheckpointError, DataError, OSError, ValueError)
+        model, tokenizer = together(open_model, args, source, errors=errors)
+    if not sampled and rank() == 0:
+        for done in complete(model, tokenizer, PROMPTS, 48, Sampling(temperature=0)):
+            line = {"checkpoint": name} | weights | {"prompt": done.prompt, "text": done.text}
+            samples += json.dumps(line, ensure_ascii=False) + "\n"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, samples.encode())
+    for number, task in enumerate(left, start=1):
+        label = f"{name}: {task.name} ({number}/{len(left)})"
+        try:
+            lm = LucieLM(model, tokenizer, args.batch_tokens, label)
+            evaluate(lm, manager, task, weights, out, args.limit)
+        except Exception as error:  # a task brings code of its own
+            if world_size() > 1 and not getattr(error, "on_all_ranks", False):
+                raise  # the other ranks, which know nothing of it, must not wait
+            fine, reason = False, f"{type(error).__name__}: {in_one_line(error)}"
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = f"out of memory, try --batch_tokens {args.batch_tokens // 2}"
+            if rank() == 0:
+                print(f"eval.harness: {name}: {task.name}: {reason}", file=sys.stderr, flush=True)
+    return fine
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m eval.harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m eval.harness", description=__doc__, formatter_class=raw)
     add_model_options(parser)
-    parser.add_argument("--tasks", type=names_in, required=True, help="names, separated by commas")
-    parser.add_argument("--fewshot", type=int, help="solved examples; default: each task's own")
-    parser.add_argument("--limit", type=int, help="only so many questions of each task")
-    parser.add_argument("--batch_tokens", type=int, default=16_384, help="of one forward pass")
+    parser.add_argument("--tasks", default="", help="names, separated by commas")
+    parser.add_argument("--fewshot", type=int, help="few-shot examples; default: each task's own")
+    parser.add_argument("--limit", type=int, help="only this many questions of each task")
     parser.add_argument(
-        "--include_path", metavar="DIR", help="folder of your own tasks, YAML files"
+        "--batch_tokens", type=int, default=16_384, help="of one forward pass; default: %(default)s"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/evaluation.csv")
-    parser.add_argument("--again", action="store_true", help="evaluate recorded tasks again, too")
+    parser.add_argument("--include_path", metavar="DIR", help="folder of your own YAML tasks")
+    parser.add_argument("--samples", action="store_true", help="complete five prompts as well")
+    every = "evaluate every checkpoint of a run, the oldest first"
+    parser.add_argument("--all_checkpoints", action="store_true", help=every)
+    follow = "with --all_checkpoints: wait for more, until the run's last step"
+    parser.add_argument("--follow", action="store_true", help=follow)
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: RUN/evaluation.csv")
     args = parser.parse_args(argv)
     for name, least in (("fewshot", 0), ("limit", 1), ("batch_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}")
+    args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not args.tasks and not args.samples:
+        raise ConfigError("nothing to do: use --tasks NAMES, --samples, or both")
     if args.out and args.out.suffix != ".csv":
         raise ConfigError(f"--out {args.out}: the name must end with .csv")
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -305,44 +469,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
+    args, found = parse(argv), (None, [])
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    check(args.tasks, args.include_path)  # before minutes of loading
-    weights, args.model, run = weights_of(args.model)
-    suffix = f"_limit{args.limit}" if args.limit else ""
-    out = args.out or run / f"evaluation{suffix}.csv"
+    if args.tasks:  # a mistake is reported before minutes of loading
+        found = tasks_of(args.tasks, args.include_path, args.fewshot)
     if "RANK" in os.environ and not dist.is_initialized():
         start_processes(torch.device(args.device))
-    model, tokenizer = open_with_tokenizer(args)
-    failed = None
-    try:
-        rows = evaluate(
-            model, tokenizer, args.tasks, weights, out, fewshot=args.fewshot, limit=args.limit,
-            batch_tokens=args.batch_tokens, include_path=args.include_path, again=args.again,
-            progress=True,
-        )  # fmt: skip
-    except TasksFailed as error:
-        rows, failed = error.rows, error
-    if rank() == 0 and rows:
-        show(rows)
-        print(out)
-    first = rank() == 0
+    source, run = newest_of(args.model)
+    every, fine = args.all_checkpoints, True
+    for path in checkpoints(Path(args.model), args.follow) if every else [source]:
+        try:
+            fine &= evaluate_source(path, Path(args.model) if every else run, args, found)
+        except (CheckpointError, OSError):
+            if not every or gather(Path(path).is_dir())[0]:
+                raise
+            if rank() == 0:
+                print(f"eval.harness: {path} was removed before it was evaluated", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if failed and first:
-        raise failed  # one rank reports it
-    return 2 if failed else 0
-
-
-def show(rows: list[dict]) -> None:
-    width = max((len(row["dataset"]) for row in rows), default=7)
-    print(f"{'dataset':{width}}  few-shot  {'score':26}   value  std. error")
-    for row in rows:
-        shots = row["num_fewshot"].removesuffix(".0") or "-"
-        error = f"{float(row['stderr']):10.4f}" if row["stderr"] else f"{'-':>10}"
-        score = f"{float(row['score']):7.4f}"
-        print(f"{row['dataset']:{width}}  {shots:>8}  {row['score_name']:26} {score}  {error}")
+    return 0 if fine else 2
 
 
 if __name__ == "__main__":
-    run_cli(main, CheckpointError, DataError, TasksFailed, ValueError, torch.OutOfMemoryError)
+    run_cli(main, CheckpointError, DataError, ValueError, torch.OutOfMemoryError)

@@ -4,20 +4,19 @@
     python -m eval.needle hf:OpenLLM-France/Lucie-7B --haystack fr.jsonl.gz --language fr
     python -m eval.needle out/main --haystack essays/ --lengths 1000 8000 8 --scoring likelihood
 
-The test is Greg Kamradt's, scored as by Fu et al. 2024 (arXiv:2402.10171); the cells are those of
-Lucie's published maps: 20 lengths from 1,000 to 62,872 tokens and 10 depths from 0 to 100 %, evenly
-spaced, ends among them. The fact stands where a sentence of the filler begins, the nearest to the
-depth asked for, or at the filler's end; eval/haystack.py makes the prompts.
+The test is Greg Kamradt's, scored as by Fu et al. 2024 (arXiv:2402.10171). A prompt is `<s>`,
+filler, in it the fact on a line of its own, then a question; its length counts all of them and room
+for an answer. The fact stands where a sentence of the filler begins, the nearest to the depth asked
+for, or at the filler's end. There are 20 lengths up to the one the model was trained on; of 32,000
+positions or more, they are those of Lucie's published maps, 1,000 to 62,872 tokens.
 
     generate     The share of the answer's words that are in the first line of a greedy completion.
-    likelihood   1 if of all the answers that needles.json has in this language, the right one has
-                 the largest log-probability per byte, else 0. All are answers to such a question,
-                 so one in eight is right by chance. A model that is small, or was never taught to
-                 answer, shows what it retrieves; and no answer has to be generated.
+    likelihood   1 if the right answer has the largest log-probability per byte of all the answers
+                 that needles.json has in this language, else 0. There are eight, so chance is 1/8.
+                 This shows what a small model retrieves that was never taught to answer.
 
-Writes a row for each cell to a CSV as it is done, goes on from there when it is started again, and
-draws the map. Lengths past the one a model was trained on are run with the theta it has.
-
+RUN/needle/CHECKPOINT/LANGUAGE_SCORING.csv gets a row for each cell as it is done, and the same
+command continues there; a .png beside it is the map. Lengths past the trained one keep its theta.
 Floor of a cell of T tokens: 2 N T FLOPs, and 2 L D T^2 of attention in L layers of width D.
 """
 
@@ -28,78 +27,160 @@ import io
 import json
 import random
 import re
-from collections.abc import Callable
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, latest, write_text
-from config.cli import ConfigError, Parser, run_cli
-from data.dataset import DataError, size_of
+from checkpoint import CheckpointError
+from config.cli import ConfigError, Parser, run_cli, write_file
+from data.dataset import DataError
 from data.prepare import find_files, read_documents
-from data.tokenizer import Tokenizer
-from eval.haystack import (
-    NEEDLES,
-    Needle,
-    continuation,
-    hide,
-    read_haystack,
-    read_needles,
-    room_for_answer,
-)
-from eval.needle_map import draw, print_map
-from eval.opening import add_model_options, fingerprint, make_room, open_with_tokenizer
+from data.tokenizer import BOS, Tokenizer
+from eval.perplexity import add_model_options, make_room, newest_of, open_model
 from generate import PREFILL, Sampling, check_room, decode
 from model import KVCache, Lucie
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NEEDLES = Path(__file__).with_name("needles.json")
 COLUMNS = ("length", "depth", "score", "position", "expected", "answer")
-Answer = Callable[[list[int]], str]  # ids of a prompt -> the model's answer
+LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish", "it": "Italian"}
+RETRIEVED = 0.9  # a mean score above this, over all depths, is retrieval at a length
+# A sentence ends where white space follows one of these, and where a line does; the white space
+# belongs to the next one.
+BORDER = re.compile(r"(?<=[.!?…])(?=\s)|(?<=\S)(?=\n)")
+Scores = dict[tuple[int, int], float]  # {(length in tokens, depth in per cent): 0 to 1}
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+class Needle(NamedTuple):
+    fact: str
+    question: str  # up to where the answer begins
+    answer: str  # as it stands in the fact
+
+
+class Haystack(NamedTuple):
+    """Filler as ids, and where in them sentences begin, ascending from 0."""
+
+    ids: list[int]
+    borders: list[int]
+
+
+def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
+    """Those of one language. Raises DataError for a file that is not of the form of NEEDLES."""
+    try:
+        form = json.loads(file.read_text(encoding="utf-8-sig"))[language]
+        found = []
+        for place, answer in form["needles"].items():
+            texts = (form[part].format(place=place, answer=answer) for part in ("fact", "question"))
+            found.append(Needle(*texts, answer))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{file}: not of the form of eval/needles.json ({what})") from None
+    if not found:
+        raise DataError(f"{file}: no needles in {language}")
+    return found
+
+
+def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that begins with white space and follows another.
+
+    Lucie's tokenizer puts a space before all it is given, so a full stop is given first.
+    """
+    return tokenizer.encode_ordinary(f".{text}")[len(tokenizer.encode_ordinary(".")) :]
+
+
+def read_haystack(texts: Iterable[str], tokenizer: Tokenizer, size: int) -> Haystack:
+    """At least `size` tokens of texts, of which no more are read than that takes.
+
+    A text that is too short is repeated, with a line on stderr. Raises DataError if there is none.
+    """
+    ids: list[int] = []
+    borders: list[int] = []
+    with tqdm(desc="haystack", total=size, unit=" tokens", unit_scale=True) as bar:
+        for text in filter(None, map(str.strip, texts)):
+            for sentence in BORDER.split(f"\n\n{text}" if ids else text):
+                borders.append(len(ids))
+                encode = continuation if ids else Tokenizer.encode_ordinary
+                ids += encode(tokenizer, sentence)
+            bar.update(min(size, len(ids)) - bar.n)
+            if len(ids) >= size:
+                return Haystack(ids, borders)
+    if not ids:
+        raise DataError("the haystack holds no text")
+    print(f"the haystack has {len(ids):,} tokens of {size:,}: it is repeated", file=sys.stderr)
+    ids += continuation(tokenizer, "\n\n")
+    times = -(-size // len(ids))
+    borders = [turn * len(ids) + border for turn in range(times) for border in borders]
+    return Haystack(ids * times, borders)
+
+
+def encode(needle: Needle, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of the fact and of the question, with the line breaks around them."""
+    fact = continuation(tokenizer, f"\n{needle.fact}\n")
+    return fact, continuation(tokenizer, f"\n\n{needle.question}")
+
+
+def hide(
+    haystack: Haystack, needle: Needle, length: int, depth: float, tokenizer: Tokenizer, room: int
+) -> tuple[list[int], int]:
+    """(ids of a prompt of length - room tokens, where in them the fact begins).
+
+    depth: per cent of the filler that stands before the fact.
+    """
+    fact, question = encode(needle, tokenizer)
+    filler = length - room - 1 - len(fact) - len(question)
+    wanted = round(filler * depth / 100)
+    after = bisect_left(haystack.borders, wanted)
+    near = haystack.borders[max(0, after - 1) : after + 1]
+    at = min(*near, filler, key=lambda at: abs(at - wanted))
+    return [BOS, *haystack.ids[:at], *fact, *haystack.ids[at:filler], *question], at + 1
 
 
 # --- answers and scores ---------------------------------------------------------------------------
 
 
-def generator(model: Lucie, tokenizer: Tokenizer, needles: list[Needle]) -> Answer:
-    """Answers by greedy completion: its first line that is not blank."""
-    room = room_for_answer(tokenizer, needles)
-
-    def answer(prompt: list[int]) -> str:
-        steps = decode(model, [prompt], room, Sampling(temperature=0))
-        ids = [token for step in steps for _, token, _ in step]
-        text = tokenizer.decode(i for i in ids if i not in model.eos_token_ids)
-        return (text.strip().splitlines() or [""])[0]
-
-    return answer
+def room_for_answer(tokenizer: Tokenizer, needles: list[Needle]) -> int:
+    """Tokens for an answer: the longest fact, because a model may repeat all of it."""
+    return max(len(continuation(tokenizer, f" {needle.fact}")) for needle in needles)
 
 
-def picker(model: Lucie, tokenizer: Tokenizer, needles: list[Needle]) -> Answer:
-    """Answers with that of a needle, the one whose bytes are likeliest on average."""
-    ids = {needle.answer: continuation(tokenizer, f" {needle.answer}") for needle in needles}
+def generated(model: Lucie, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
+    """The first line of a greedy completion that is not blank."""
+    steps = decode(model, [prompt], room_for_answer(tokenizer, needles), Sampling(temperature=0))
+    text = tokenizer.decode(token for step in steps for _, token, _ in step)
+    return (text.strip().splitlines() or [""])[0]
 
-    def answer(prompt: list[int]) -> str:
-        found = log_probabilities(model, prompt, list(ids.values()))
-        per_byte = {text: p / len(text.encode()) for text, p in zip(ids, found)}
-        return max(per_byte, key=per_byte.__getitem__)
 
-    return answer
+def picked(model: Lucie, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
+    """The answer of all needles whose bytes are likeliest on average."""
+    answers = [needle.answer for needle in needles]
+    ids = [continuation(tokenizer, f" {answer}") for answer in answers]
+    found = zip(log_probabilities(model, prompt, ids), answers)
+    return max(found, key=lambda pair: pair[0] / len(pair[1].encode()))[1]
 
 
 @torch.no_grad()
-def log_probabilities(
-    model: Lucie, prompt: list[int], continuations: list[list[int]]
-) -> list[float]:
-    """The log-probability, in nats, of each continuation after a prompt, which is read once."""
+def log_probabilities(model: Lucie, prompt: list[int], texts: list[list[int]]) -> list[float]:
+    """The log-probability, in nats, of each text after a prompt, which is read once."""
     embedding = model.embed_tokens.weight
-    length = len(prompt) + max(map(len, continuations))
+    length = len(prompt) + max(map(len, texts))
     check_room(model, 1, length)
     cache = KVCache(model.config, 1, length, embedding.device, embedding.dtype)
     for part in torch.tensor([prompt], device=embedding.device).split(PREFILL, dim=1):
         last = model.hidden(part, cache=cache)[:, -1:]
     found = []
-    for ids in continuations:
-        cache.length = len(prompt)  # what another continuation wrote behind it is written over
+    for ids in texts:
+        cache.length = len(prompt)  # what the text before this one wrote is overwritten
         tokens = torch.tensor([ids], device=embedding.device)
         hidden = last
         if len(ids) > 1:
@@ -115,105 +196,135 @@ def words_found(answer: str, expected: str) -> float:
     return len(words & set(re.findall(r"\w+", answer.lower()))) / len(words)
 
 
-def same(answer: str, expected: str) -> float:
-    return float(answer == expected)
-
-
-SCORINGS = {"generate": (generator, words_found), "likelihood": (picker, same)}
-
-
 # --- the map --------------------------------------------------------------------------------------
 
 
-def measure(
-    cells: list[tuple[int, int]],
-    prompt_of: Callable[[int, int], tuple[Needle, list[int], int]],
-    answer: Answer,
-    score: Callable[[str, str], float],
-    file: Path,
-) -> dict[tuple[int, int], float]:
-    """The score of each cell (length, depth), those that the CSV has left out of the work.
+def read_rows(file: Path) -> tuple[list[dict[str, str]], Scores]:
+    """(the rows of a map's CSV, their scores), both empty if there is no file. Raises DataError."""
+    if not file.is_file():
+        return [], {}
+    try:
+        rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"), newline="")))
+        return rows, {(int(r["length"]), int(r["depth"])): float(r["score"]) for r in rows}
+    except (UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError):
+        raise DataError(f"{file}: not the scores of a needle test") from None
 
-    prompt_of: (length, depth) -> needle, ids of the prompt, where the fact begins. A row is written
-    as soon as it is known.
+
+def measure(
+    cells: list[tuple[int, int]], answer_of: Callable[[int, int], dict], file: Path
+) -> Scores:
+    """The score of each cell (length, depth); those that the CSV has are not computed.
+
+    answer_of: (length, depth) -> the other columns.
     """
-    done = read_rows(file)
-    scores = {(int(row["length"]), int(row["depth"])): float(row["score"]) for row in done}
-    rows = io.StringIO()  # without the row that a kill may have cut short
-    writer = csv.DictWriter(rows, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(done)
-    write_text(file, rows.getvalue())
+    rows, scores = read_rows(file)
     left = [cell for cell in cells if cell not in scores]
-    with (
-        open(file, "a", encoding="utf-8", newline="", buffering=1) as f,
-        tqdm(total=sum(length for length, _ in left), unit=" tokens", unit_scale=True) as bar,
-    ):
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+    total = sum(length for length, _ in left)
+    with tqdm(desc=file.stem, total=total, unit=" tokens", unit_scale=True) as bar:
         for length, depth in left:
-            needle, ids, position = prompt_of(length, depth)
-            text = answer(ids)
-            scores[length, depth] = found = score(text, needle.answer)
-            row = (length, depth, f"{found:.4f}", position, needle.answer, text)
-            writer.writerow(dict(zip(COLUMNS, row)))
+            rows.append({"length": length, "depth": depth} | answer_of(length, depth))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_file(file, text.getvalue().encode())
             bar.update(length)
+    scores = read_rows(file)[1]
     return {cell: scores[cell] for cell in cells}
 
 
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a CSV that are whole."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+def as_array(scores: Scores) -> tuple[list[int], list[int], np.ndarray]:
+    """(lengths, depths, scores `[depths, lengths]`), ascending; NaN where there is none."""
+    lengths, depths = (sorted(set(axis)) for axis in zip(*scores))
+    values = [[scores.get((length, depth), np.nan) for length in lengths] for depth in depths]
+    return lengths, depths, np.array(values)
 
 
-def claim(folder: Path, stem: str, settings: dict) -> Path:
-    """The CSV of these settings, which are kept beside it.
+def longest_retrieved(scores: Scores) -> int:
+    """The longest length up to which the mean score is over RETRIEVED at every length, or 0."""
+    lengths, _, values = as_array(scores)
+    missed = np.flatnonzero(~(values.mean(0) > RETRIEVED))
+    return [0, *lengths][missed[0] if len(missed) else -1]
 
-    Raises ConfigError if there is one of others: its scores are not comparable.
+
+def draw(scores: Scores, trained: int, title: str) -> "Figure":
+    """The heat map: length across, depth down. A dashed line marks the trained length.
+
+    Two colours if all scores are 0 or 1, else a scale that the colour-blind and a grey printer
+    show as well. Raises ConfigError without matplotlib.
     """
-    file, beside = folder / f"{stem}.csv", folder / f"{stem}.json"
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("the map needs matplotlib: pip install matplotlib") from None
+    lengths, depths, values = as_array(scores)
+    binary = bool(np.isin(values[~np.isnan(values)], (0, 1)).all())
+    figure = Figure(figsize=(7, 3.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["cividis"].resampled(2 if binary else 256)
+    style = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.5}
+    cells = axes.pcolormesh(lengths, depths, values, shading="nearest", **style)
+    bar = figure.colorbar(cells, ticks=(0.25, 0.75) if binary else None)
+    if binary:
+        bar.set_ticklabels(("not found", "found"))
+    axes.set_xlim(axes.get_xlim())  # the line may lie beyond; its label says where
+    axes.axvline(trained, color="#d62728", ls="--", lw=2, label=f"trained on {trained:,} tokens")
+    shown = lengths[:: 1 + len(lengths) // 8]
+    axes.set_xticks(shown, [f"{length:,}" for length in shown])
+    axes.invert_yaxis()  # the beginning of the text is at the top
+    axes.set_xlabel("length of the context (tokens)")
+    axes.set_ylabel("depth of the fact (%)")
+    axes.set_title(title, loc="left", size="medium")
+    figure.legend(loc="outside lower right", frameon=False, fontsize="small")
+    return figure
+
+
+def read_map(file: Path) -> tuple[Scores, int, str]:
+    """What `draw` takes, of a CSV and of the settings beside it; a title in words."""
+    settings = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    language, _, scoring = file.stem.partition("_")
+    how = "words of the answer found" if scoring == "generate" else "right answer picked from all"
+    title = f"{settings['model']}: a needle in a haystack\n{LANGUAGES[language]}, {how}"
+    return read_rows(file)[1], settings["trained"], title
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def claim(file: Path, settings: dict) -> None:
+    """Keep the settings of a CSV beside it, as JSON.
+
+    Raises ConfigError if the CSV is there with others: its scores are not comparable.
+    """
+    beside = file.with_suffix(".json")
     if file.exists():
         known = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         if other := [name for name in settings if known.get(name) != settings[name]]:
-            raise ConfigError(f"{file} is of other {', '.join(other)}: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(beside, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-    return file
-
-
-def label_of(source: str) -> str:
-    """A short name: of a run's newest checkpoint, or of a folder."""
-    newest = latest(source)
-    if newest is None:
-        return Path(source.removeprefix("hf:")).name
-    return f"{newest.absolute().parents[1].name}_{newest.name}"
+            raise ConfigError(f"{file} has another {', '.join(other)}: choose another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(beside, json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="eval.needle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m eval.needle", description=__doc__, formatter_class=raw)
     add_model_options(parser)
     parser.add_argument(
         "--haystack", nargs="+", required=True, metavar="FILES", help="files, folders or globs"
     )
-    parser.add_argument(
-        "--lengths", nargs=3, type=int, default=(1000, 62872, 20), metavar=("MIN", "MAX", "STEPS")
-    )
-    parser.add_argument("--depths", type=int, default=10, help="number of depths, from 0 to 100 %%")
-    parser.add_argument("--language", choices=("en", "fr", "de", "es", "it"), default="en")
-    parser.add_argument(
-        "--needles", type=Path, default=NEEDLES, help="a file like eval/needles.json"
-    )
-    parser.add_argument("--scoring", choices=tuple(SCORINGS), default="generate")
-    parser.add_argument("--seed", type=int, default=42, help="decides which needle a cell gets")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: out/needle/CHECKPOINT")
+    names = ("MIN", "MAX", "STEPS")
+    parser.add_argument("--lengths", nargs=3, type=int, metavar=names, help="default: see above")
+    parser.add_argument("--depths", type=int, default=10, help="number of depths; default: 10")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="default: en")
+    own = "facts of your own, a file like eval/needles.json"
+    parser.add_argument("--needles", type=Path, default=NEEDLES, metavar="FILE", help=own)
+    scorings = ("generate", "likelihood")
+    parser.add_argument("--scoring", choices=scorings, default="generate", help="default: generate")
+    parser.add_argument("--seed", type=int, default=42, help="decides which fact a cell gets")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/needle/CHECKPOINT")
     args = parser.parse_args(argv)
-    low, high, steps = args.lengths
+    low, high, steps = args.lengths or (1, 1, 1)
     if not (1 <= low <= high and steps >= 1 and args.depths >= 1):
         raise ConfigError("--lengths must be MIN <= MAX, in STEPS >= 1, and --depths >= 1")
     return args
@@ -221,39 +332,49 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    lengths = np.linspace(*args.lengths).round().astype(int).tolist()
-    depths = np.linspace(0, 100, args.depths).round().astype(int).tolist()
     files, needles = find_files(args.haystack), read_needles(args.language, args.needles)
-    model, tokenizer = open_with_tokenizer(args)
+    source, run = newest_of(args.model)
+    model, tokenizer = open_model(args, source)
     trained, room = model.config.max_position_embeddings, room_for_answer(tokenizer, needles)
-    make_room(model, lengths[-1])
-    check_room(model, 1, lengths[-1])
-    haystack = read_haystack(read_documents(files), tokenizer, lengths[-1])
-    for needle in needles:  # an error now, not after hours
-        hide(haystack, needle, lengths[0], 0, tokenizer, room)
+    least = 1 + room + max(sum(map(len, encode(needle, tokenizer))) for needle in needles)
+    lucies = (1000, 62_872, 20)
+    default = lucies if trained >= 32_000 else (max(least, trained // 20), trained, 20)
+    low, high, steps = args.lengths or default
+    if min(low, high) < least:
+        needed = f"the fact, the question and room for an answer take {least:,} tokens"
+        raise ConfigError(f"length {min(low, high):,} is too short: {needed}; use --lengths")
+    lengths = list(dict.fromkeys(np.linspace(low, high, steps).round().astype(int).tolist()))
+    depths = list(dict.fromkeys(np.linspace(0, 100, args.depths).round().astype(int).tolist()))
+    make_room(model, high)
+    check_room(model, 1, high)
+    haystack = read_haystack(read_documents(files), tokenizer, high)
 
-    label = label_of(args.model)
-    settings = {
-        "weights": fingerprint(model),
-        "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
-        "haystack": [[Path(str(file)).name, size_of(file)] for file in files],
-        "needles": hashlib.sha256(args.needles.read_bytes()).hexdigest()[:16],
-        "seed": args.seed,
-    }
-    stem = f"{args.language}_{args.scoring}"
-    file = claim(args.out or Path("out/needle") / label, stem, settings)
+    name = Path(source.removeprefix("hf:")).name
+    settings = {"model": f"{run.name}, {name}" if name != run.name else name, "trained": trained}
+    settings["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    settings["haystack"] = [Path(str(file)).name for file in files]
+    settings["needles"] = hashlib.sha256(args.needles.read_bytes()).hexdigest()[:16]
+    settings["seed"] = args.seed
+    folder = args.out or run / "needle" / (name if name != run.name else "")
+    file = folder / f"{args.language}_{args.scoring}.csv"
+    claim(file, settings)
 
-    def prompt_of(length: int, depth: int) -> tuple[Needle, list[int], int]:
+    def answer_of(length: int, depth: int) -> dict:
         needle = random.Random(f"{args.seed} {length} {depth}").choice(needles)
-        return needle, *hide(haystack, needle, length, depth, tokenizer, room)
+        ids, position = hide(haystack, needle, length, depth, tokenizer, room)
+        if args.scoring == "generate":
+            answer = generated(model, tokenizer, needles, ids)
+            score = words_found(answer, needle.answer)
+        else:
+            answer = picked(model, tokenizer, needles, ids)
+            score = float(answer == needle.answer)
+        return dict(zip(COLUMNS[2:], (f"{score:.4f}", position, needle.answer, answer)))
 
-    make_answer, score = SCORINGS[args.scoring]
-    cells = [
-        (length, depth) for length in dict.fromkeys(lengths) for depth in dict.fromkeys(depths)
-    ]
-    scores = measure(cells, prompt_of, make_answer(model, tokenizer, needles), score, file)
-    print_map(scores)
-    draw(scores, trained, f"{label}: {args.language}, {args.scoring}", file.with_suffix(".png"))
+    scores = measure([(length, depth) for length in lengths for depth in depths], answer_of, file)
+    draw(scores, *read_map(file)[1:]).savefig(file.with_suffix(".png"))
+    mean, reached = sum(scores.values()) / len(scores), longest_retrieved(scores)
+    where = f"every length up to {reached:,} tokens" if reached else "no length"
+    print(f"mean of the map {mean:.3f}; retrieval over {RETRIEVED} at {where}")
     print(f"{file}, {file.with_suffix('.png')}")
 
 

@@ -1,81 +1,97 @@
+import base64
+import csv
+import gzip
 import json
 import math
+import re
+import shutil
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
 from config.cli import ConfigError
+from data.dataset import DataError
 from eval import curves
-from eval.curves import CurveError
+from eval.curves import BEHIND, COLOURS
 
-COLUMNS = "training_steps,training_tokens,training_loss,walltime,gputime,learning_rate"
-SCHEDULE = dict(
+matplotlib = pytest.importorskip("matplotlib")
+LOG = "training_steps,training_tokens,training_loss,walltime,gputime,learning_rate"
+TABLE = "training_phase,training_steps,training_tokens,benchmark,dataset,num_fewshot,score_name"
+TABLE += ",score,stderr"
+OPTIONS = dict(
     samples=40, global_batch_size=4, batch_ramp_samples=0, batch_ramp_start=4,
     batch_ramp_increment=1, learning_rate=1e-3, min_learning_rate=0.0, warmup_samples=0,
     lr_decay="constant", checkpoint_every=0, checkpoint_early_every=0, checkpoint_early_steps=0,
+    vocab_size=1000, seq_len=10, tokenizer="<r>.tiktoken", mixture="a_long_name/" * 9,
 )  # fmt: skip
-matplotlib = pytest.importorskip("matplotlib")
+
+
+def write(path, header, rows):
+    opened = gzip.open if path.suffix == ".gz" else open
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with opened(path, "wt", newline="") as f:
+        csv.writer(f).writerows([header.split(","), *rows])
+    return path
+
+
+def row(phase, steps, tokens, dataset, score, shots="5.0", stderr="0.01"):
+    return [phase, steps, tokens, "b", dataset, shots, "acc,none", score, stderr]
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs: loss 8 to 4 over 100 of 400 tokens with validation, then 3 to 2 over 50."""
+    """Two runs on a CPU: loss 8 to 4 over 100 of 400 tokens, then 3 to 2 over 50, with validation
+    in the last row; scores, samples and a needle map of the first."""
     for name, tokens, losses in (("main", 100, (8, 6, 4)), ("annealing", 50, (3, 2))):
-        (tmp_path / name).mkdir()
-        lines = [f"{COLUMNS},validation_loss"]
-        for n, loss in enumerate(losses, 1):
-            valid = loss + 0.5 if n == len(losses) else ""
-            lines.append(f"{n},{tokens * n / len(losses)},{loss},{n / 4},{n},1e-3,{valid}")
-        (tmp_path / name / "log.csv").write_text("\n".join(lines) + "\n")
-        options = SCHEDULE | {"vocab_size": 1000, "seq_len": 10}
-        (tmp_path / name / "config.json").write_text(json.dumps(options))
+        count = len(losses)
+        rows = [
+            [n, tokens * n / count, loss, n / 4, n, 1e-3, "", loss + 0.5 if n == count else ""]
+            for n, loss in enumerate(losses, 1)
+        ]
+        write(tmp_path / name / "log.csv", f"{LOG},mfu,validation_loss", rows)
+        (tmp_path / name / "config.json").write_text(json.dumps(OPTIONS))
+    main = tmp_path / "main"
+    scores = [row("1_main", n, 50 * n, "arc", 0.25 * n) for n in (2, 1)]
+    write(main / "evaluation.csv", TABLE, scores)
+    said = [("step1", "Bon <b>", " jour & nuit\u2028\x1b"), ("step2", "Bon <b>", " soir</pre>")]
+    lines = [dict(zip(("checkpoint", "prompt", "text"), line)) for line in said]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (main / "samples.jsonl").write_text(text + "\n", encoding="utf-8")
+    cells = [(n, d, int(n < 65), 0, "", "") for n in (32, 64, 96) for d in (0, 50, 100)]
+    file = main / "needle" / "step2" / "fr_likelihood.csv"
+    write(file, "length,depth,score,position,expected,answer", cells)
+    file.with_suffix(".json").write_text(json.dumps({"model": "main, step2", "trained": 64}))
     return tmp_path
 
 
 @pytest.fixture
 def phases(runs):
-    return [curves.read(runs / name) for name in ("main", "annealing")]
+    return curves.read([runs / "main", runs / "annealing"]).curves
 
 
-def test_what_a_curve_runs_along(phases):
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def test_what_a_log_holds(runs, phases):
     main, annealing = phases
-    assert main.x["tokens"] == main.tokens == pytest.approx([100 / 3, 200 / 3, 100])
-    assert main.x["time"] == [0.25, 0.5, 0.75] and main.x["gpu-hours"] == [1, 2, 3]
-    assert main.x["share"] == pytest.approx([1 / 12, 2 / 12, 3 / 12])  # 10 steps of 4 x 10 tokens
-    assert main.validation[2] == 4.5 and all(map(math.isnan, main.validation[:2]))
-    assert annealing.loss == [3, 2] and annealing.vocab_size == 1000
-
-
-def test_a_row_cut_short_is_left_out(runs):
+    assert main.log["share"].tolist() == pytest.approx([1 / 12, 2 / 12, 3 / 12])  # of 10 x 4 x 10
+    np.testing.assert_array_equal(main.log["validation_loss"], [math.nan, math.nan, 4.5])
+    assert annealing.log["training_loss"].tolist() == [3, 2]
     with open(runs / "main" / "log.csv", "a") as f:
-        f.write("4,120,3")
-    assert curves.read(runs / "main").loss == [8, 6, 4]
+        f.write("4,120,3")  # cut short by a crash
+    assert curves.read([runs / "main"]).curves[0].log["training_loss"].tolist() == [8, 6, 4]
 
 
 def test_how_long_a_phase_took(phases):
-    assert curves.length(phases[0]) == "100.00 tokens, 45 min, 3 GPU h"
-    phases[0].x.update({"time": [0.02], "gpu-hours": [0.02]})
-    assert curves.length(phases[0]) == "100.00 tokens, 1.2 min"
-
-
-def test_smoothing_is_a_mean_around_each_row():
-    values = [10.0, 1, 4, 7, 1, 1, 40]
-    assert curves.smoothed(values, 1) == values
-    assert curves.smoothed(values, 3) == [10, 5, 4, 4, 3, 14, 40]
-    assert curves.smoothed(values, 5) == [10, 5, 4.6, 2.8, 10.6, 14, 40]
-    assert curves.smoothed([3.0] * 9, 99) == [3.0] * 9
-
-
-def test_text_shows_where_the_loss_was(phases):
-    lines = curves.as_text(phases, width=32, height=7).splitlines()
-    assert [line.count("|") for line in lines[:7]] == [2] * 7
-    plot = [line[8:].ljust(31) for line in lines[:7]]
-    marks = {(n, row.index(mark)) for n, row in enumerate(plot) for mark in "12" if mark in row}
-    # a phase has 15 characters: loss 8 on the first row at a third of it, loss 2 on the last
-    assert (0, 5) in marks and (6, 16 + 14) in marks and (5, 16 + 7) in marks
-    assert lines[0].startswith("  8.00") and lines[6].startswith("  2.00")
-    assert lines[8].split() == ["100.00", "tokens", "50.00", "tokens"]
-    assert "2 annealing: loss 2.000, validation 2.500, 36.2% of ln(1,000)" in lines[-1]
+    """No GPU hours on a CPU, nor digits that mean nothing."""
+    main = phases[0]
+    assert curves.length_of(main) == "100 tokens, 45 min"
+    main.log["mfu"] = np.full(3, 0.4)
+    assert curves.length_of(main) == "100 tokens, 45 min, 3 GPU h"
+    main.log["walltime"], main.log["training_tokens"] = np.array([1 / 3]), np.array([5123456])
+    assert curves.length_of(main) == "5.12 million tokens, 20 min, 3 GPU h"
 
 
 def lines_of(axes):
@@ -83,94 +99,222 @@ def lines_of(axes):
 
 
 def test_each_phase_has_a_column_and_a_scale_of_its_own(phases):
-    figure = curves.draw(phases, behind=phases[1:], x="gpu-hours")
+    figure = curves.draw(phases, behind=phases[1:])
     loss, other_loss, rate, other_rate = figure.axes
     main = lines_of(loss)["loss 4.000"]
-    assert list(main.get_xdata()) == [1, 2, 3] and list(main.get_ydata()) == [8, 6, 4]
-    assert list(lines_of(loss)["validation"].get_ydata()) == [4.5]
+    assert main.get_xdata().tolist() == pytest.approx([100 / 3, 200 / 3, 100])
+    assert main.get_ydata().tolist() == [8, 6, 4] and main.get_color() == COLOURS[0]
+    assert lines_of(loss)["validation"].get_ydata().tolist() == [4.5]
     grey = lines_of(loss)["annealing 2.000"]
-    assert grey.get_color() == curves.BEHIND and list(grey.get_xdata()) == [1, 2]
+    assert grey.get_color() == BEHIND and grey.get_xdata().tolist() == [25, 50]
     assert grey.get_zorder() < main.get_zorder()
     assert list(lines_of(other_loss)) == ["loss 2.000", "validation"]  # nothing behind the second
-    assert loss.get_xlim()[1] > 3 > other_loss.get_xlim()[1] > 2
-    assert loss.get_ylim() == other_loss.get_ylim()
-    assert rate.get_ylim() == other_rate.get_ylim() and other_rate.get_yscale() == "log"
-    assert rate.get_xlabel() == "GPU hours" and rate.get_yscale() == "log"
-    assert [list(line.get_ydata()) for line in rate.get_lines()] == [[1e-3] * 2, [1e-3] * 3]
+    assert loss.get_xlim()[1] > 100 > other_loss.get_xlim()[1] > 50
+    assert loss.get_ylim() == other_loss.get_ylim() and rate.get_ylim() == other_rate.get_ylim()
+    assert rate.get_xlabel() == "tokens" and rate.get_yscale() == "log"
     assert [axes.get_title(loc="left") for axes in (loss, other_loss)] == ["main", "annealing"]
+    share = curves.draw(phases[:1], x="share")
+    assert share.axes[0].get_lines()[0].get_xdata().tolist() == pytest.approx([25 / 3, 50 / 3, 25])
+    assert share.axes[1].get_xlabel() == "% of the phase's tokens"
 
 
-def test_smoothing_is_stated_and_the_rows_stay(phases):
-    loss = curves.draw(phases[:1], smooth=3).axes[0]
-    assert [list(line.get_ydata()) for line in loss.get_lines()[:2]] == [[8, 6, 4], [8, 6, 4]]
-    assert "loss 4.000, mean of 3 rows" in lines_of(loss)
-    steep = phases[0]._replace(loss=[9.0, 3, 3])
-    _, mean, _ = curves.draw([steep], smooth=3).axes[0].get_lines()
-    assert list(mean.get_ydata()) == [9, 5, 3]
+def test_a_mean_bends_neither_end_and_the_first_fall_is_cut(phases):
+    """It ends two rows early, where it has as many rows after it as before."""
+    losses = [9.0, 1, 4, 7, 1, 1, 40]
+    log = {name: np.ones(7) for name in phases[0].log} | {"training_loss": np.array(losses)}
+    log |= {"training_tokens": np.arange(1, 8) * 1e9, "validation_loss": np.full(7, math.nan)}
+    loss, rate = curves.draw([phases[0]._replace(log=log)], smooth=5).axes
+    raw, mean = loss.get_lines()
+    assert raw.get_ydata().tolist() == losses and mean.get_label().endswith("mean of 5 rows")
+    assert list(mean.get_ydata()) == pytest.approx([9, 14 / 3, 22 / 5, 14 / 5, 53 / 5])
+    assert list(mean.get_xdata()) == [1, 2, 3, 4, 5] and rate.get_xlabel() == "billion tokens"
+    log["training_loss"] = np.array([9.0] + [2 - n / 100 for n in range(99)])
+    log |= {name: np.arange(1, 101) for name in ("training_tokens", "learning_rate")}
+    log["validation_loss"] = np.full(100, math.nan)
+    loss = curves.draw([phases[0]._replace(log=log)]).axes[0]
+    assert loss.get_ylim()[1] < 3 and "from 9.00" in [text.get_text() for text in loss.texts]
 
 
-def test_units_are_those_of_the_longest_curve(phases):
-    longer = phases[0]._replace(x={"tokens": [1e9, 2e9, 3e9]} | {"share": [0.1, 0.2, 0.3]})
-    at = dict(tokens="billion tokens", share="% of the phase's tokens")
-    for x, unit in at.items():
-        longer.x.update(time=[1, 2, 3], **{"gpu-hours": [1, 2, 3]})
-        figure = curves.draw([longer], x=x)
-        assert figure.axes[1].get_xlabel() == unit
-    assert list(figure.axes[0].get_lines()[0].get_xdata()) == pytest.approx([10, 20, 30])
+# --- benchmarks -----------------------------------------------------------------------------------
+
+ROWS = [
+    row("1_main", 20, 2e9, "hellaswag", 0.4),
+    row("1_main", 10, 1e9, "hellaswag", 0.3),
+    row("1_main", 10, 1e9, "mmlu", 0.25, ""),
+    row("1_main", 10, 1e9, "mmlu_anatomy", 0.2),
+    row("1_main", 10, 1e9, "mmlu_continuation", 0.3, ""),
+    row("1_main", 10, 1e9, "mmlu_continuation_anatomy", 0.3),
+    row("1_main", 10, 1e9, "stem", 0.2, ""),
+    row("2_extension", 30, 2.1e9, "hellaswag", 0.5, stderr=""),
+    row("2_extension", 30, 2.1e9, "hellaswag", 0.6, stderr="N/A"),  # evaluated twice: the mean
+    row("4_instruct_lora", 40, 2.2e9, "hellaswag", 0.9),
+]
 
 
-def test_the_first_fall_is_cut_and_said(phases):
-    losses = [9.0] + [2 - n / 100 for n in range(99)]
-    long = phases[0]._replace(
-        loss=losses, x={key: list(range(1, 101)) for key in curves.X}, validation=[math.nan] * 100,
-        learning_rate=[1e-3] * 100,
-    )  # fmt: skip
-    loss = curves.draw([long]).axes[0]
-    low, high = loss.get_ylim()
-    assert low < 1.02 and 2 < high < 3
-    assert "from 9.00" in [text.get_text() for text in loss.texts]
+def test_a_panel_for_each_benchmark(tmp_path):
+    scores = curves.read([write(tmp_path / "e.csv", TABLE, ROWS)]).scores
+    assert {score.model for score in scores} == {"1_main", "2_extension"}  # no tuned models
+    header = TABLE.replace("training_phase,training_steps,training_tokens", "model_name")
+    others = [["Llama", *ROWS[0][3:7], 0.7, ""], ["LlamaChat", *ROWS[0][3:]]]
+    others += [["Llama", *row(0, 0, 0, "hellaswag", 0.1, "0.0")[3:]]]  # with other examples
+    baselines = curves.read([write(tmp_path / "b.csv.gz", header, others)]).scores
+    tests = curves.tests_of(scores)
+    assert [name for name, _, _ in tests] == ["hellaswag", "mmlu", "mmlu_continuation"]
+    behind = [score._replace(score=0.15) for score in scores if score.model == "1_main"]
+    figure = curves.draw_scores(scores, tests, behind, baselines)
+    hellaswag, mmlu, _ = figure.axes
+    lines = lines_of(hellaswag)
+    assert list(lines["main"].get_xdata()) == [1, 2] and list(lines["main"].get_ydata()) == [
+        0.3,
+        0.4,
+    ]
+    assert list(lines["extension"].get_ydata()) == [pytest.approx(0.55)]
+    assert lines["extension"].get_xdata()[0] > 2  # a strip of its own, after the main phase
+    assert set(lines["Llama"].get_ydata()) == {0.7} and lines["Llama"].get_linestyle() == "--"
+    assert lines["behind"].get_color() == BEHIND and set(lines["behind"].get_ydata()) == {0.15}
+    assert "Llama" not in lines_of(mmlu) and mmlu.get_title(loc="left") == "mmlu"
+    assert hellaswag.get_title(loc="right") == "acc, 5-shot"
+    assert hellaswag.get_xlabel() == "billion tokens" and max(hellaswag.get_xticks()) <= 2
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == ["Llama", "behind", "extension", "main"]
+    shown = curves.draw_scores(scores, tests[:1], x="share").axes[0].get_lines()[0]
+    assert list(shown.get_xdata()) == [50, 100]
 
 
-def test_png_and_svg(runs, capsys):
-    files = [runs / "sub" / "c.png", runs / "sub" / "c.svg"]
-    args = [str(runs / "main"), "--png", str(files[0]), "--svg", str(files[1])]
-    curves.main(args)
-    image = matplotlib.image.imread(files[0])[..., :3]
-    assert image.shape[0] > 500
-    blue = [int(curves.COLOURS[0][n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    assert (abs(image - blue).sum(-1) < 0.05).sum() > 500  # the curve
-    first = files[1].read_bytes()
-    assert first.startswith(b"<?xml") and b"loss" in first
-    assert str(files[0]) in capsys.readouterr().out
-    curves.main(args)
-    assert files[1].read_bytes() == first
+def test_runs_are_told_apart_and_tokens_may_be_unknown(runs):
+    shutil.copytree(runs / "main", runs / "other" / "main")
+    rows = [row("Lucie-7B", "", "", "arc", 0.4)]
+    write(runs / "other" / "main" / "evaluation.csv", TABLE, rows)
+    scores = curves.read([runs / "main", runs / "other" / "main"]).scores
+    points = curves.points_of(scores, ("arc", "5", "acc,none"))
+    assert [values[:, 1].tolist() for values in points.values()] == [[0.25, 0.5], [0.4]]
+    assert list(points) == [str(runs / "main"), str(runs / "other" / "main")]
+    (line,) = curves.draw_scores(scores[2:], curves.tests_of(scores[2:])).axes[0].get_lines()
+    assert list(line.get_xdata()) == [0]
 
 
 @needs_shared
-def test_the_published_logs_are_read_and_drawn():
+def test_the_published_results():
     names = ("1_pretraining", "2_extension", "3_annealing")
-    read = [curves.read(SHARED / f"lucie/training_logs_{name}.csv") for name in names]
-    assert [len(c.tokens) for c in read] == [386, 49, 49]
-    assert [c.name for c in read] == ["Lucie pretraining", "Lucie extension", "Lucie annealing"]
-    assert "3.12 trillion tokens" in curves.as_text(read)
-    assert curves.length(read[0]) == "3.12 trillion tokens, 950 h, 486,654 GPU h"
-    figure = curves.draw(read)
-    drawn = [len(axes.get_lines()[0].get_xdata()) for axes in figure.axes]
-    assert drawn == [386, 49, 49] * 2
-    assert max(figure.axes[0].get_lines()[0].get_xdata()) == pytest.approx(3.1217, abs=1e-4)
+    logs = [SHARED / f"lucie/training_logs_{name}.csv" for name in names]
+    found = curves.read([*logs, SHARED / "lucie/evaluation_learning_curve.csv.gz"])
+    assert [len(curve.log["share"]) for curve in found.curves] == [386, 49, 49]
+    assert curves.length_of(found.curves[0]) == "3.12 trillion tokens, 950 h, 486,654 GPU h"
+    figure = curves.draw(found.curves)
+    drawn = figure.axes[0].get_lines()[0].get_xdata()
+    assert len(drawn) == 386 and max(drawn) == pytest.approx(3.1217, abs=1e-4)
+    tests = curves.tests_of(found.scores)
+    names = {name for name, _, _ in tests}
+    assert {"mmlu", "mmlu_continuation", "leaderboard_bbh", "arc_fr", "gsm8k"} <= names
+    assert len(tests) == len(names) == 30
+    points = curves.points_of(found.scores, ("hellaswag", "10", "acc_norm,none"))
+    assert [len(values) for values in points.values()] == [31, 1, 3]
+    baselines = curves.read([SHARED / "lucie/evaluation_baselines.csv.gz"]).scores
+    assert len({score.model for score in baselines}) == 6
 
 
-def test_bad_logs_are_one_line(runs, tmp_path):
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "empty.csv").write_text(COLUMNS + "\n")
-    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("x", "not a log"), ("empty", "without rows"), ("bytes", "not a log")):
-        with pytest.raises(CurveError, match=message):
-            curves.read(tmp_path / f"{name}.csv")
-    with pytest.raises(CurveError, match="xyz"):
-        curves.main([str(runs / "main"), "--png", str(tmp_path / "c.xyz")])
-    with pytest.raises(CurveError, match="No such file"):
-        curves.main([str(tmp_path / "nowhere")])
-    for rows in (0, 4):
-        with pytest.raises(ConfigError, match="--smooth is an odd number"):
-            curves.parse([str(runs / "main"), f"--smooth={rows}"])
+# --- the command and the page ---------------------------------------------------------------------
+
+
+def test_the_command_of_the_demo(runs, capsys):
+    args = [runs / "main", runs / "annealing", "--smooth", 3, "--png", runs / "new" / "c.png"]
+    curves.main(list(map(str, [*args, "--scores", runs / "s.png"])))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "1 main: loss 4.000, validation 4.500, 65.1% of ln(1,000)",
+        "2 annealing: loss 2.000, validation 2.500, 36.2% of ln(1,000)",
+    ]
+    image = matplotlib.image.imread(runs / "new" / "c.png")[..., :3]
+    for colour in COLOURS[:2]:
+        ink = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        assert (abs(image - ink).sum(-1) < 0.05).sum() > 300  # the curve
+    assert (runs / "s.png").stat().st_size > 10_000
+
+
+class Page(HTMLParser):
+    """Tags and words of a page; every tag that is opened must be closed, in order."""
+
+    ALONE = {"meta", "img"}
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], ""
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open += [tag] * (tag not in self.ALONE)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_holds_everything_and_asks_nothing_of_a_network(runs, capsys):
+    """Needle maps elsewhere are found by their folder, which may be called as the run is."""
+    (runs / "maps").mkdir()
+    (runs / "main" / "needle").rename(runs / "maps" / "main")
+    maps, page = runs / "maps" / "main", runs / "new" / "p.html"
+    args = [runs / "main", runs / "annealing", maps, "--html", page]
+    curves.main(list(map(str, args)))
+    content = (runs / "new" / "p.html").read_text(encoding="utf-8")
+    read = Page(content)
+    sections = re.findall("<h2>(.*?)</h2>", content)
+    assert sections == [
+        "Training",
+        "Benchmarks",
+        "Needle in a haystack",
+        "Samples",
+        "Configuration",
+    ]
+    assert not re.search(r"<script|https?://|<b>|</pre>", content)
+    for words in ("4.500, 65.1% of ln(1,000)", "25%", "45 min", "Bon <b>", " jour & nuit",
+                  " soir</pre>", "main, step2", "<r>.tiktoken"):  # fmt: skip
+        assert words in read.words, words
+    assert "GPU" not in read.words
+    assert 'name="viewport"' in content and "overflow-x: auto" in content  # for a phone
+    drawn = {}
+    for tag, attributes in read.tags:
+        if tag == "img":
+            kind, _, data = attributes["src"].partition(";base64,")
+            assert kind == "data:image/svg+xml"
+            drawn[attributes["alt"].split("\n")[0]] = base64.b64decode(data).decode()
+    assert [*drawn] == [
+        "loss and learning rate of main", "loss and learning rate of annealing",
+        "arc over training", "main, step2: a needle in a haystack",
+    ]  # fmt: skip
+    svg = "".join(drawn.values())
+    for words in ("loss 4.000", "validation", "acc, 5-shot", "trained on 64 tokens", "not found"):
+        assert words in svg, words
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere.csv"], "nowhere.csv: No such file"),
+        (["x.csv"], r"x.csv: no run, log, table .*KeyError"),
+        (["empty.csv"], "empty.csv: no run, log"),
+        (["bytes.csv"], "bytes.csv: no run, log"),
+        (["bad.csv.gz"], "bad.csv.gz: "),
+        (["high.csv"], "high.csv: no run, log, .*high"),
+        (["maps"], "fr_generate.json: No such file"),
+        (["main", "--scores=s.png", "--behind=main"], "s.png"),
+        (["annealing", "--scores=s.png"], "no scores to draw"),
+        (["main", "--png=c.xyz"], "xyz"),
+        (["main", "--smooth=4"], "--smooth is an odd number, not 4"),
+    ],
+)
+def test_bad_input_is_one_line(runs, monkeypatch, args, message):
+    monkeypatch.chdir(runs)
+    (runs / "x.csv").write_text("a,b\n1,2\n")
+    (runs / "empty.csv").write_text(LOG + "\n")
+    (runs / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    (runs / "bad.csv.gz").write_bytes(b"no gzip")
+    write(runs / "high.csv", TABLE, [row("1_main", 1, 1, "x", "high")])
+    write(runs / "maps" / "fr_generate.csv", "length,depth,score", [[1, 2, 3]])
+    if "--behind=main" in args:
+        (runs / "s.png").mkdir()  # cannot be written
+    with pytest.raises((ConfigError, DataError, OSError, ValueError), match=message):
+        curves.main(args)

@@ -1,24 +1,165 @@
 import csv
+import gzip
+import itertools
 import json
+import random
 import re
 
 import pytest
 import torch
-from conftest import TINY
-from test_haystack import BYTES, essays
+from conftest import SHARED, TINY, needs_shared
 
 from config.cli import ConfigError
+from data import tokenizer as tokenizers
 from data.dataset import DataError
-from data.tokenizer import EOS, save
+from data.tokenizer import BOS, ByteLevelBPE, Tokenizer, save
 from eval import needle
-from eval.haystack import NEEDLES, continuation, read_needles, room_for_answer
-from eval.needle import generator, log_probabilities, picker, words_found
-from eval.opening import make_room
+from eval.needle import (
+    LANGUAGES,
+    NEEDLES,
+    draw,
+    hide,
+    log_probabilities,
+    longest_retrieved,
+    read_haystack,
+    read_needles,
+    room_for_answer,
+    words_found,
+)
 from generate import Sampling
 from hf import to_hf
 from model import Lucie, LucieConfig
 
 SIZES = TINY | {"vocab_size": 260, "max_position_embeddings": 512}
+BYTES = Tokenizer(ByteLevelBPE({bytes([b]): b + 4 for b in range(256)}))
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def essays(count, seed=0):
+    """Documents of sentences of 3 to 12 words, in lines of some sentences."""
+    rng = random.Random(seed)
+    words = "the year wind slowly opens <s> under 1984 café, market (old) turns".split()
+
+    def sentence():
+        text = " ".join(rng.choices(words, k=rng.randint(3, 12)))
+        return text.capitalize() + rng.choice(".!?…")
+
+    return ["".join(sentence() + rng.choice(" \n") for _ in range(20)) for _ in range(count)]
+
+
+def corpus(language):
+    with gzip.open(SHARED / "corpus" / f"{language}.jsonl.gz", "rt", encoding="utf-8") as f:
+        return [json.loads(line)["text"] for line in itertools.islice(f, 600)]
+
+
+def check_random_prompts(tokenizer, haystack, needles, lengths, count):
+    """Each prompt is taken apart again, its parts known from their texts."""
+    rng, room = random.Random(1), room_for_answer(tokenizer, needles)
+    dot = len(tokenizer.encode_ordinary("."))
+    sentences = itertools.pairwise([*haystack.borders, len(haystack.ids)])
+    longest = max(end - start for start, end in sentences)
+    for _ in range(count):
+        needle, length = rng.choice(needles), rng.randint(*lengths)
+        depth = rng.choice([0, 100, rng.uniform(0, 100), rng.uniform(0, 100)])
+        ids, position = hide(haystack, needle, length, depth, tokenizer, room)
+        assert len(ids) + room == length
+        assert ids[0] == BOS and ids.count(BOS) == 1
+
+        fact = tokenizer.encode_ordinary(f".\n{needle.fact}\n")[dot:]
+        question = tokenizer.encode_ordinary(f".\n\n{needle.question}")[dot:]
+        filler, before = length - room - 1 - len(fact) - len(question), position - 1
+        end = position + len(fact)
+        assert ids[position:end] == fact and ids[-len(question) :] == question
+        assert ids[1:position] + ids[end : -len(question)] == haystack.ids[:filler]
+
+        assert before in haystack.borders or before == filler
+        wanted = filler * depth / 100
+        near = [*haystack.borders, filler]
+        assert abs(before - wanted) <= longest / 2 + 1
+        assert abs(before - wanted) <= min(abs(at - wanted) for at in near if at <= filler) + 1
+        if depth in (0, 100):
+            assert before == (filler if depth else 0)
+
+
+def test_prompts_have_their_exact_length_and_parts():
+    haystack = read_haystack(essays(40), BYTES, 20_000)
+    check_random_prompts(BYTES, haystack, read_needles("en"), (400, 20_000), 300)
+
+
+@needs_shared
+def test_prompts_of_lucie(language="fr"):
+    """On real text, up to the longest of the published lengths. Sentences are encoded one by one,
+    which does not show in their ids."""
+    lucie = tokenizers.load(SHARED / "lucie" / "tokenizer.json")
+    texts = [text.strip() for text in corpus(language)]
+    haystack = read_haystack(texts, lucie, 62_872)
+    whole = lucie.encode_ordinary("\n\n".join(texts[:20]))
+    assert haystack.ids[: len(whole)] == whole
+    check_random_prompts(lucie, haystack, read_needles(language), (200, 62_872), 20)
+
+
+def test_sentences_begin_where_they_do():
+    text = "One. Two 3.5 times!  Three\n\nFour? \n Five"
+    haystack = read_haystack([text], BYTES, 5)
+    starts = [text[at:] for at in haystack.borders]
+    first_words = [start.split()[0] for start in starts]
+    assert first_words == ["One.", "Two", "Three", "Four?", "Five"]
+    assert haystack.borders[:3] == [0, 4, 19]
+
+
+def test_reads_no_more_than_it_takes(capsys):
+    def texts():
+        yield "  "
+        yield "A first text. "
+        yield "And a second."
+        raise AssertionError("a third is not needed")
+
+    haystack = read_haystack(texts(), BYTES, 28)
+    assert BYTES.decode(haystack.ids) == "A first text.\n\nAnd a second."
+    assert "repeated" not in capsys.readouterr().err
+
+
+def test_a_short_haystack_is_repeated_and_that_is_said(capsys):
+    haystack = read_haystack(["It rains. It pours."], BYTES, 50)
+    assert BYTES.decode(haystack.ids) == "It rains. It pours.\n\n" * 3
+    assert haystack.borders == [0, 9, 21, 30, 42, 51]
+    assert "19 tokens of 50: it is repeated" in capsys.readouterr().err
+    for nothing in ([], ["", " \n"]):
+        with pytest.raises(DataError, match="holds no text"):
+            read_haystack(nothing, BYTES, 50)
+
+
+def test_needles_of_ones_own(tmp_path):
+    file = tmp_path / "needles.json"
+    form = {
+        "fact": "{place}: {answer}.",
+        "question": "{place}?",
+        "needles": {"Oslo": "7", "Rome": "9"},
+    }
+    file.write_text(json.dumps({"fr": form}), encoding="utf-8-sig")  # as some editors do
+    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7"), ("Rome: 9.", "Rome?", "9")]
+    with pytest.raises(DataError, match=r"needles.json: not of the form .*\(no 'en'\)"):
+        read_needles("en", file)
+    for other in ("[1]", "{", '{"fr": {"fact": "", "question": "", "needles": [1]}}'):
+        file.write_text(other)
+        with pytest.raises(DataError, match=r"needles.json: not of the form"):
+            read_needles("fr", file)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_needles_hold_their_answers(language):
+    needles = read_needles(language)
+    assert len({known.answer for known in needles}) == len(needles) == 8
+    places = json.loads(NEEDLES.read_text(encoding="utf-8"))[language]["needles"]
+    for place, known in zip(places, needles):  # a question belongs to one fact
+        assert known.fact.count(known.answer) == 1 and known.answer not in known.question
+        assert place in known.question and "{" not in known.fact + known.question
+        assert [place in other.fact for other in needles].count(True) == 1
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -49,7 +190,7 @@ def rows(folder, stem="en_generate"):
         return list(csv.DictReader(f))
 
 
-def stand_in(monkeypatch, window=10**9, asked=None, picture=False):
+def stand_in(monkeypatch, window=10**9, asked=None):
     """In place of the model's passes, those of one that sees the last `window` tokens of a prompt,
     and answers the question there from the fact if it is among them: ids in, ids out."""
 
@@ -82,72 +223,37 @@ def stand_in(monkeypatch, window=10**9, asked=None, picture=False):
 
     monkeypatch.setattr(needle, "decode", decode)
     monkeypatch.setattr(needle, "log_probabilities", log_probabilities)
-    if not picture:
-        monkeypatch.setattr(needle, "draw", lambda *args: None)
 
 
 @pytest.mark.parametrize("scoring", ["generate", "likelihood"])
-def test_a_model_that_reads_all_scores_one_everywhere(folder, monkeypatch, capsys, scoring):
-    pytest.importorskip("matplotlib")
+def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, scoring, window=700):
     asked, stem = [], f"en_{scoring}"
-    stand_in(monkeypatch, asked=asked, picture=True)
-    run(folder, "--scoring", scoring)
-    found = rows(folder, stem)
-    assert [(row["length"], row["depth"]) for row in found] == [
-        (str(length), str(depth))
-        for length in (500, 1000, 1500, 2000)
-        for depth in (0, 25, 50, 75, 100)
-    ]
-    assert {row["score"] for row in found} == {"1.0000"}
-    assert all(row["answer"] == row["expected"] for row in found)
-    assert len({row["expected"] for row in found}) > 3
-    room = room_for_answer(BYTES, read_needles("en"))
-    assert [len(prompt) + room for prompt in asked] == [int(row["length"]) for row in found]
-    assert all(prompt[0] == 0 and prompt.count(0) == 1 for prompt in asked)
+    stand_in(monkeypatch, window, asked)
+    run(folder, "--scoring", scoring, lengths=(500, 2500, 6), depths=11)
+    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder, stem)
+    grid = [(n, d) for n in range(500, 2501, 400) for d in range(0, 101, 10)]
+    assert [(int(row["length"]), int(row["depth"])) for row in found] == grid
+    assert [len(prompt) + room for prompt in asked] == [length for length, _ in grid]
+    assert all(prompt[0] == BOS and prompt.count(BOS) == 1 for prompt in asked)
+    for row in found:
+        inside = int(row["position"]) >= int(row["length"]) - room - window
+        assert (row["answer"] == row["expected"]) == inside
+        low = 0 if scoring == "likelihood" else 0.4
+        assert float(row["score"]) == 1 if inside else float(row["score"]) <= low
     out, err = capsys.readouterr()
-    assert "retrieval over 0.9 at every length up to 2,000 tokens; mean of the map 1.000" in out
-    assert "2,000 tokens at once: the model was trained on 512" in err
+    assert "retrieval over 0.9 at every length up to 500 tokens" in out
+    assert "2,500 tokens at once: the model was trained on 512" in err
     assert (folder / "out" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("scoring", ["generate", "likelihood"])
-@pytest.mark.parametrize("window", [400, 700, 1300])
-def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, window, scoring):
-    stand_in(monkeypatch, window)
-    run(folder, "--scoring", scoring, lengths=(500, 2500, 6), depths=11)
-    room, found = room_for_answer(BYTES, read_needles("en")), rows(folder, f"en_{scoring}")
-    answers = {n.answer for n in read_needles("en")}
-    kept = 0
-    for row in found:
-        prompt = int(row["length"]) - room
-        inside = int(row["position"]) >= prompt - window
-        assert (row["answer"] == row["expected"]) == inside
-        if scoring == "likelihood":
-            assert float(row["score"]) == inside and row["answer"] in answers
-        else:
-            assert (float(row["score"]) == 1) if inside else (float(row["score"]) < 0.4)
-            assert inside or row["answer"] == "I have not read of that"
-        kept += inside
-    assert 0.1 < kept / len(found) < 0.9
-
-
 def test_a_random_model_finds_next_to_nothing(folder):
-    """The real one, past the 512 positions it has; no needle is picked more than by chance."""
-    grid = dict(lengths=(450, 700, 2), depths=2)
-    run(folder, **grid)
-    assert sum(float(row["score"]) for row in rows(folder)) / 4 < 0.05
-    run(folder, "--scoring", "likelihood", **grid)
-    picked = rows(folder, "en_likelihood")
-    answers = [n.answer for n in read_needles("en")]
-    assert all(row["answer"] in answers for row in picked)
-    assert [float(row["score"]) for row in picked] == [
-        row["answer"] == row["expected"] for row in picked
-    ]
-    assert sum(float(row["score"]) for row in picked) < 3
+    """The real one, past the 512 positions it has."""
+    for scoring in ("generate", "likelihood"):
+        run(folder, "--scoring", scoring, lengths=(450, 700, 2), depths=2)
+        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 3
 
 
-def test_goes_on_where_it_stopped(folder, monkeypatch, capsys):
-    """After an interruption, and after a kill in the middle of a row."""
+def test_goes_on_where_it_stopped(folder, monkeypatch):
     stand_in(monkeypatch)
     run(folder)
     file = folder / "out" / "en_generate.csv"
@@ -166,52 +272,45 @@ def test_goes_on_where_it_stopped(folder, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run(folder)
     assert len(rows(folder)) == 7
-    text = file.read_text()
-    file.write_text(text[:-10])  # the seventh row is not whole
     stand_in(monkeypatch, asked=asked)
     run(folder)
-    assert len(asked) == 20 - 6 and file.read_text() == whole
+    assert len(asked) == 20 - 7 and file.read_text() == whole
     run(folder)
-    assert len(asked) == 14 and file.read_text() == whole
-    # Another grid adds what is new and shows what was asked for.
-    capsys.readouterr()
-    run(folder, lengths=(1000, 2500, 4))
-    assert len(asked) == 14 + 5 and file.read_text().startswith(whole)
-    shown = capsys.readouterr().out
-    assert "2,500" in shown and "   500" not in shown
+    assert len(asked) == 13 and file.read_text() == whole
+    run(folder, lengths=(1000, 2500, 4))  # another grid adds what is new
+    assert len(asked) == 13 + 5 and file.read_text().startswith(whole)
 
 
-@pytest.mark.parametrize("other", ["weights", "haystack", "needles", "seed"])
+@pytest.mark.parametrize("other", ["haystack", "needles", "seed"])
 def test_a_csv_of_something_else_is_refused(folder, monkeypatch, other):
     stand_in(monkeypatch)
     run(folder)
-    before, more = (folder / "out" / "en_generate.csv").read_text(), []
-    if other == "weights":
-        model = Lucie(LucieConfig(**SIZES), seed=43)
-        to_hf(model, folder / "new")
-        (folder / "new" / "model.safetensors").replace(folder / "hf" / "model.safetensors")
-    elif other == "haystack":
-        (folder / "essays" / "00.txt").write_text("Another text.")
-    elif other == "needles":
-        own = json.loads(NEEDLES.read_text(encoding="utf-8"))
-        own["en"]["needles"].popitem()
-        (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
-        more = ["--needles", folder / "own.json"]
-    else:
-        more = ["--seed", "7"]
-    with pytest.raises(ConfigError, match=f"is of other {other}: choose another --out"):
-        run(folder, *more)
+    before = (folder / "out" / "en_generate.csv").read_text()
+    own = json.loads(NEEDLES.read_text(encoding="utf-8"))
+    own["en"]["needles"].popitem()
+    (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
+    more = {
+        "haystack": ["--haystack", folder / "essays" / "01.txt"],
+        "needles": ["--needles", folder / "own.json"],
+        "seed": ["--seed", 7],
+    }
+    with pytest.raises(ConfigError, match=f"has another {other}: choose another --out"):
+        run(folder, *more[other])
     assert (folder / "out" / "en_generate.csv").read_text() == before
 
 
-def test_the_default_folder_tells_checkpoints_apart(tmp_path):
-    for step in (5, 10):
-        folder = tmp_path / "mine" / "checkpoints" / f"step00000{step:02}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
-    assert needle.label_of(str(tmp_path / "mine")) == "mine_step0000010"
-    assert needle.label_of(str(tmp_path / "mine/checkpoints/step0000005")) == "mine_step0000005"
-    assert needle.label_of("hf:OpenLLM-France/Lucie-7B@step0005000") == "Lucie-7B@step0005000"
+@pytest.mark.parametrize("trained", [512, 32_000])
+def test_default_lengths_fit_the_model(folder, monkeypatch, trained):
+    stand_in(monkeypatch)
+    to_hf(Lucie(LucieConfig(**(SIZES | {"max_position_embeddings": trained}))), folder / "long")
+    given = [f"hf:{folder}/long", "--tokenizer", folder / "ranks", "--device", "cpu"]
+    needle.main(list(map(str, [*given, "--haystack", folder / "essays", "--depths", 1])))
+    with open(folder / "long" / "needle" / "en_generate.csv", newline="") as f:
+        lengths = [int(row["length"]) for row in csv.DictReader(f)]
+    room = max(len(f" {n.fact}") for n in read_needles("en"))
+    least = 1 + room + max(len(f"\n{n.fact}\n\n\n{n.question}") for n in read_needles("en"))
+    expected = (1000, 62_872) if trained == 32_000 else (least, 512)
+    assert len(lengths) == 20 and (lengths[0], lengths[-1]) == expected
 
 
 @pytest.mark.parametrize("chunk", [32, 2048])
@@ -229,45 +328,6 @@ def test_log_probabilities_equal_those_of_whole_sequences(model, monkeypatch, ch
         assert ours == pytest.approx(exact, abs=1e-3)
 
 
-def test_the_picker_takes_the_largest_per_byte(model, monkeypatch):
-    needles = read_needles("fr")
-    sizes = [len(n.answer.encode()) for n in needles]
-    values = [-1.0 * size for size in sizes]
-    longest = sizes.index(max(sizes))
-    values[longest] *= 0.9  # still the least likely as a whole
-    assert values[longest] == min(values)
-    given = []
-
-    def log_probabilities(model, prompt, continuations):
-        given.append((prompt, continuations))
-        return values
-
-    monkeypatch.setattr(needle, "log_probabilities", log_probabilities)
-    assert picker(model, BYTES, needles)([0, 5, 6]) == needles[longest].answer
-    assert given == [([0, 5, 6], [continuation(BYTES, f" {n.answer}") for n in needles])]
-
-
-def test_a_generated_answer_is_its_first_line(model, monkeypatch):
-    needles = read_needles("en")
-    for said, expected in (
-        (" Eat a sandwich.\nQuestion: What", "Eat a sandwich."),
-        ("\n\n  In Lisbon \nor", "In Lisbon "),
-        ("", ""),
-        (" \n", ""),
-    ):
-        asked = []
-
-        def decode(model, prompts, room, sampling, said=said, asked=asked):
-            asked.append((prompts, room, sampling))
-            for token in [*BYTES.encode_ordinary(said), EOS]:
-                yield [(0, token, -1.0)]
-
-        monkeypatch.setattr(needle, "decode", decode)
-        assert generator(model, BYTES, needles)([0, 9]) == expected
-        longest = max(len(f" {n.fact}".encode()) for n in needles)
-        assert asked == [([[0, 9]], longest, Sampling(temperature=0))]
-
-
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
@@ -281,17 +341,6 @@ def test_words_found(answer, score):
     expected = "eat a sandwich and sit in Dolores Park on a sunny day"
     assert words_found(answer, expected) == pytest.approx(score)
     assert words_found("s'asseoir, l'été", "s'asseoir l'été") == 1
-
-
-def test_a_model_with_more_room_is_one_that_had_it_from_the_start(model):
-    tokens = torch.randint(4, 260, (1, 700))
-    with torch.no_grad():
-        model(tokens[:, :10])  # its tables are those of 512 positions now
-        make_room(model, 700)
-        larger = Lucie(LucieConfig(**(SIZES | {"max_position_embeddings": 700})))
-        assert torch.equal(model(tokens), larger(tokens))
-        make_room(model, 600)
-    assert model.config.max_position_embeddings == 700
 
 
 @pytest.mark.parametrize(
@@ -318,9 +367,38 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, more, message):
     assert not (folder / "out").exists()
 
 
-def test_settings_are_beside_the_scores(folder, monkeypatch):
-    stand_in(monkeypatch)
-    run(folder)
-    known = json.loads((folder / "out" / "en_generate.json").read_text())
-    assert known["dtype"] == "float32" and known["seed"] == 42
-    assert [name for name, _ in known["haystack"]] == [f"{n:02}.txt" for n in range(12)]
+# --- the map --------------------------------------------------------------------------------------
+
+
+def scores(**rows):
+    """rows: the scores of a length, l100=(...), at depths 0, 50 and 100."""
+    depths = (0, 50, 100)
+    return {(int(key[1:]), d): x for key, row in rows.items() for d, x in zip(depths, row)}
+
+
+def test_the_longest_length_is_one_up_to_which_all_are_retrieved():
+    good, fair, bad = (1, 1, 0.9), (1, 0.7, 1), (0, 1, 1)  # means 0.967, exactly 0.9, 0.667
+    assert longest_retrieved(scores(l300=good, l100=good, l200=good)) == 300
+    assert longest_retrieved(scores(l300=good, l100=good, l200=bad)) == 100
+    assert longest_retrieved(scores(l100=bad, l200=good)) == 0
+    assert sum(fair) / 3 == 0.9 and longest_retrieved(scores(l100=fair)) == 0
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_picture_shows_cells_where_they_are_and_the_trained_length(tmp_path, binary):
+    half = 1 if binary else 0.5
+    found = scores(l4000=(1, 1, 1), l1000=(1, half, 0), l2000=(0, 0, 1))
+    figure = draw(found, 2500, "a title in words")
+    axes, bar = figure.axes
+    (mesh,) = axes.collections
+    across = mesh.get_coordinates()[0, :, 0].tolist()
+    assert across == [500, 1500, 3000, 5000]  # half-way between neighbours
+    assert mesh.get_coordinates()[:, 0, 1].tolist() == [-25, 25, 75, 125]
+    assert mesh.get_array().tolist() == [[1, 0, 1], [half, 0, 1], [0, 1, 1]]
+    assert mesh.cmap.name.startswith("cividis") and mesh.cmap.N == (2 if binary else 256)
+    named = [text.get_text() for text in bar.get_yticklabels()]
+    assert (named == ["not found", "found"]) == binary
+    (line,) = axes.lines
+    assert set(line.get_xdata()) == {2500} and line.get_linestyle() == "--"
+    assert axes.yaxis_inverted() and axes.get_title(loc="left") == "a title in words"
+    draw({(64, 0): 1.0}, 64, "one cell").savefig(tmp_path / "one.png")

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import eval.perplexity as perplexity
 from config.cli import ConfigError
 from data.dataset import DataError
 from data.tokenizer import BOS, EOS, ByteLevelBPE, Tokenizer, save
-from eval.perplexity import BUCKETS, Window, batches, evaluate, token_losses, windows
+from eval.perplexity import (
+    BUCKETS,
+    Window,
+    batches,
+    evaluate,
+    make_room,
+    newest_of,
+)
 from hf import to_hf
 from model import Lucie, LucieConfig
 
@@ -32,9 +40,12 @@ def documents(*lengths):
     return ["".join(map(chr, text)) for text in letters]
 
 
-@pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 32), (32, 1), (48, 20), (96, 96)])
-def test_bits_per_byte_and_positions_equal_transformers(model, tmp_path, window, stride):
+@pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 32), (48, 20), (96, 96)])
+def test_bits_per_byte_and_positions_equal_transformers(
+    model, tmp_path, monkeypatch, window, stride
+):
     """Its own loop over overlapping windows of one document at a time, in fp64, on our weights."""
+    monkeypatch.setattr(perplexity, "HEAD_ROWS", 7)
     transformers = pytest.importorskip("transformers")
     to_hf(model, tmp_path / "hf")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").double()
@@ -58,74 +69,34 @@ def test_bits_per_byte_and_positions_equal_transformers(model, tmp_path, window,
                 of_bucket[bucket] += 1, loss
             reached = stop + 1
     size = sum(len(text.encode()) for text in texts)
-    tally = evaluate(model, BYTES, "mixed", texts, window, stride)
-    assert tally.bits_per_byte == pytest.approx(nats / math.log(2) / size, abs=1e-5)
-    assert tally.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
-    assert (tally.documents, tally.bytes) == (len(texts) - 1, size)
-    assert tally.tokens.tolist() == of_bucket[:, 0].tolist() and tally.tokens.sum() == size
+    tally = evaluate(model, BYTES, texts, window, stride)
+    _, _, tokens, loss, read, _, bits, perplexed = tally.rows("mixed")[0]
+    assert (tokens, read, tally.bytes) == (count, len(texts) - 1, size)
+    assert float(bits) == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+    assert float(perplexed) == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert float(loss) == pytest.approx(nats / count, abs=1e-5)
+    assert tally.tokens.tolist() == of_bucket[:, 0].tolist()
     np.testing.assert_allclose(tally.nats, of_bucket[:, 1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 100])
-@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (16, 1), (1, 1)])
-def test_each_token_is_scored_once_with_enough_before_it(length, window, stride):
-    ids = list(range(1000, 1001 + length))
-    seen = []
-    for part in windows(ids, window, stride):
-        assert part.first < len(part.ids) - 1 <= window
-        assert part.ids == ids[part.start : part.start + len(part.ids)]
-        for at in range(part.first + 1, len(part.ids)):
-            seen.append(part.ids[at])
-            before_in_document = part.start + at
-            assert at >= min(before_in_document, window - stride)
-    assert seen == ids[1:]
-
-
-def test_windows_share_a_batch_with_those_of_like_length(monkeypatch):
+def test_windows_share_a_batch_with_those_of_similar_length(monkeypatch):
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", 100)
-    lengths = [10, 90, 11, 300, 49, 9, 50, 12]
-    made = list(batches(Window([0] * n, 0, 0) for n in lengths))
-    assert [[len(part.ids) for part in batch] for batch in made] == [
-        [300], [90], [50, 49], [12, 11, 10, 9],
-    ]  # fmt: skip
-    monkeypatch.setattr(perplexity, "POOL_TOKENS", 120)  # read no further ahead than that
-    made = batches(Window([0] * n, 0, 0) for n in lengths)
-    made = [[len(part.ids) for part in batch] for batch in made]
-    assert made == [[300], [90], [11, 10], [50, 49], [12, 9]]
-    taken = []
-    endless = (taken.append(n) or Window([0] * 30, 0, 0) for n in range(10**9))
-    assert len(next(batches(endless))) == 3 and len(taken) == 4
-
-
-def test_losses_do_not_depend_on_the_batch_nor_on_the_chunks_of_the_head(model, monkeypatch):
-    parts = [
-        Window([BOS] + [byte + 4 for byte in text.encode()], first, 0)
-        for text, first in zip(documents(9, 40, 77), (0, 13, 76))
-    ]
-    monkeypatch.setattr(perplexity, "chunk_rows", lambda tokens, vocab_size: 7)
-    together = token_losses(model, parts)
-    assert [len(losses) for losses in together] == [9, 27, 1]
-    for losses, part in zip(together, parts):
-        ids = torch.tensor(part.ids)
-        with torch.no_grad():
-            logits = model(ids[None, :-1])[0].double()
-        exact = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        torch.testing.assert_close(losses.double(), exact[part.first :], rtol=1e-5, atol=1e-5)
+    made = batches(Window([0] * n, 0, 0) for n in [10, 90, 11, 300, 49, 9, 50, 12])
+    sizes = [[len(part.ids) for part in batch] for batch in made]
+    assert sizes == [[300], [90], [50, 49], [12, 11, 10, 9]]
 
 
 def test_only_documents_of_enough_tokens_count(model):
     texts = documents(5, 20, 19, 30)
-    tally = evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=20)
+    tally = evaluate(model, BYTES, texts, 32, 16, min_tokens=20)
     assert (tally.documents, tally.bytes, tally.tokens.sum()) == (2, 50, 50)
-    with pytest.raises(DataError, match="long: no document with 31 tokens"):
-        evaluate(model, BYTES, "long", texts, 32, 16, min_tokens=31)
 
 
 def test_special_tokens_in_a_text_are_text(model):
-    """One `<s>` a document, no `</s>`, whatever the text says."""
+    """One `<s>` per document, no `</s>`, whatever the text says."""
     read = []
     model.embed_tokens.register_forward_hook(lambda module, given, out: read.append(given[0]))
-    evaluate(model, BYTES, "x", ["a<s></s>b"], 64, 64)
+    evaluate(model, BYTES, ["a<s></s>b"], 64, 64)
     (tokens,) = read
     assert (tokens == BOS).sum() == 1 and tokens[0, 0] == BOS and EOS not in tokens
 
@@ -146,44 +117,59 @@ def run(folder, *more):
     perplexity.main([*given, *map(str, more)])
 
 
-def test_the_command_prints_a_table_and_writes_csv_and_picture(folder, model, capsys):
-    pytest.importorskip("matplotlib")
+def rows_of(file):
+    with open(file, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_the_command_prints_and_writes_a_table(folder, model, capsys):
+    """Its default window is the model's own length, its stride a half of that."""
     texts = [f"fr={folder}/fr.jsonl", f"en={folder}/en.txt"]
-    out = ["--csv", folder / "new" / "a.csv", "--png", folder / "a.png"]
-    run(folder, "--texts", *texts, "--window", 64, "--stride", 32, *out)
-    shown = capsys.readouterr().out
-    expected = evaluate(model, BYTES, "fr", [GIVEN * 3, GIVEN * 5], 64, 32)
-    with open(folder / "new" / "a.csv", encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
+    run(folder, "--texts", *texts, "--csv", folder / "new" / "a.csv")
+    shown = capsys.readouterr()
+    rows = rows_of(folder / "new" / "a.csv")
+    expected = evaluate(model, BYTES, [GIVEN * 3, GIVEN * 5], 96, 48).rows("fr")
+    assert [list(row.values()) for row in rows[:4]] == [list(map(str, row)) for row in expected]
+    positions = ["all", "1-63", "64-127", "128-255"]
     names = [(row["text"], row["positions"]) for row in rows]
-    fr = [("fr", name) for name in ("all", "1-63", "64-127", "128-255")]
-    assert names == [*fr, ("en", "all"), ("en", "1-63"), ("en", "64-127"), ("en", "128-255")]
-    assert float(rows[0]["bits_per_byte"]) == pytest.approx(expected.bits_per_byte, abs=1e-5)
+    assert names == [(text, name) for text in ("fr", "en") for name in positions]
     assert int(rows[0]["bytes"]) == 8 * len(GIVEN.encode()) and rows[0]["documents"] == "2"
-    assert sum(int(row["tokens"]) for row in rows[1:4]) == int(rows[0]["tokens"])
-    assert f"{expected.bits_per_byte:.4f}" in shown and "64-127" in shown
-    assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert all(row["loss"] in shown.out for row in rows)
+    assert "fr: " in shown.err and "trained on" not in shown.err
 
 
 def test_so_many_bytes_of_each_text(folder, capsys):
-    """Cut before a character, and in the document that reaches the limit."""
-    whole = len((GIVEN * 3).encode())
-    limit = whole + len(b"Les ann") + 1  # in the middle of é
-    texts = f"fr={folder}/fr.jsonl"
-    run(folder, "--texts", texts, "--bytes", limit, "--csv", folder / "a.csv")
-    with open(folder / "a.csv", encoding="utf-8", newline="") as f:
-        row = next(csv.DictReader(f))
+    """Cut before a character, in the document that reaches the limit."""
+    limit = len((GIVEN * 3).encode()) + len(b"Les ann") + 1  # in the middle of é
+    more = ["--bytes", limit, "--window", 128, "--csv", folder / "a.csv"]
+    run(folder, "--texts", f"fr={folder}/fr.jsonl", *more)
+    row = rows_of(folder / "a.csv")[0]
     assert (row["documents"], int(row["bytes"])) == ("2", limit - 1)
-    assert "trained on 96" in capsys.readouterr().err  # the default window is longer
+    assert "128 tokens at once: the model was trained on 96" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("window", [1, 64, 65])
-def test_a_window_alone_moves_by_half_of_it(folder, window):
-    texts = f"fr={folder}/fr.jsonl"
-    own = ["--stride", max(1, window // 2), "--csv", folder / "a.csv"]
-    run(folder, "--texts", texts, "--window", window, *own)
-    run(folder, "--texts", texts, "--window", window, "--csv", folder / "b.csv")
-    assert (folder / "a.csv").read_text() == (folder / "b.csv").read_text()
+def test_a_model_with_more_room_is_one_that_had_it_from_the_start(model):
+    tokens = torch.randint(4, 260, (1, 150))
+    with torch.no_grad():
+        model(tokens[:, :10])  # its tables are those of 96 positions now
+        make_room(model, 150)
+        larger = TINY | {"vocab_size": 260, "max_position_embeddings": 150}
+        assert torch.equal(model(tokens), Lucie(LucieConfig(**larger))(tokens))
+        make_room(model, 120)
+    assert model.config.max_position_embeddings == 150
+
+
+def test_where_results_go(tmp_path, monkeypatch):
+    path = tmp_path / "mine" / "checkpoints" / "step0000010"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "manifest.json").write_text("{}")
+    for source in (path, path.parents[1]):
+        assert newest_of(str(source)) == (str(path), path.parents[1])
+    assert newest_of(str(tmp_path / "copied")) == (str(tmp_path / "copied"), tmp_path / "copied")
+    assert newest_of(f"hf:{tmp_path}") == (f"hf:{tmp_path}", tmp_path)
+    assert newest_of("hf:OpenLLM/Lucie@main")[1] == Path("out/Lucie@main")
 
 
 @pytest.mark.parametrize(
@@ -193,10 +179,8 @@ def test_a_window_alone_moves_by_half_of_it(folder, window):
         (["--texts", "fr=nowhere.txt"], "nowhere.txt: no such file"),
         (["--texts", "x={}/hf/config.json"], "no field 'text'"),
         (["--texts", "x={}/empty"], "x: no document with 1 tokens"),
-        (["--texts", "fr={}/fr.jsonl", "--stride", "5000"], "a stride is 1 to the window's 4,096"),
-        (["--texts", "fr={}/fr.jsonl", "--stride", "0"], "a stride is 1 to the window's 4,096"),
+        (["--texts", "fr={}/fr.jsonl", "--stride", "97"], "at most the window of 96, not 97"),
         (["--texts", "fr={}/fr.jsonl", "--window", "0"], "--window must be at least 1"),
-        (["--texts", "fr={}/fr.jsonl", "--bytes", "0"], "must be at least 1"),
         (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "device 'cuda:77' is not available"),
     ],
 )
