@@ -431,6 +431,7 @@ def main(argv: list[str]) -> None:
             "the run has no tokenizer: use --tokenizer=RANKS_FILE, or a folder with one"
         )
     tokenizer = load_tokenizer(source, model.config.vocab_size)
+    sampling.check(model.config.vocab_size)
     if args.save_quantized:
         quantize.save(model, args.save_quantized, source)
         print(f"wrote {args.save_quantized}", file=sys.stderr)
