@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -257,8 +258,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
     checkpoint.save(path, model, optimizer, STATE)
     names = [file.name for file in path.iterdir()]
     for name in (*names, ".metadata", "shard-00002.safetensors", "__0_0.distcp"):
-        run = tmp_path / "copy"
-        shutil.rmtree(run, ignore_errors=True)
+        run = tmp_path / f"copy{name}"
         copy = run / "checkpoints/step0000003"
         shutil.copytree(path, copy)
         (copy / name).write_bytes(pickle.dumps(Bomb()))
@@ -267,14 +267,11 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
             lambda run=run: checkpoint.from_run(run),
             lambda run=run: checkpoint.newest_sound(run),
         ):
-            try:
+            with suppress(CheckpointError):
                 read()
-            except CheckpointError:
-                pass
         assert not (tmp_path / "exploded").exists()
-    with pytest.raises(FileExistsError):  # the bomb is one
-        (tmp_path / "exploded").mkdir()
-        pickle.loads(pickle.dumps(Bomb()))
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "exploded").exists()  # the bomb is one
 
 
 def test_what_was_saved_is_not_written_over(tmp_path):
