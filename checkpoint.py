@@ -482,9 +482,9 @@ def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) ->
     if config.init_from not in {"resume", "auto", old["init_from"]} - {"scratch"}:
         raise ConfigError(f"{run} already holds a run: use --init_from=resume, or another --name")
     differ = [n for n in new if n not in MAY_CHANGE and old[n] != new[n]]
-    if differ == ["samples"] and old["lr_decay"] == "constant":
-        if new["samples"] >= state["samples"]:
-            differ = []  # neither its learning rate nor its batches depend on its length
+    longer = old["lr_decay"] == "constant" and new["samples"] >= state["samples"]
+    if differ == ["samples"] and longer:
+        differ = []  # neither its learning rate nor its batches depend on its length
     if differ:
         fields = ", ".join(f"{n} was {old[n]!r} and is now {new[n]!r}" for n in differ)
         raise ConfigError(

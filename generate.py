@@ -100,7 +100,6 @@ def complete(
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
     batch_size: int = 16,
-    progress: bool = False,
 ) -> list[Completion]:
     """The completions of prompts, in their order.
 
@@ -114,7 +113,7 @@ def complete(
         longest = len(by_length[-1].prompt_ids) + max_new_tokens
         room = model.config.max_position_embeddings
         check_room(model, min(batch_size, len(found)), min(longest, room))
-    with tqdm(desc="prompts", total=len(found), disable=not progress, leave=False) as bar:
+    with tqdm(desc="prompts", total=len(found), delay=2, leave=False) as bar:
         for start in range(0, len(found), batch_size):
             batch = by_length[start : start + batch_size]
             ids = [completion.prompt_ids for completion in batch]
@@ -122,9 +121,8 @@ def complete(
                 for row, token, logprob in tokens:
                     batch[row].add(model, token, logprob)
             bar.update(len(batch))
-    for completion in found:
-        pieces = tokenizer.stream(completion.ids, after=completion.prompt_ids)
-        completion.text = "".join(pieces)
+    for x in found:
+        x.text = "".join(tokenizer.stream(x.ids, after=x.prompt_ids))
     return found
 
 
@@ -219,9 +217,7 @@ def prefill(model: Lucie, prompts: list[list[int]], cache: KVCache) -> Tensor:
     """Put prompts into an empty cache; fp32 logits after each of them, `[B, vocab_size]`."""
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
-    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(padded, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
+    padded = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts])
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
     chunk = max(16, PREFILL // len(prompts))
     for part in padded.to(device).split(chunk, dim=1):
@@ -257,11 +253,7 @@ def sample(
 
 def _plain(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """A function from the newest ids `[B]` to the fp32 logits `[B, vocab_size]` after them."""
-
-    def step(ids: Tensor) -> Tensor:
-        return model(ids[:, None], cache=cache)[:, -1].float()
-
-    return step
+    return lambda ids: model(ids[:, None], cache=cache)[:, -1].float()
 
 
 def _captured(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
@@ -319,8 +311,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="\\n in it is a line break; repeatable")
-    file = 'UTF-8: the whole file is a prompt; of a .jsonl, the "prompt" of each line; repeatable'
-    add("--prompt_file", action="append", help=file)
+    add("--prompt_file", action="append", help="UTF-8 text, or .jsonl of prompts; repeatable")
     add("--interactive", action="store_true", help="prompts from the terminal; Ctrl-D quits")
     add = parser.add_argument_group("how tokens are drawn").add_argument
     add("--max_new_tokens", type=int, default=200, help="of each prompt; default: 200")
@@ -336,17 +327,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("the model in memory").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    kept = "default: bfloat16 on a GPU, else float32; a folder of 4-bit weights has its own"
-    add("--dtype", choices=("float32", "bfloat16"), help=kept)
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
     add("--quantize", choices=("int4",), help="matrices in 4 bits")
-    add("--save_quantized", metavar="DIR", help="write those to a new folder")
+    add("--save_quantized", metavar="DIR", help="matrices in 4 bits, written to a new folder")
     add("--batch_size", type=int, default=16, help="prompts per batch; default: 16")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
-    if args.save_quantized and not args.quantize:
-        raise ConfigError("--save_quantized needs --quantize int4")
     if args.save_quantized and Path(args.save_quantized).exists():
         raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
@@ -424,12 +413,11 @@ def main(argv: list[str]) -> None:
         raise ConfigError("the prompt is empty")
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model, source = open_model(args.model, args.device, dtype, args.quantize == "int4")
+    int4 = bool(args.quantize or args.save_quantized)
+    model, source = open_model(args.model, args.device, dtype, int4)
     source = args.tokenizer or source
     if not source:
-        raise ConfigError(
-            "the run has no tokenizer: use --tokenizer=RANKS_FILE, or a folder with one"
-        )
+        raise ConfigError("the run has no tokenizer: use --tokenizer")
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     sampling.check(model.config.vocab_size)
     if args.save_quantized:
@@ -448,13 +436,10 @@ def main(argv: list[str]) -> None:
         print()
         report([completion], time.perf_counter() - started, model)
     elif prompts:
-        completions = complete(model, tokenizer, prompts, *how, args.batch_size, progress=True)
-        for number, completion in enumerate(completions, start=1):
-            if args.json:
-                print(json.dumps(asdict(completion), ensure_ascii=False))
-                continue
-            print(f"--- {number} of {len(completions)}")
-            print(("" if args.no_echo else completion.prompt) + completion.text)
+        completions = complete(model, tokenizer, prompts, *how, args.batch_size)
+        for number, x in enumerate(completions, start=1):
+            text = f"--- {number} of {len(completions)}\n{'' if args.no_echo else x.prompt}{x.text}"
+            print(json.dumps(asdict(x), ensure_ascii=False) if args.json else text)
         report(completions, time.perf_counter() - started, model)
 
 
@@ -462,7 +447,7 @@ def report(completions: list[Completion], seconds: float, model: Lucie) -> None:
     """Speed, memory, and how many texts end because the context is full, as a line on stderr."""
     read = sum(len(completion.prompt_ids) for completion in completions)
     new = sum(len(completion.ids) for completion in completions)
-    held = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    held = sum(x.nbytes for x in model.state_dict().values())
     line = f"{read:,} prompt tokens, {new:,} generated in {seconds:.1f} s ({new / seconds:,.1f} "
     line += f"tokens/s); weights {held / 1e9:.2f} GB"
     if model.embed_tokens.weight.is_cuda:

@@ -428,29 +428,25 @@ def test_inspect_tells_what_is_there_and_verifies_it(tmp_path, ranks, capsys):
 
 
 def test_bad_input_of_the_command(tmp_path, ranks):
-    def refused(*args):
-        with pytest.raises((ConfigError, CheckpointError, DataError)) as caught:
+    saved(tmp_path / "run/checkpoints", tokenizer=ranks)
+    tokenizers.save(dict(list(BYTES.items())[:-1]), tmp_path / "small")
+    export = ["export", tmp_path / "run", "--out", tmp_path / "out"]
+    refused = [
+        (["inspect", tmp_path], "no complete checkpoint"),
+        ([*export[:2], "--out", tmp_path / "run"], "exists already"),
+        ([*export, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
+        ([*export, "--tokenizer", tmp_path / "small"], "small has 261 tokens, but the model's"),
+        (export[:2], "--out"),
+    ]
+    for args, message in refused:
+        with pytest.raises((ConfigError, CheckpointError, DataError), match=message) as caught:
             checkpoint.main(list(map(str, args)))
         assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    saved(tmp_path / "run/checkpoints", tokenizer=ranks)
-    run, out = tmp_path / "run", tmp_path / "out"
-    path = tmp_path / "run/checkpoints/step0000003"
-    assert "no complete checkpoint" in refused("export", tmp_path / "nowhere", "--out", out)
-    assert "exists already" in refused("export", run, "--out", run)
-    assert "nowhere" in refused("export", run, "--out", out, "--tokenizer", tmp_path / "nowhere")
-    assert "no complete checkpoint" in refused("inspect", tmp_path)
-    assert "--out" in refused("export", run)
-    tokenizers.save(dict(list(BYTES.items())[:-1]), tmp_path / "small")
-    line = refused("export", run, "--out", out, "--tokenizer", tmp_path / "small")
-    assert "small has 261 tokens, but the model's vocabulary has 262" in line
-    shard = path / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    assert "shard-00001.safetensors: damaged" in refused("inspect", run)
-    assert "shard-00001.safetensors: damaged" in refused("export", run, "--out", out)
+    shard = tmp_path / "run/checkpoints/step0000003/shard-00001.safetensors"
+    shard.write_bytes(DAMAGES["last bit"](shard.read_bytes()))
+    for args in (["inspect", tmp_path / "run"], export):
+        with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors: damaged"):
+            checkpoint.main(list(map(str, args)))
     done = launch("checkpoint", "inspect", f"{tmp_path}/nowhere")
     line = f"checkpoint: {tmp_path}/nowhere: no complete checkpoint there"
     assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1

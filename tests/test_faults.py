@@ -338,21 +338,6 @@ def test_torchrun_itself(tiny_data):
     same_as_undisturbed(tiny_data)
 
 
-@pytest.mark.slow
-def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
-    """The signal goes to the whole process group, and torchrun passes it on again."""
-    command = [*TORCHRUN, "train.py", *options(tiny_data, samples=8000, validation="")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as job:
-        try:
-            until(lambda: job.poll() is not None or logged(tiny_data) > 1, [])
-            os.killpg(job.pid, signal.SIGINT)
-            assert job.wait(timeout=60) != 0  # torchrun's way to say that it was interrupted
-        finally:
-            job.kill()
-    stands(tiny_data / "out/run", logged(tiny_data))
-
-
 @pytest.mark.parametrize(
     "rank,number", [pytest.param(0, signal.SIGUSR1, marks=pytest.mark.slow), (1, signal.SIGTERM)]
 )

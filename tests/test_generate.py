@@ -8,8 +8,6 @@ import runpy
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ import quantize
 from data import tokenizer
 from data.tokenizer import EOS, ByteLevelBPE, Tokenizer
 from generate import Completion, Sampling, complete, decode, sample
-from model import KVCache, Lucie, LucieConfig
+from model import Lucie, LucieConfig
 
 RANKS = {bytes([b]): b + 4 for b in range(256)}
 BYTES = Tokenizer(ByteLevelBPE(RANKS))
@@ -201,44 +199,6 @@ def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
     assert captured == run()
 
 
-def test_the_host_side_of_a_captured_step(model, monkeypatch):
-    """Without a GPU: a stand-in for the graph replays what was captured, on the same tensors."""
-    prompts = [BYTES.encode("a" * n) for n in (1, 30, 70)]
-    expected, _ = rows(model, prompts, 12, GREEDY)
-    cache, plain, calls = KVCache(model.config, 3, 90), generate._plain, []
-
-    def recorded(model, cache):
-        run = plain(model, cache)
-
-        def step(ids):
-            calls.append((run, ids, run(ids)))
-            return calls[-1][2]
-
-        return step
-
-    class Graph:
-        def replay(self):
-            run, ids, logits = calls[-1]
-            logits.copy_(run(ids))
-
-    @contextmanager
-    def capture(graph, stream):
-        before = cache.positions.clone()
-        yield
-        cache.positions.copy_(before)  # nothing runs while it is captured
-
-    monkeypatch.setattr(generate, "_plain", recorded)
-    monkeypatch.setattr(torch, "cuda", MagicMock(CUDAGraph=Graph, graph=capture))
-    with torch.no_grad():
-        logits = generate.prefill(model, prompts, cache)
-        step, ids = generate._captured(model, cache), []
-        for _ in range(12):
-            ids.append(logits.argmax(-1))
-            logits = step(ids[-1])
-    assert torch.stack(ids, 1).tolist() == expected
-    assert len(calls) == 2  # to compile, and to capture
-
-
 # --- the command
 
 
@@ -356,7 +316,6 @@ def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, comman
         ("RUN --prompt=x --tokenizer=TMP/261.tiktoken", "has 261 tokens, but the model's"),
         ("RUN --prompt_file=TMP/latin.txt", "latin.txt: not UTF-8 at byte 2"),
         ("RUN --prompt_file=TMP/lines.jsonl", "lines.jsonl, line 2: a line must be"),
-        ("RUN --prompt=x --save_quantized=d", "--save_quantized needs --quantize"),
         ("RUN --quantize=int4 --save_quantized=TMP", "exists already; choose another name"),
         ("RUN --prompt=x --interactive", "--interactive cannot be combined"),
     ],

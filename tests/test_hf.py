@@ -149,22 +149,15 @@ def test_angles_have_a_theta_and_are_not_scaled(folder, key, rope, theta):
 
 @pytest.mark.parametrize(
     "generation, config, ids",
-    [
-        (5, 7, (5,)),
-        ([5, 6], 7, (5, 6)),
-        (None, [7, 8], (7, 8)),
-        (None, None, (1,)),
-    ],
+    [([5, 6], 7, (5, 6)), (None, [7, 8], (7, 8)), (5, None, (5,)), (None, None, (1,))],
 )
 def test_the_ids_that_end_a_text_are_read_and_written(folder, generation, config, ids):
     set_json(folder / "generation_config.json", eos_token_id=generation)
     set_json(folder / "config.json", eos_token_id=config)
     model = read(folder)
-    assert model.eos_token_ids == open_model(str(folder), "cpu")[0].eos_token_ids == ids
+    assert model.eos_token_ids == ids
     to_hf(model, folder / "again")
-    for name in ("generation_config.json", "config.json"):
-        written = json.loads((folder / "again" / name).read_text())["eos_token_id"]
-        assert written == (ids[0] if len(ids) == 1 else list(ids))
+    assert hf.eos_token_ids(folder / "again") == ids
     (folder / "again/generation_config.json").unlink()
     assert hf.eos_token_ids(folder / "again") == ids
 

@@ -514,14 +514,6 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
     assert validated == [f"step {n}: validation loss {float(rows[n]):.4f}" for n in ("10", "20")]
 
 
-def test_a_log_file_has_lines(tiny_data):
-    done = run(tiny_data)
-    assert done.returncode == 0 and "\r" not in done.stderr + done.stdout
-    *validated, line = done.stderr.splitlines()
-    assert [text.partition(":")[0] for text in validated] == ["step 10", "step 20"]
-    assert "100%" in line and "160/160" in line  # of a run under a minute the bar's last state
-
-
 # --- one process a run
 
 
@@ -612,12 +604,9 @@ def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys
     rows = train_here(tiny_data, wandb_project="lucie")
     options, *logged = seen
     assert (options["project"], options["name"], options["resume"]) == ("lucie", "run", "allow")
-    assert options["config"]["hidden_size"] == 64
     for (step, numbers), row in zip(logged, rows, strict=True):
-        assert str(step) == row["training_steps"]
-        assert {n: str(v) for n, v in numbers.items()} == {
-            n: v for n, v in row.items() if v and n != "training_steps"
-        }
+        told = {n: str(v) for n, v in numbers.items()} | {"training_steps": str(step)}
+        assert told == {n: v for n, v in row.items() if v}
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert len(train_here(tiny_data, name="other", wandb_project="lucie")) == 20
     assert "continuing without Weights & Biases (" in capsys.readouterr().err
@@ -714,14 +703,13 @@ def test_training_passes_on_partial_and_the_length_of_the_run(tiny_data):
     held, path = tiny_data / "held.csv", tiny_data / "m.csv"
     held.write_text("name,path,weight,series\na,a,1,x\nb,b,3,x\n")
     path.write_text(held.read_text() + "c,c,9,\n")
-    options = dict(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97)
-    options |= dict(samples=100, eval_samples=8, micro_batch_size=8)
+    config = Config(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97, samples=100,
+                    eval_samples=8, micro_batch_size=8)  # fmt: skip
     with pytest.raises(DataError, match="sources lack files: c"):
-        train.open_data(Config(**options), 0, 1)
-    found, held_out = train.open_data(Config(**options, partial=True), 0, 1)
-    assert found.missing == ["c"]
+        train.open_data(config, 0, 1)
+    config.partial = True
+    found, held_out = train.open_data(config, 0, 1)
     assert [found.locate(i).source for i in range(100)] == [0] * 25 + [1] * 75
     # The run over the held-out data is as long as the validation.
     expected = Mixture(held, 7, 42, 97, samples=8)
-    assert [expected.locate(i).source for i in range(8)] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert held_out.batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
