@@ -111,8 +111,8 @@ def complete(
     by_length = sorted(found, key=lambda completion: len(completion.prompt_ids))
     if found:  # the last batch is the largest
         longest = len(by_length[-1].prompt_ids) + max_new_tokens
-        room = model.config.max_position_embeddings
-        check_room(model, min(batch_size, len(found)), min(longest, room))
+        length = min(longest, model.config.max_position_embeddings)
+        check_room(model, min(batch_size, len(found)), length)
     with tqdm(desc="prompts", total=len(found), delay=2, leave=False) as bar:
         for start in range(0, len(found), batch_size):
             batch = by_length[start : start + batch_size]
@@ -311,7 +311,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="\\n in it is a line break; repeatable")
-    add("--prompt_file", action="append", help="UTF-8 text, or .jsonl of prompts; repeatable")
+    file = 'a file that is a prompt, or a .jsonl with a "prompt" in each line; repeatable'
+    add("--prompt_file", action="append", help=file)
     add("--interactive", action="store_true", help="prompts from the terminal; Ctrl-D quits")
     add = parser.add_argument_group("how tokens are drawn").add_argument
     add("--max_new_tokens", type=int, default=200, help="of each prompt; default: 200")
@@ -339,7 +340,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.save_quantized and Path(args.save_quantized).exists():
         raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
-        raise ConfigError("--interactive cannot be combined with --prompt, --prompt_file or --json")
+        raise ConfigError("--interactive excludes --prompt, --prompt_file and --json")
     use_device(args.device)
     return args
 
@@ -411,7 +412,6 @@ def main(argv: list[str]) -> None:
     prompts = [] if args.interactive else read_prompts(args)
     if not all(prompts):
         raise ConfigError("the prompt is empty")
-
     dtype = getattr(torch, args.dtype) if args.dtype else None
     int4 = bool(args.quantize or args.save_quantized)
     model, source = open_model(args.model, args.device, dtype, int4)
@@ -423,7 +423,6 @@ def main(argv: list[str]) -> None:
     if args.save_quantized:
         quantize.save(model, args.save_quantized, source)
         print(f"wrote {args.save_quantized}", file=sys.stderr)
-
     generator = torch.Generator(args.device).manual_seed(args.seed)
     how, started = (args.max_new_tokens, sampling, generator), time.perf_counter()
     if args.interactive:

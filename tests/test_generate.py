@@ -317,7 +317,7 @@ def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, comman
         ("RUN --prompt_file=TMP/latin.txt", "latin.txt: not UTF-8 at byte 2"),
         ("RUN --prompt_file=TMP/lines.jsonl", "lines.jsonl, line 2: a line must be"),
         ("RUN --quantize=int4 --save_quantized=TMP", "exists already; choose another name"),
-        ("RUN --prompt=x --interactive", "--interactive cannot be combined"),
+        ("RUN --prompt=x --interactive", "--interactive excludes --prompt"),
     ],
 )
 def test_bad_input_is_one_line(run, command, tmp_path, args, message):
