@@ -334,11 +334,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--save_quantized", metavar="DIR", help="matrices in 4 bits, written to a new folder")
     add("--batch_size", type=int, default=16, help="prompts per batch; default: 16")
     args = parser.parse_args(argv)
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1")
-    if args.save_quantized and Path(args.save_quantized).exists():
-        raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ConfigError("--max_new_tokens and --batch_size must be at least 1")
+    if (new := args.save_quantized) and Path(new).exists():
+        raise ConfigError(f"{new}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
         raise ConfigError("--interactive excludes --prompt, --prompt_file and --json")
     use_device(args.device)
@@ -398,11 +397,10 @@ def talk(model: Lucie, tokenizer: Tokenizer, *how: object) -> None:
                 print()
         except ValueError as error:
             print(error, file=sys.stderr)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, EOFError) as end:
             print()
-        except EOFError:
-            print()
-            return
+            if isinstance(end, EOFError):
+                return
 
 
 def main(argv: list[str]) -> None:

@@ -310,7 +310,7 @@ def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, comman
         ("RUN --promt x", "no option is called --promt; did you mean '--prompt'?"),
         ("RUN --prompt=x --top_k=300", "top_k must be 0 to 260, the vocabulary, not 300"),
         ("RUN --prompt=x --device=cuda:77", "device 'cuda:77' is not available here"),
-        ("RUN --prompt=x --batch_size=0", "--batch_size must be at least 1"),
+        ("RUN --prompt=x --batch_size=0", "--max_new_tokens and --batch_size must be at least 1"),
         ("RUN --prompt=" + "x" * 300, "a prompt of 301 tokens leaves no room in the model's"),
         ("RUN", "the prompt is empty"),
         ("RUN --prompt=x --tokenizer=TMP/261.tiktoken", "has 261 tokens, but the model's"),
