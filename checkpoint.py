@@ -23,13 +23,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -40,8 +38,8 @@ from tqdm import tqdm
 import hf
 import parallel
 import quantize
-from config import Config, cli
-from config.cli import ConfigError, Parser, in_one_line, run_cli
+from config import Config
+from config.cli import ConfigError, Parser, in_one_line, run_cli, write_file
 from data.dataset import DataError
 from hf import DTYPES, CheckpointError, Piece
 from model import Lucie, LucieConfig, initial_weight
@@ -79,12 +77,7 @@ class Saver:
         self._path, self._running = folder, None
 
     def save(
-        self,
-        name: str,
-        model: nn.Module,
-        optimizer: Optimizer,
-        state: dict,
-        milestone: bool = False,
+        self, name: str, model: nn.Module, optimizer: Optimizer, state: dict, milestone=False
     ) -> None:
         """Begin to write folder/name; returns as soon as the tensors may change again.
 
@@ -132,21 +125,15 @@ class Saver:
         """In the background, on every rank: write the shard of this rank; rank 0 completes it."""
         path, folder, rank = self._path, _unfinished(self._path), parallel.rank()
 
-        def begin() -> None:
-            if rank == 0 and path.exists():
-                raise CheckpointError("a checkpoint of this name exists already")
-            if rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-
         def write_shard() -> dict[str, dict]:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not first_rows:
+                return {}
             file = folder / f"shard-{rank + 1:05d}.safetensors"
             copies = {key: self._copies[key] for key in first_rows}
             # torch.distributed.checkpoint's key and format for where the rows of a shard belong
             offsets = {key: [row, 0][: copies[key].ndim] for key, row in first_rows.items()}
             places = {key: {"saved_offsets": offset} for key, offset in offsets.items()}
-            if not copies:
-                return {}
             hf.save_tensors(copies, file, {"DCP_SHARDING_INFO": json.dumps(places)})
             hf.sync(file)
             return {file.name: _facts(file)}
@@ -154,17 +141,20 @@ class Saver:
         def complete(files: dict[str, dict]) -> None:
             if rank > 0:
                 return
-            write_text(folder / "state.json", state)
+            if path.exists():
+                raise CheckpointError("a checkpoint of this name exists already")
+            write_file(folder / "state.json", state.encode())
             files["state.json"] = _facts(folder / "state.json")
-            write_text(folder / "manifest.json", manifest(files))
+            write_file(folder / "manifest.json", manifest(files).encode())
             hf.sync(folder)
             os.replace(folder, path)
-            with _reported():  # the new checkpoint is complete whatever fails from here on
+            try:
                 hf.sync(path.parent)
-            self._remove_old_ones()
+                self._remove_old_ones()
+            except OSError as error:  # the new checkpoint is complete all the same
+                print(f"checkpoint: {in_one_line(error)}", file=sys.stderr)
 
         common = {"errors": (OSError, CheckpointError), "group": self._group}
-        parallel.together(begin, **common)
         mine = parallel.together(write_shard, **common)
         files = {n: f for part in parallel.gather(mine, self._group) for n, f in part.items()}
         parallel.together(complete, files, **common)
@@ -177,30 +167,18 @@ class Saver:
         """
         prefix, rolling = STEP.sub("", self._path.name), []
         for _, path in found(self.folder):
-            try:
+            with suppress(CheckpointError, KeyError):
                 if STEP.sub("", path.name) == prefix and not read_state(path)["milestone"]:
                     rolling.append(path)
-            except (CheckpointError, KeyError):
-                continue
         for path in rolling[: -self._keep_last]:
-            with _reported():
-                os.replace(path, _unfinished(path))  # a half-removed one never has its name
-                shutil.rmtree(_unfinished(path), ignore_errors=True)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        print(f"checkpoint: {in_one_line(error)}", file=sys.stderr)
+            os.replace(path, _unfinished(path))  # a half-removed one never has its name
+            shutil.rmtree(_unfinished(path), ignore_errors=True)
 
 
 def save(path: str | Path, model: nn.Module, optimizer: Optimizer, state: dict) -> None:
     """Write one checkpoint and wait for it. Every rank calls this. Raises CheckpointError."""
-    path = Path(path)
-    saver = Saver(path.parent, sys.maxsize)
-    saver.save(path.name, model, optimizer, state)
+    saver = Saver(Path(path).parent, sys.maxsize)
+    saver.save(Path(path).name, model, optimizer, state)
     saver.wait()
 
 
@@ -216,11 +194,7 @@ def tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, sync and rename it: there is never half of one."""
-    unfinished = _unfinished(path)
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    hf.sync(unfinished)
-    os.replace(unfinished, path)
+    write_file(path, text.encode())
 
 
 def _unfinished(path: Path) -> Path:
@@ -242,11 +216,9 @@ def manifest(files: dict) -> str:
 def versions() -> dict[str, str]:
     """What a run was computed with: the commit of this code, and the libraries that matter."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    out = {"code": commit or "not a git checkout", "python": platform.python_version()}
+    out = {"code": "not a git checkout", "python": platform.python_version()}
+    with suppress(OSError, subprocess.SubprocessError):
+        out["code"] = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     for library in ("torch", "triton", "numpy"):
         with suppress(metadata.PackageNotFoundError):
             out[library] = metadata.version(library)
@@ -294,30 +266,21 @@ def newest_sound(run: Path) -> Path | None:
     checkpoints are damaged, so that a run never restarts by mistake; or when one cannot be read,
     which does not prove damage.
     """
-    folder, rank = run / "checkpoints", parallel.rank()
-
-    def set_aside(path: Path) -> None:
-        if rank == 0:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-
+    folder, rank, world = run / "checkpoints", parallel.rank(), parallel.world_size()
     for unfinished in folder.glob(".*.tmp") if rank == 0 else ():
         shutil.rmtree(unfinished, ignore_errors=True)
     for path in reversed(parallel.gather([path for _, path in found(folder)])[0]):
         try:
-            share = (path, rank, parallel.world_size())
-            parallel.together(verify, *share, errors=(CheckpointError,))
+            parallel.together(verify, path, rank, world, errors=(CheckpointError,))
             return path
         except Damaged as damage:
             if rank == 0:
-                line = f"checkpoint: {damage}; renamed, and the one before it is used"
-                print(line, file=sys.stderr)
-            parallel.together(set_aside, path, errors=(OSError,))
+                aside = path.with_name(f"{path.name}.damaged")
+                print(f"checkpoint: {damage}; renamed to {aside.name}", file=sys.stderr)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
     if parallel.gather(any(folder.glob("*.damaged")))[0]:
-        raise CheckpointError(
-            f"{run}: every checkpoint is damaged; start again under another --name"
-        )
+        raise CheckpointError(f"{run}: every checkpoint is damaged; choose another --name")
     return None
 
 
@@ -328,14 +291,12 @@ def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
     one that cannot be read.
     """
     path = Path(path)
-    # Rank 0 looks for all files. If another rank does not find one, its disk may be at fault.
-    missing = Damaged if rank == 0 else CheckpointError
     try:
+        text = (path / "manifest.json").read_text(encoding="utf-8", errors="replace")
         try:
-            text = (path / "manifest.json").read_text(encoding="utf-8")
             files = json.loads(text)["files"]
         except (ValueError, KeyError, TypeError):
-            text, files = "", {}
+            files = None
         if text != manifest(files):
             raise Damaged(f"{path / 'manifest.json'}: damaged")
         unlisted = {p.name for p in path.glob("[!.]*.safetensors")} - files.keys()
@@ -346,14 +307,14 @@ def verify(path: str | Path, rank: int = 0, world: int = 1) -> None:
                 sizes = f"{size:,} bytes, {facts['bytes']:,} were written"
                 raise Damaged(f"{path / name}: damaged ({sizes})")
         mine = list(files)[rank::world]
-        total = sum(files[name]["bytes"] for name in mine)
-        common = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False}
-        with tqdm(desc=f"checking {path.name}", total=total, disable=rank > 0, **common) as bar:
+        with hf.bytes_bar("checking", sum(files[name]["bytes"] for name in mine)) as bar:
             for name in mine:
                 if _facts(path / name) != files[name]:
                     raise Damaged(f"{path / name}: damaged (its SHA-256 is not the one written)")
                 bar.update(files[name]["bytes"])
     except FileNotFoundError as error:
+        # Rank 0 looks for all files. If another rank does not find one, its disk may be at fault.
+        missing = Damaged if rank == 0 else CheckpointError
         raise missing(f"{error.filename}: missing") from None
     except OSError as error:
         raise CheckpointError(in_one_line(error)) from None
@@ -440,7 +401,8 @@ def from_run(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Luci
 def _weights_of(path: str | Path) -> tuple[Path, LucieConfig, list[Piece], dict]:
     newest = latest(path)
     if newest is None:
-        raise CheckpointError(f"{path}: no complete checkpoint there")
+        hint = "" if Path(path).exists() else f"; a model of the Hugging Face hub is hf:{path}"
+        raise CheckpointError(f"{path}: no complete checkpoint there{hint}")
     options = read_state(newest)["config"]
     config = architecture(options)
     pieces = pieces_of(newest, config, optimizer=False)
@@ -458,41 +420,25 @@ def open_model(
     and what a 4-bit folder was written in. int4: pack the matrices as they arrive. Raises
     CheckpointError, before the first weight is read if there is not enough memory.
     """
-    folder = Path(source)
-    if source.startswith("hf:"):
-        folder = hf.folder_of(source.removeprefix("hf:"))
-    elif not folder.exists():
-        raise CheckpointError(
-            f"{source}: no such run or folder; a model of the Hugging Face hub is hf:{source}"
-        )
+    theirs = source.startswith("hf:")
+    folder = hf.folder_of(source.removeprefix("hf:")) if theirs else Path(source)
     build = quantize.build if int4 else hf.build
     default = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if not source.startswith("hf:") and not hf.is_hf_folder(folder):
+    if not theirs and not hf.is_hf_folder(folder):
         newest, config, pieces, options = _weights_of(folder)
         return build(config, pieces, dtype or default, device, newest), options["tokenizer"]
-    config = hf.config_of(folder)
     if quantize.is_int4(folder):
         model = quantize.load(folder, device)
         if dtype not in (None, model.embed_tokens.weight.dtype):
-            kept = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{source}: its 4-bit weights need dtype {kept}")
+            raise CheckpointError(f"{source}: 4-bit weights keep the dtype they were written in")
     else:
+        config = hf.config_of(folder)
         model = build(config, hf.pieces_of(folder, config), dtype or default, device, folder)
     model.eos_token_ids = hf.eos_token_ids(folder)
     return model, str(folder)
 
 
 # --- what a run starts from ----------------------------------------------------------------------
-
-
-def lock(run: Path) -> IO:
-    """Keep other processes from training the same run, until the file returned is closed.
-
-    Raises CheckpointError if another process trains it.
-    """
-    if (file := cli.lock(run)) is None:
-        raise CheckpointError(f"{run}: another process is training this run")
-    return file
 
 
 def start(config: Config, run: Path, mixture: str, model: Lucie, optimizer: Optimizer) -> dict:
@@ -517,8 +463,7 @@ def start(config: Config, run: Path, mixture: str, model: Lucie, optimizer: Opti
         folder = parallel.together(hf.folder_of, wanted.removeprefix("hf:"), errors=expected)
         there = parallel.together(hf.config_of, folder, errors=expected)
         hf.check_same_model(folder, model.config, vars(there))
-        pieces = parallel.together(hf.pieces_of, folder, model.config, errors=expected)
-        _fill(parts, pieces)
+        _fill(parts, parallel.together(hf.pieces_of, folder, model.config, errors=expected))
         return state | {"trained_before": hf.training_of(folder)}
     source = parallel.gather(latest(wanted))[0] if wanted != "resume" else None
     if source is None:
@@ -534,28 +479,18 @@ def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) ->
     """Raises ConfigError if `config` describes another run than the checkpoint's."""
     state = read_state(existing)
     old, new = asdict(Config()) | state["config"], asdict(config)
-    if (
-        config.init_from not in ("resume", "auto", old["init_from"])
-        or config.init_from == "scratch"
-    ):
+    if config.init_from not in {"resume", "auto", old["init_from"]} - {"scratch"}:
         raise ConfigError(f"{run} already holds a run: use --init_from=resume, or another --name")
     differ = [n for n in new if n not in MAY_CHANGE and old[n] != new[n]]
-    if differ == ["samples"] and old["lr_decay"] == "constant":
+    longer = old["lr_decay"] == "constant" and new["samples"] >= state["samples"]
+    if differ == ["samples"] and longer:
         differ = []  # neither its learning rate nor its batches depend on its length
-        if new["samples"] < state["samples"]:
-            raise ConfigError(
-                f"{run}: has trained on {state['samples']:,} samples already, more than "
-                f"{new['samples']:,}"
-            )
-    if "samples" in differ and {*differ} <= {"samples", "warmup_samples", "batch_ramp_samples"}:
-        raise ConfigError(
-            f"{run}: samples was {old['samples']:,} and is now {new['samples']:,}, but its learning"
-            " rate or batch size depends on it; to train on, start a new run from its weights: "
-            f"--name=NEW --init_from={run}"
-        )
     if differ:
         fields = ", ".join(f"{n} was {old[n]!r} and is now {new[n]!r}" for n in differ)
-        raise ConfigError(f"{run} was started with other options: {fields}; choose another --name")
+        raise ConfigError(
+            f"{run} was started with other options: {fields}; choose another --name, to train on "
+            f"from its weights with --init_from={run}"
+        )
     if state.get("mixture") != mixture:
         raise ConfigError(
             f"{run}: the sources, weights or tokens of {config.mixture} have changed since it "
@@ -567,38 +502,6 @@ def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) ->
 # --- the command ---------------------------------------------------------------------------------
 
 
-def export(run: str, out: str, dtype: torch.dtype, tokenizer: str = "") -> None:
-    """Write the weights of a run's newest checkpoint, or of a checkpoint, for Hugging Face.
-
-    tokenizer: instead of the run's own. A damaged checkpoint is not exported.
-    """
-    newest, config, pieces, options = _weights_of(run)
-    verify(newest)
-    model = hf.build(config, pieces, dtype, "cpu", newest)
-    tokenizer = tokenizer or options["tokenizer"]
-    hf.to_hf(model, out, dtype, tokenizer, read_state(newest))
-    print(
-        f"exported {newest} to {out}" + ("" if tokenizer else ", without a tokenizer: it has none")
-    )
-
-
-def inspect(path: str) -> None:
-    """Print what a run's newest checkpoint, or a checkpoint, holds, and verify every byte."""
-    newest, config, pieces, options = _weights_of(path)
-    state = read_state(newest)
-    facts = {name: state[name] for name in ("step", "samples", "tokens")}
-    facts |= {f"{name}, all phases": value for name, value in hf.trained(state).items()}
-    facts["parameters"] = sum(torch.Size(piece.shape).numel() for piece in pieces)
-    states = {p.name: read_state(p) for _, p in found(newest.parent)}
-    milestones = [name for name, other in states.items() if other.get("milestone")]
-    facts |= vars(config) | {"tokenizer": options["tokenizer"], "milestones": milestones}
-    print(newest)
-    for name, value in facts.items():
-        print(f"    {name:28} {f'{value:,}' if type(value) is int else value or 'none'}")
-    verify(newest)
-    print("    verified: no byte has changed")
-
-
 def main(argv: list[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m checkpoint", description=__doc__, formatter_class=raw)
@@ -606,16 +509,31 @@ def main(argv: list[str]) -> None:
     out = commands.add_parser("export", help="write a run or checkpoint in Hugging Face's layout")
     out.add_argument("run", help="a run, whose newest checkpoint is taken, or a checkpoint")
     out.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    dtypes = ("bfloat16", "float32", "float16")
+    dtypes = ("bfloat16", "float32")
     out.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
     out.add_argument("--tokenizer", default="", help="its file or folder; default: the run's own")
     look = commands.add_parser("inspect", help="print what a run or checkpoint holds, verify it")
-    look.add_argument("run")
+    look.add_argument("run", help="a run, whose newest checkpoint is taken, or a checkpoint")
     args = parser.parse_args(argv)
+    newest, config, pieces, options = _weights_of(args.run)
+    state = read_state(newest)
     if args.command == "export":
-        export(args.run, args.out, getattr(torch, args.dtype), args.tokenizer)
-    else:
-        inspect(args.run)
+        verify(newest)
+        model = hf.build(config, pieces, getattr(torch, args.dtype), "cpu", newest)
+        tokenizer = args.tokenizer or options["tokenizer"]
+        hf.to_hf(model, args.out, tokenizer=tokenizer, state=state)
+        without = "" if tokenizer else ", without a tokenizer: it has none"
+        print(f"exported {newest} to {args.out}{without}")
+        return
+    facts = {name: state[name] for name in ("step", "samples", "tokens")}
+    facts |= {f"{name}, all phases": value for name, value in hf.trained(state).items()}
+    facts["parameters"] = sum(torch.Size(piece.shape).numel() for piece in pieces)
+    facts |= vars(config) | {"tokenizer": options["tokenizer"] or "none"}
+    print(newest)
+    for name, value in facts.items():
+        print(f"    {name:28} {f'{value:,}' if type(value) is int else value}")
+    verify(newest)
+    print("    verified: no byte has changed")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,16 @@ class Completion:
             self.finish_reason = "context"
 
 
+def begin(model: Lucie, tokenizer: Tokenizer, prompt: str) -> Completion:
+    """A completion that is still empty. Raises ValueError for a prompt that leaves no room."""
+    ids, room = tokenizer.encode(prompt), model.config.max_position_embeddings
+    if len(ids) >= room:
+        raise ValueError(
+            f"a prompt of {len(ids):,} tokens leaves no room in the model's context of {room:,}"
+        )
+    return Completion(prompt, ids)
+
+
 def complete(
     model: Lucie,
     tokenizer: Tokenizer,
@@ -90,7 +100,6 @@ def complete(
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
     batch_size: int = 16,
-    progress: bool = False,
 ) -> list[Completion]:
     """The completions of prompts, in their order.
 
@@ -98,16 +107,13 @@ def complete(
     prompts and batch_size give the same texts. Raises ValueError as `decode` does, before anything
     is computed.
     """
-    found = [Completion(prompt, tokenizer.encode(prompt)) for prompt in prompts]
-    for completion in found:
-        check_prompt(model, completion)
+    found = [begin(model, tokenizer, prompt) for prompt in prompts]
     by_length = sorted(found, key=lambda completion: len(completion.prompt_ids))
     if found:  # the last batch is the largest
         longest = len(by_length[-1].prompt_ids) + max_new_tokens
-        room = model.config.max_position_embeddings
-        check_room(model, min(batch_size, len(found)), min(longest, room))
-    bar = tqdm(desc="prompts", total=len(found), disable=not progress, leave=False)
-    with bar:
+        length = min(longest, model.config.max_position_embeddings)
+        check_room(model, min(batch_size, len(found)), length)
+    with tqdm(desc="prompts", total=len(found), delay=2, leave=False) as bar:
         for start in range(0, len(found), batch_size):
             batch = by_length[start : start + batch_size]
             ids = [completion.prompt_ids for completion in batch]
@@ -115,9 +121,8 @@ def complete(
                 for row, token, logprob in tokens:
                     batch[row].add(model, token, logprob)
             bar.update(len(batch))
-    for completion in found:
-        pieces = tokenizer.stream(completion.ids, after=completion.prompt_ids)
-        completion.text = "".join(pieces)
+    for x in found:
+        x.text = "".join(tokenizer.stream(x.ids, after=x.prompt_ids))
     return found
 
 
@@ -141,17 +146,6 @@ def stream(
     for piece in tokenizer.stream(new_ids(), after=completion.prompt_ids):
         completion.text += piece
         yield piece
-
-
-def check_prompt(model: Lucie, completion: Completion) -> None:
-    """Raises ValueError for a prompt that is empty or leaves no room for a token."""
-    room, count = model.config.max_position_embeddings, len(completion.prompt_ids)
-    if not completion.prompt:
-        raise ValueError("the prompt is empty")
-    if count >= room:
-        raise ValueError(
-            f"a prompt of {count:,} tokens leaves no room in the model's context of {room:,}"
-        )
 
 
 def check_room(model: Lucie, batch: int, length: int) -> None:
@@ -223,9 +217,7 @@ def prefill(model: Lucie, prompts: list[list[int]], cache: KVCache) -> Tensor:
     """Put prompts into an empty cache; fp32 logits after each of them, `[B, vocab_size]`."""
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
-    padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(padded, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
+    padded = torch.tensor([ids + [0] * (max(lengths) - len(ids)) for ids in prompts])
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
     chunk = max(16, PREFILL // len(prompts))
     for part in padded.to(device).split(chunk, dim=1):
@@ -261,11 +253,7 @@ def sample(
 
 def _plain(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """A function from the newest ids `[B]` to the fp32 logits `[B, vocab_size]` after them."""
-
-    def step(ids: Tensor) -> Tensor:
-        return model(ids[:, None], cache=cache)[:, -1].float()
-
-    return step
+    return lambda ids: model(ids[:, None], cache=cache)[:, -1].float()
 
 
 def _captured(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
@@ -316,59 +304,42 @@ def _to_host(ids: Tensor, logprobs: Tensor) -> Callable[[], list[list[float]]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    raw = argparse.RawTextHelpFormatter
+    parser = Parser(prog="generate.py", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
+    add("--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", action="append", help="\\n in it is a line break; repeatable")
+    file = 'a file that is a prompt, or a .jsonl with a "prompt" in each line; repeatable'
+    add("--prompt_file", action="append", help=file)
+    add("--interactive", action="store_true", help="prompts from the terminal; Ctrl-D quits")
+    add = parser.add_argument_group("how tokens are drawn").add_argument
+    add("--max_new_tokens", type=int, default=200, help="of each prompt; default: 200")
+    add("--temperature", type=float, default=1.0, help="0: the likeliest token; default: 1")
+    add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0, default: all")
+    add("--top_p", type=float, default=1.0, help="of those the fewest that reach it; default: 1")
+    add("--seed", type=int, default=42, help="of the draws; default: 42")
+    add = parser.add_argument_group("output").add_argument
+    add("--no_echo", action="store_true", help="without the prompt before the text")
+    add(
+        "--json", action="store_true", help="a line of JSON for each prompt, with log-probabilities"
     )
-    parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
-    parser.add_argument(
-        "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
-    )
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", action="append", help="\\n in it is a line break; repeatable")
-    prompts.add_argument(
-        "--prompt_file",
-        action="append",
-        help='UTF-8: the whole file is a prompt; of a .jsonl, the "prompt" of each line;\n'
-        "- is standard input; repeatable",
-    )
-    prompts.add_argument(
-        "--interactive", action="store_true", help="read prompts from the terminal; Ctrl-D quits"
-    )
-    how = parser.add_argument_group("how tokens are drawn")
-    how.add_argument("--max_new_tokens", type=int, default=200)
-    how.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    how.add_argument("--top_k", type=int, default=0, help="0: all")
-    how.add_argument("--top_p", type=float, default=1.0)
-    how.add_argument("--seed", type=int, default=42)
-    how.add_argument("--num_return_sequences", type=int, default=1, help="of each prompt")
-    output = parser.add_argument_group("output")
-    output.add_argument("--no_echo", action="store_true", help="without the prompt before the text")
-    output.add_argument(
-        "--json",
-        action="store_true",
-        help="a line of JSON for each completion: prompt, text, tokens, log-probabilities, and\n"
-        "the reason why it ended",
-    )
-    where = parser.add_argument_group("the model in memory")
-    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    where.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="default: bfloat16 on a GPU, else float32; a folder of 4-bit weights has its own",
-    )
-    where.add_argument("--quantize", choices=("int4",), help="matrices in 4 bits")
-    where.add_argument("--save_quantized", metavar="DIR", help="write those to a folder")
-    where.add_argument("--batch_size", type=int, default=16, help="prompts per batch")
+    add = parser.add_argument_group("the model in memory").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
+    add("--quantize", choices=("int4",), help="matrices in 4 bits")
+    add("--save_quantized", metavar="DIR", help="matrices in 4 bits, written to a new folder")
+    add("--batch_size", type=int, default=16, help="prompts per batch; default: 16")
     args = parser.parse_args(argv)
-    for name in ("max_new_tokens", "num_return_sequences", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1")
-    if args.save_quantized and not args.quantize:
-        raise ConfigError("--save_quantized needs --quantize int4")
-    if args.save_quantized and Path(args.save_quantized).exists():
-        raise ConfigError(f"{args.save_quantized}: exists already; choose another name")
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ConfigError("--max_new_tokens and --batch_size must be at least 1")
+    if (new := args.save_quantized) and Path(new).exists():
+        raise ConfigError(f"{new}: exists already; choose another name")
     if args.interactive and (args.prompt or args.prompt_file or args.json):
-        raise ConfigError("--interactive cannot be combined with --prompt, --prompt_file or --json")
+        raise ConfigError("--interactive excludes --prompt, --prompt_file and --json")
     use_device(args.device)
     return args
 
@@ -389,79 +360,47 @@ def use_device(device: str) -> None:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All prompts, in the order of the options. Raises ConfigError naming what cannot be read."""
     prompts = [prompt.replace("\\n", "\n") for prompt in args.prompt or ()]
-    files = args.prompt_file or ([] if prompts or args.save_quantized else ["-"])
-    if not args.prompt_file and files and sys.stdin.isatty():
-        raise ConfigError(
-            "no prompt: use --prompt, --prompt_file or --interactive, or pipe text in"
-        )
-    for file in files:
-        text = _read_text(file)
+    if not (prompts or args.prompt_file or args.save_quantized):
+        if sys.stdin.isatty():
+            raise ConfigError("no prompt: use --prompt, --prompt_file or --interactive")
+        return [_text(sys.stdin.buffer.read(), "standard input")]
+    for file in args.prompt_file or ():
+        text = _text(Path(file).read_bytes(), file)
         if not file.endswith(".jsonl"):
             prompts.append(text)
             continue
         for number, line in enumerate(text.split("\n"), start=1):
             try:
-                prompt = json.loads(line)["prompt"] if line.strip() else None
+                prompts += [json.loads(line)["prompt"] + ""] if line.strip() else []
             except (ValueError, KeyError, TypeError):
-                prompt = 0
-            if isinstance(prompt, str):
-                prompts.append(prompt)
-            elif prompt is not None:
-                raise ConfigError(f'{file}, line {number}: a line must be {{"prompt": "text"}}')
-    for prompt in prompts:
-        if not prompt:
-            raise ConfigError("the prompt is empty")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"not valid Unicode: the prompt {prompt[:60]!a}") from None
+                raise ConfigError(
+                    f'{file}, line {number}: a line must be {{"prompt": "text"}}'
+                ) from None
     return prompts
 
 
-def _read_text(file: str) -> str:
-    name = "standard input" if file == "-" else file
+def _text(content: bytes, name: str) -> str:
     try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 at byte {error.start:,}") from None
 
 
-def talk(
-    model: Lucie,
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-) -> None:
+def talk(model: Lucie, tokenizer: Tokenizer, *how: object) -> None:
     """Complete one prompt after the other until the input ends; Ctrl-C ends a completion."""
     while True:
         try:
             prompt = input("> ").replace("\\n", "\n")
-            if not prompt.strip():
-                continue
-            completion = Completion(prompt, tokenizer.encode(prompt))
-            check_prompt(model, completion)
-            for piece in stream(model, tokenizer, completion, max_new_tokens, sampling, generator):
-                print(piece, end="", flush=True)
-            print()
-            explain_end(model, [completion])
+            if prompt.strip():
+                for piece in stream(model, tokenizer, begin(model, tokenizer, prompt), *how):
+                    print(piece, end="", flush=True)
+                print()
         except ValueError as error:
             print(error, file=sys.stderr)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, EOFError) as end:
             print()
-        except EOFError:
-            print()
-            return
-
-
-def explain_end(model: Lucie, completions: list[Completion]) -> None:
-    """Say that a text ends where the context is full; otherwise it seems to stop for no reason."""
-    full = sum(completion.finish_reason == "context" for completion in completions)
-    if full:
-        room = model.config.max_position_embeddings
-        which = "" if len(completions) == 1 else f"{full} of {len(completions)} texts: "
-        print(f"{which}stopped: the context of {room:,} tokens is full", file=sys.stderr)
+            if isinstance(end, EOFError):
+                return
 
 
 def main(argv: list[str]) -> None:
@@ -469,70 +408,51 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.check(2**63)  # before minutes of loading; top_k against the vocabulary after that
     prompts = [] if args.interactive else read_prompts(args)
-
+    if not all(prompts):
+        raise ConfigError("the prompt is empty")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model, source = open_model(args.model, args.device, dtype, args.quantize == "int4")
+    int4 = bool(args.quantize or args.save_quantized)
+    model, source = open_model(args.model, args.device, dtype, int4)
     source = args.tokenizer or source
     if not source:
-        raise ConfigError(
-            "the run has no tokenizer: use --tokenizer=RANKS_FILE, or a folder with one"
-        )
+        raise ConfigError("the run has no tokenizer: use --tokenizer")
     tokenizer = load_tokenizer(source, model.config.vocab_size)
     sampling.check(model.config.vocab_size)
     if args.save_quantized:
         quantize.save(model, args.save_quantized, source)
         print(f"wrote {args.save_quantized}", file=sys.stderr)
-
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    common = (args.max_new_tokens, sampling, generator)
+    how, started = (args.max_new_tokens, sampling, generator), time.perf_counter()
     if args.interactive:
-        talk(model, tokenizer, *common)
-        return
-    prompts = [prompt for prompt in prompts for _ in range(args.num_return_sequences)]
-    if not prompts:
-        return
-    started = time.perf_counter()
-    if len(prompts) == 1 and not args.json:
-        completion = Completion(prompts[0], tokenizer.encode(prompts[0]))
-        check_prompt(model, completion)
+        talk(model, tokenizer, *how)
+    elif len(prompts) == 1 and not args.json:
+        completion = begin(model, tokenizer, prompts[0])
         print("" if args.no_echo else completion.prompt, end="", flush=True)
-        for piece in stream(model, tokenizer, completion, *common):
+        for piece in stream(model, tokenizer, completion, *how):
             print(piece, end="", flush=True)
         print()
-        completions = [completion]
-    else:
-        completions = complete(model, tokenizer, prompts, *common, args.batch_size, progress=True)
-        for number, completion in enumerate(completions):
-            if args.json:
-                print(json.dumps(asdict(completion), ensure_ascii=False))
-                continue
-            print(f"--- {number + 1} of {len(completions)}")
-            print(("" if args.no_echo else completion.prompt) + completion.text)
-    explain_end(model, completions)
-    report(completions, time.perf_counter() - started, model)
+        report([completion], time.perf_counter() - started, model)
+    elif prompts:
+        completions = complete(model, tokenizer, prompts, *how, args.batch_size)
+        for number, x in enumerate(completions, start=1):
+            text = f"--- {number} of {len(completions)}\n{'' if args.no_echo else x.prompt}{x.text}"
+            print(json.dumps(asdict(x), ensure_ascii=False) if args.json else text)
+        report(completions, time.perf_counter() - started, model)
 
 
 def report(completions: list[Completion], seconds: float, model: Lucie) -> None:
-    """Speed and memory, as a line on stderr."""
+    """Speed, memory, and how many texts end because the context is full, as a line on stderr."""
     read = sum(len(completion.prompt_ids) for completion in completions)
     new = sum(len(completion.ids) for completion in completions)
-    device = model.embed_tokens.weight.device
-    held = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    print(
-        f"{read:,} prompt tokens, {new:,} generated in {seconds:.1f} s ({new / seconds:,.1f} "
-        f"tokens/s); weights {held / 1e9:.2f} GB, peak memory {peak_memory(device) / 1e9:.2f} GB",
-        file=sys.stderr,
-    )
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors took on a GPU, or this process in main memory; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 0
+    held = sum(x.nbytes for x in model.state_dict().values())
+    line = f"{read:,} prompt tokens, {new:,} generated in {seconds:.1f} s ({new / seconds:,.1f} "
+    line += f"tokens/s); weights {held / 1e9:.2f} GB"
+    if model.embed_tokens.weight.is_cuda:
+        line += f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+    if full := sum(completion.finish_reason == "context" for completion in completions):
+        room = model.config.max_position_embeddings
+        line += f"; {full} ended where the context of {room:,} tokens is full"
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

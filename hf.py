@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,13 +64,6 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-# --- names and shapes ----------------------------------------------------------------------------
-
 
 def rows_of(config: LucieConfig) -> dict[str, tuple[str, int, int]]:
     """{tensor name of Hugging Face: (our parameter, first row, past the last row)}.
@@ -80,28 +73,19 @@ def rows_of(config: LucieConfig) -> dict[str, tuple[str, int, int]]:
     c, rows = config, {}
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {
-        "self_attn.qkv_proj": (("q_proj", q), ("k_proj", kv), ("v_proj", kv)),
-        "mlp.gate_up_proj": (("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)),
+        "qkv_proj": (("q_proj", q), ("k_proj", kv), ("v_proj", kv)),
+        "gate_up_proj": (("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)),
     }
     with torch.device("meta"):
-        parameters = {name: p.shape[0] for name, p in Lucie(config).named_parameters()}
-    for ours, count in parameters.items():
-        layer = ours.removesuffix(".weight")
-        module = ".".join(layer.split(".")[2:])  # layers.0.self_attn.qkv_proj
+        parameters = dict(Lucie(config).named_parameters())
+    for ours, parameter in parameters.items():
+        *module, layer, _ = ours.split(".")  # layers.0.self_attn.qkv_proj.weight
         start = 0
-        for part, size in fused.get(module, ((layer.rpartition(".")[2], count),)):
-            theirs = f"{layer.rpartition('.')[0]}.{part}.weight".lstrip(".")
-            prefix = "" if theirs == "lm_head.weight" else "model."
-            rows[prefix + theirs] = (ours, start, start + size)
+        for part, size in fused.get(layer, ((layer, len(parameter)),)):
+            prefix = [] if layer == "lm_head" else ["model"]
+            rows[".".join([*prefix, *module, part, "weight"])] = (ours, start, start + size)
             start += size
     return rows
-
-
-def shapes_of(config: LucieConfig) -> dict[str, tuple[int, ...]]:
-    """{tensor name of Hugging Face: its shape}."""
-    with torch.device("meta"):
-        ours = {name: p.shape for name, p in Lucie(config).named_parameters()}
-    return {n: (end - start, *ours[p][1:]) for n, (p, start, end) in rows_of(config).items()}
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -111,24 +95,21 @@ def folder_of(name: str) -> Path:
     """A local folder as it is; FOLDER_OR_NAME[@revision] is fetched through huggingface_hub."""
     if name and Path(name).is_dir():
         return Path(name)
-    name, _, revision = name.partition("@")
-    if name and Path(name).is_dir():
-        raise CheckpointError(f"{name}: a local folder has no revision {revision}")
-    if not name or name.startswith(("/", ".")):
+    repository, _, revision = name.partition("@")
+    if not repository or repository.startswith(("/", ".")) or Path(repository).is_dir():
         raise CheckpointError(f"hf:{name}: no such folder")
     try:
         from huggingface_hub import snapshot_download
+
+        options = {"allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": ["*/*"]}
+        return Path(snapshot_download(repository, revision=revision or None, **options))
     except ImportError:
         raise CheckpointError(
             f"{name}: no such folder; to fetch a model by its name: pip install huggingface_hub"
         ) from None
-    try:
-        options = {"allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": ["*/*"]}
-        return Path(snapshot_download(name, revision=revision or None, **options))
     except Exception as error:  # the hub's client has a dozen errors of its own
-        at = f"@{revision}" if revision else ""
         why = f"{type(error).__name__}: {in_one_line(error)}"
-        raise CheckpointError(f"{name}{at}: could not be fetched ({why})") from None
+        raise CheckpointError(f"{name}: could not be fetched ({why})") from None
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -146,7 +127,7 @@ def read_json(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({in_one_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
@@ -157,23 +138,16 @@ def config_of(folder: Path) -> LucieConfig:
     """LucieConfig of a Hugging Face folder. Raises CheckpointError for another architecture."""
     file = folder / "config.json"
     values = read_json(file)
-    fixed = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
-    for name in fixed:
-        if (values.get(name) or COMMON[name]) != COMMON[name]:
-            raise CheckpointError(f"{file}: {name} {values[name]!r} is not Lucie's architecture")
     for key in ("rope_scaling", "rope_parameters"):  # transformers 5 keeps theta in the latter
         rope = values.get(key) or {}
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"{file}: {key} {rope!r} is not an object")
-        kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
-        nested = any(isinstance(value, dict) for value in rope.values())
-        if kind != "default" or factor not in (None, 1) or nested:
+        known = ("default", None, 1)  # the kind of rotation, and a factor that changes nothing
+        if not isinstance(rope, dict) or any(
+            value not in known for name, value in rope.items() if name != "rope_theta"
+        ):
             raise CheckpointError(
                 f"{file}: {key} {rope!r} is not supported: Lucie does not scale angles"
             )
-        values |= {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
-    if values.get("partial_rotary_factor", 1) != 1:
-        raise CheckpointError(f"{file}: partial_rotary_factor is not Lucie's architecture")
+        values |= {name: theta for name, theta in rope.items() if name == "rope_theta"}
     missing = [n for n in vars(LucieConfig()) if values.get(n) is None]
     if missing:
         raise CheckpointError(f"{file}: lacks {', '.join(missing)}")
@@ -181,11 +155,11 @@ def config_of(folder: Path) -> LucieConfig:
         config = LucieConfig(**{n: values[n] for n in vars(LucieConfig())})
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file}: {in_one_line(error)}") from None
-    if values.get("head_dim") not in (None, config.head_dim):
-        raise CheckpointError(
-            f"{file}: head_dim {values['head_dim']} is not hidden_size / num_attention_heads = "
-            f"{config.head_dim}, which is not Lucie's architecture"
-        )
+    names = ("model_type", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings")
+    fixed = {n: COMMON[n] for n in names} | {"head_dim": config.head_dim}
+    for name, ours in fixed.items():
+        if (values.get(name) or ours) != ours:
+            raise CheckpointError(f"{file}: {name} is {values[name]!r}, and {ours!r} in a Lucie")
     return config
 
 
@@ -218,27 +192,21 @@ def check_same_model(path: object, here: LucieConfig, there: dict) -> None:
 
 def files_of(folder: Path) -> list[Path]:
     """The files that its index names, or without an index model.safetensors. They exist."""
-    index, only = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if only.is_file():
-            return [only]
-        pickles = sorted(p for kind in ("bin", "pt", "pth") for p in folder.glob(f"[!.]*.{kind}"))
-        if pickles:
-            raise CheckpointError(
-                f"{folder}: {pickles[0].name} is a pickle, which can run code and is not read; "
-                "convert it with transformers: model.save_pretrained(NEW, safe_serialization=True)"
-            )
-        raise CheckpointError(f"{folder}: has no model.safetensors and no {index.name}")
-    weight_map = read_json(index).get("weight_map")
-    try:
-        names = sorted(set(weight_map.values()))
-    except (AttributeError, TypeError):
-        raise CheckpointError(f"{index}: has no weight_map") from None
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r} is not a file beside it")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: lacks {name}, which its index names")
+            raise CheckpointError(
+                f"{folder}: lacks {name}; pickles (.bin, .pt) can run code and are not read, "
+                "transformers converts them: model.save_pretrained(NEW)"
+            )
     return [folder / name for name in names]
 
 
@@ -259,39 +227,40 @@ def opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as f:
             yield f
-    except SafetensorError as error:
-        why = in_one_line(error)
-        raise CheckpointError(f"{file}: damaged, or cut short ({why})") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or in_one_line(error)}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged, or not readable ({in_one_line(error)})") from None
 
 
 def pieces_of(folder: Path, config: LucieConfig) -> list[Piece]:
     """All weights of a folder. Raises CheckpointError for any that is missing, unknown, stored
     twice or of another shape or dtype."""
     if method := read_json(folder / "config.json").get("quantization_config"):
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        if method != "nanolucie_int4":
-            raise CheckpointError(f"{folder}: quantized by {method!r}, which is not supported")
-        raise CheckpointError(f"{folder}: holds 4-bit weights, which only generate.py can use")
-    rows, shapes, pieces = rows_of(config), shapes_of(config), {}
+        raise CheckpointError(f"{folder}: holds quantized weights, which cannot be used ({method})")
+    rows, pieces = rows_of(config), {}
+    with torch.device("meta"):
+        shapes = {name: p.shape[1:] for name, p in Lucie(config).named_parameters()}
     for file in files_of(folder):
         for key, (dtype, shape) in header_of(file)[0].items():
             if key.endswith("rotary_emb.inv_freq"):
                 continue  # written by old versions; we compute the angles
-            if key in pieces:
-                raise CheckpointError(f"{file}: {key} is also in {pieces[key].file.name}")
-            if key not in shapes:
-                raise CheckpointError(f"{folder}: unknown tensor {key}")
-            if shape != shapes[key]:
-                raise CheckpointError(f"{folder}: {key} is {[*shape]}, not {[*shapes[key]]}")
-            if dtype not in DTYPES:
-                raise CheckpointError(f"{folder}: {key} is {dtype}, not one of {[*DTYPES]}")
-            pieces[key] = Piece(file, key, *rows[key][:2], shape, DTYPES[dtype])
-    missing = [key for key in shapes if key not in pieces]
+            if key not in rows or key in pieces:
+                raise CheckpointError(f"{file}: {key} is unknown or comes twice")
+            name, start, end = rows[key]
+            if shape != (end - start, *shapes[name]) or dtype not in DTYPES:
+                expected = [end - start, *shapes[name]]
+                raise CheckpointError(f"{file}: {key} is {dtype} {[*shape]}, not {expected}")
+            pieces[key] = Piece(file, key, name, start, shape, DTYPES[dtype])
+    missing = [key for key in rows if key not in pieces]
     if missing:
         raise CheckpointError(f"{folder}: lacks {missing[0]} and {len(missing) - 1} more")
     return list(pieces.values())
+
+
+def bytes_bar(description: str, total: int) -> tqdm:
+    """A progress bar in bytes; rank 0 shows it if the work takes longer than two seconds."""
+    hidden = dist.is_initialized() and dist.get_rank() > 0
+    common = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    return tqdm(desc=description, total=total, disable=hidden, **common)
 
 
 def read(
@@ -301,24 +270,16 @@ def read(
 
     held: {parameter: (first row, past the last row)} that this rank wants; None for all rows.
     """
-    parts = []  # (piece, from which of its rows, to which)
+    parts, total = [], 0  # (piece, from which of its rows, to which)
     for piece in pieces:
         rows = piece.shape[0]
         first, end = held[piece.name] if held else (piece.first, piece.first + rows)
         a, b = max(first - piece.first, 0), min(end - piece.first, rows)
         if a < b:
             parts.append((piece, a, b))
+            total += (b - a) * torch.Size(piece.shape[1:]).numel() * piece.dtype.itemsize
     parts.sort(key=lambda part: part[0].file)
-    bar = tqdm(
-        desc=f"reading {parts[0][0].file.parent.name}" if parts else None,
-        total=sum(piece.nbytes // piece.shape[0] * (b - a) for piece, a, b in parts),
-        unit="B",
-        unit_scale=True,
-        delay=2,
-        leave=False,
-        disable=dist.is_initialized() and dist.get_rank() > 0,
-    )
-    with bar, ExitStack() as stack:
+    with bytes_bar("reading weights", total) as bar, ExitStack() as stack:
         current = file = None
         for piece, a, b in parts:
             if piece.file != current:
@@ -334,7 +295,7 @@ def build(
     pieces: list[Piece],
     dtype: torch.dtype,
     device: torch.device | str,
-    label: str,
+    label: object,
 ) -> Lucie:
     """A model of these weights. Memory never holds more than it and one tensor."""
     with torch.device("meta"):
@@ -358,38 +319,16 @@ def allocate(model: Lucie, device: torch.device | str, label: object) -> None:
     model.to_empty(device=device)
 
 
-def from_hf(
-    path_or_name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Lucie:
-    """Lucie from a Hugging Face folder or NAME[@revision].
-
-    Raises CheckpointError, before any weight is read if the folder is incomplete or there is
-    not enough memory.
-    """
-    folder = folder_of(path_or_name)
-    config = config_of(folder)
-    model = build(config, pieces_of(folder, config), dtype, device, str(folder))
-    model.eos_token_ids = eos_token_ids(folder)
-    return model
-
-
 def available_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, or of main memory for this process; 0 where that is unknown."""
+    """Free bytes of a GPU, or of main memory; 0 where that is unknown."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         facts = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1]
-        free = 1024 * int(facts.split()[0])
+        return 1024 * int(facts.split()[0])
     except (OSError, IndexError):
         return 0
-    try:  # a job or container may have a limit of its own
-        group = Path("/sys/fs/cgroup", *Path("/proc/self/cgroup").read_text().split("::/")[1:2])
-        group = Path(str(group).strip())
-        limit, used = ((group / f"memory.{n}").read_text() for n in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # without a limit the file says "max"
-        return free
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -406,7 +345,7 @@ def to_hf(
 
     dtype: None keeps the model's own. tokenizer: a path for data.tokenizer.load. state: of the
     checkpoint, for config.json and the model card. Raises CheckpointError and DataError, before
-    anything is written if there is something at `path` or not enough room.
+    anything is written if there is something at `path`.
     """
     dtype = dtype or model.embed_tokens.weight.dtype
     parameters = dict(model.named_parameters())
@@ -415,12 +354,9 @@ def to_hf(
         for theirs, (ours, start, end) in rows_of(model.config).items()
     }
     config = config_json(model, dtype, state)
-    texts = {"README.md": model_card(config, state), "config.json": config}
-    texts["generation_config.json"] = {
-        "bos_token_id": 0,
-        "eos_token_id": config["eos_token_id"],
-        "pad_token_id": 3,
-    }
+    ids = {"bos_token_id": 0, "eos_token_id": config["eos_token_id"], "pad_token_id": 3}
+    texts = {"config.json": config, "generation_config.json": ids}
+    texts["README.md"] = model_card(config, state)
     write_folder(Path(path), tensors, dtype, texts, tokenizer, model.config.vocab_size)
 
 
@@ -432,7 +368,13 @@ def write_folder(
     tokenizer: str,
     vocab_size: int,
 ) -> None:
-    """Write tensors (in dtype; None for their own), text or JSON files, and the tokenizer."""
+    """Write tensors (in dtype; None for their own), text or JSON files, and the tokenizer.
+
+    The folder gets its name when all of it is on the disk; nothing is left of it otherwise. Raises
+    CheckpointError if there is something of that name, or a file cannot be written.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another name")
     known = tokenizers.load(tokenizer, vocab_size) if tokenizer else None
     sizes = {n: t.numel() * (dtype or t.dtype).itemsize for n, t in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -440,30 +382,36 @@ def write_folder(
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    weight_map = {}
-    bar = tqdm(desc=f"writing {path.name}", total=sum(sizes.values()), unit="B", unit_scale=True,
-               delay=2, leave=False)  # fmt: skip
-    with bar, new_folder(path, sum(sizes.values())) as folder:
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if len(shards) == 1:
-                file = "model.safetensors"
-            shard = {n: tensors[n].to("cpu", dtype).contiguous() for n in names}
-            for name, tensor in shard.items():
-                if dtype == torch.float16 and not tensor.isfinite().all():
-                    raise CheckpointError(f"{path}: {name} has values that fp16 cannot hold")
-            save_tensors(shard, folder / file, {"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-            bar.update(sum(sizes[n] for n in names))
+    weight_map, total = {}, sum(sizes.values())
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        with bytes_bar(f"writing {path.name}", total) as bar:
+            for number, names in enumerate(shards, start=1):
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                file = file if len(shards) > 1 else "model.safetensors"
+                shard = {n: tensors[n].to("cpu", dtype).contiguous() for n in names}
+                save_tensors(shard, unfinished / file, {"format": "pt"})
+                weight_map |= dict.fromkeys(names, file)
+                bar.update(sum(sizes[n] for n in names))
         if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             texts = texts | {"model.safetensors.index.json": index}
         for name, content in texts.items():
             if isinstance(content, dict):
                 content = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            (folder / name).write_text(content, encoding="utf-8")
+            (unfinished / name).write_text(content, encoding="utf-8")
         if known:
-            tokenizers.save_folder(known, folder)
+            tokenizers.save_folder(known, unfinished)
+        for file in [*unfinished.iterdir(), unfinished]:
+            sync(file)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({in_one_line(error)})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
@@ -476,44 +424,11 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) 
         raise CheckpointError(f"{file}: {in_one_line(error)}") from None
 
 
-@contextmanager
-def new_folder(path: Path, nbytes: int = 0) -> Iterator[Path]:
-    """A folder to write to, which gets the name `path` when all that is in it is on the disk.
-
-    Raises CheckpointError before anything is written if there is something of that name, or no room
-    for nbytes; later if a file cannot be written. Nothing of it is left then.
-    """
-    absolute = path.absolute()  # the path . has no name
-    unfinished = absolute.with_name(f".{absolute.name}.tmp")
-    try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise CheckpointError(f"{path}: exists already; choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if nbytes > free:
-            raise CheckpointError(
-                f"{path}: takes {nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there"
-            )
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        for file in [*unfinished.rglob("*"), unfinished]:
-            sync(file)
-        with suppress(FileNotFoundError):
-            path.rmdir()  # an empty one
-        os.replace(unfinished, path)
-        sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({in_one_line(error)})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, would survive a power cut."""
     if os.name == "nt" and path.is_dir():
         return  # Windows does it by itself
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -15,6 +15,7 @@ per rank: python -m bench.step --plan.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def parallelize(
             "or try config/demo_pretrain.py"
         )
     if dist.is_initialized() and strategy != "ddp":
-        _shard(model, _mesh(strategy, size, device), dtype)
+        _shard(model, size, strategy, device, dtype)
     model.to_empty(device=device)
     if dist.is_initialized() and strategy == "ddp":
         return DistributedDataParallel(
@@ -171,14 +172,13 @@ def shards(strategy: str, replica_size: int, world: int) -> int:
     return size
 
 
-def _mesh(strategy: str, size: int, device: torch.device) -> dist.DeviceMesh:
-    if strategy == "fsdp":
-        return init_device_mesh(device.type, (size,))
-    names = ("replicate", "shard")
-    return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=names)
-
-
-def _shard(model: nn.Module, mesh: dist.DeviceMesh, dtype: torch.dtype) -> None:
+def _shard(
+    model: nn.Module, size: int, strategy: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    shape, names = (size,), ("shard",)
+    if strategy == "hsdp":
+        shape, names = (world_size() // size, size), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the rotary tables among them must stay fp32.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -248,42 +248,31 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
         )
     if mode == "none":
         return
-    policy = _saved_operations(mode == "selective", model.layers[0].mlp.down_proj.weight.shape)
-    for block in model.layers:
-        block.forward = _checkpointed(block.forward, policy)
-
-
-def _checkpointed(forward: Callable, policy: Callable) -> Callable:
-    def contexts() -> tuple:
-        return create_selective_checkpoint_contexts(policy)
-
-    def forward_and_again(*args: object) -> Tensor:
-        # There is no dropout, so no state of a random generator has to be restored.
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
-
-    return forward_and_again
-
-
-def _saved_operations(products: bool, down_proj: torch.Size) -> Callable:
-    """The policy that says which operations of a block keep their result for the backward."""
-    attention = {
+    kept = {
         torch.ops.nanolucie.attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
+    down_proj = model.layers[0].mlp.down_proj.weight.shape
 
     def policy(_, operation: object, *args: object, **__) -> CheckpointPolicy:
-        keep = operation in attention
-        if products and operation == torch.ops.aten.mm.default:
+        keep = operation in kept
+        if mode == "selective" and operation == torch.ops.aten.mm.default:
             # down_proj comes last: nothing within the block is computed from its result.
             keep = args[1].T.shape != down_proj
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+    for block in model.layers:
+        # There is no dropout, so no state of a random generator has to be restored.
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(create_selective_checkpoint_contexts, policy),
+        )
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -7,7 +7,7 @@
 The matrices of the blocks are packed (kernels/int4_linear.py says how and why). The embedding,
 a look-up of a few rows, and the norms stay as they are, and so does the head: in 4 bits it would
 save 0.39 GB and a tenth of the time of a token, but on small models it alone raised perplexity more
-than all blocks together (bench/NOTES.md).
+than all blocks together (docs/kernels.md).
 
 A model is quantized before it is filled, on the meta device, so that only one of its tensors is
 ever in memory in full.
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hf
 from hf import CheckpointError
@@ -159,20 +158,16 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Lucie:
     config, values = hf.config_of(folder), hf.read_json(folder / "config.json")
     if not is_int4(folder):
         raise CheckpointError(f"{folder}: does not hold nanoLucie's 4-bit weights")
-    dtype = getattr(torch, str(values.get("torch_dtype")), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"{folder}: torch_dtype {values.get('torch_dtype')!r} is unknown")
     try:
+        dtype = getattr(torch, values["torch_dtype"])
+        group_size = values["quantization_config"]["group_size"]
         with torch.device("meta"):
-            group_size = int(values["quantization_config"].get("group_size", 0))
             model = quantize_(Lucie(config).to(dtype), group_size)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: group_size: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
     hf.allocate(model, device, folder)
     missing = model.state_dict()  # the tensors to be filled, by name
-    total = sum(x.nbytes for x in missing.values())
-    bar = tqdm(desc="reading", total=total, unit="B", unit_scale=True, delay=2, leave=False)
-    with bar:
+    with hf.bytes_bar("reading weights", sum(x.nbytes for x in missing.values())) as bar:
         for path in hf.files_of(folder):
             with hf.opened(path) as file:
                 for name in file.keys():
@@ -189,19 +184,3 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Lucie:
     if missing:
         raise CheckpointError(f"{folder}: lacks {next(iter(missing))} and {len(missing) - 1} more")
     return model
-
-
-def bytes_of(config: LucieConfig, context: int, batch: int = 1) -> tuple[int, int]:
-    """(bytes of the weights, bytes of the cache) of a 4-bit model, all but the packed in bf16.
-
-    context: tokens of each of the `batch` sequences. What a forward pass needs besides comes on
-    top: the logits, and for more than 16 rows one unpacked matrix.
-    """
-    c = config
-    kv = c.num_key_value_heads * c.head_dim
-    group_size = group_size_of(config)
-    matrices = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
-    packed = c.num_hidden_layers * (matrices // 2 + matrices // group_size * 2)
-    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
-    weights = packed + 2 * (2 * c.vocab_size * c.hidden_size + norms)
-    return weights, 2 * c.num_hidden_layers * batch * context * kv * 2

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ import kernels
 import parallel
 from checkpoint import CheckpointError
 from config import Config, load
-from config.cli import ConfigError, run_cli
+from config.cli import ConfigError, lock, run_cli, write_file
 from data.dataset import DataError, Mixture, Share, document_starts, read_share
 from data.tokenizer import load as load_tokenizer
 from model import Lucie
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
     rank, world = parallel.start_processes(device)
     expected = (ConfigError, DataError, CheckpointError, OSError)
     run = Path(config.out_dir, config.name)
-    lock = parallel.together(lambda: None if rank else checkpoint.lock(run), errors=expected)
+    claimed = parallel.together(lambda: None if rank else claim(run), errors=expected)
     try:
         model, forward = build_model(config, device, dtype)
     except ValueError as error:
@@ -125,12 +126,9 @@ def main(argv: list[str]) -> int:
             diverged = True
             where = not_finite(step, share, losses, config.micro_batch_size)
             if rank == 0:
-                line = f"step {step.step}: loss {loss}, gradient norm {grad_norm} on {where}"
-                newest = (
-                    f"step {saved:,} is the last one saved" if saved else "nothing is saved yet"
-                )
-                line += f"; stopped before the update, {newest}"
-                tqdm.write(f"train.py: {line}", file=sys.stderr)
+                line = f"train.py: step {step.step}: loss {loss}, gradient norm {grad_norm} on "
+                line += f"{where}; stopped before the update, the last step saved is {saved:,}"
+                tqdm.write(line, file=sys.stderr)
             break
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step.samples_before)
@@ -146,35 +144,25 @@ def main(argv: list[str]) -> int:
         row_tokens += step.batch_size * config.seq_len
         bar.update(step.batch_size)
 
-        validate = step.step % config.eval_every == 0 or step.step == last
-        validate = validate and held_out is not None
+        validate = held_out is not None and (
+            step.step % config.eval_every == 0 or step.step == last
+        )
         if validate or step.step % config.log_every == 0 or step.step == last:
-            speed, seconds = row_tokens / (now - row_began), now - row_began
-            waits = max(parallel.gather(waited))
-            row = {
-                "training_steps": step.step,
-                "training_tokens": state["tokens"],
-                "training_loss": loss,
-                "walltime": state["seconds"] / 3600,
-                "gputime": state["gpu_seconds"] / 3600,
-                "learning_rate": schedule.learning_rate(state["samples"]),
-                "grad_norm": grad_norm,
-                "tokens_per_second": speed,
-                "mfu": speed * flops / (world * peak) if peak else None,
-                "validation_loss": None,
-                "data_seconds": waits,
-            }
-            shown = f"loss {loss:.3f}, lr {row['learning_rate']:.1e}, {speed:,.0f} tokens/s"
+            seconds, waits = now - row_began, max(parallel.gather(waited))
+            speed, rate = row_tokens / seconds, schedule.learning_rate(state["samples"])
+            shown = f"loss {loss:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s"
             if waits > 0.1 * seconds:
                 shown += f", {waits / seconds:.0%} of the time waiting for data"
-            if validate:
-                row["validation_loss"] = validation_loss(forward, held_out, config, device)
-            if rank == 0:
-                log(row)
-                if validate:
-                    line = f"step {step.step:,}: validation loss {row['validation_loss']:.4f}"
-                    tqdm.write(line, file=sys.stderr)
             bar.set_postfix_str(shown, refresh=False)
+            held_out_loss = validation_loss(forward, held_out, config, device) if validate else None
+            if rank == 0:
+                hours = (state["seconds"] / 3600, state["gpu_seconds"] / 3600)
+                mfu = speed * flops / (world * peak) if peak else None
+                log((step.step, state["tokens"], loss, *hours, rate, grad_norm, speed, mfu,
+                     held_out_loss, waits))  # fmt: skip
+                if validate:
+                    line = f"step {step.step:,}: validation loss {held_out_loss:.4f}"
+                    tqdm.write(line, file=sys.stderr)
             # The validation does not count towards the speed.
             row_began, row_tokens, waited = time.monotonic(), 0, 0.0
 
@@ -190,14 +178,21 @@ def main(argv: list[str]) -> int:
     if rank == 0 and not diverged:
         newest = run / "checkpoints" / revision_name(saved, config.checkpoint_prefix)
         print(summary(config, newest, first, saved, last))
-    if lock:
-        lock.close()
+    if claimed:
+        claimed.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     return int(diverged)
 
 
 # --- set-up --------------------------------------------------------------------------------------
+
+
+def claim(run: Path) -> IO:
+    """Keep other processes from training the same run, until the file returned is closed."""
+    if (file := lock(run)) is None:
+        raise CheckpointError(f"{run}: another process is training this run")
+    return file
 
 
 def catch_signals() -> list[int]:
@@ -265,11 +260,11 @@ def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: d
         f"{parallel.world_size()} x {kind}\n{steps:,} steps, {config.samples:,} samples, "
         f"{config.samples * config.seq_len:,} tokens; {begins}; writes to {run}"
     )
-    sources = zip(mixture.weights, mixture.lengths, mixture.names)
-    epochs = sorted((config.samples * weight / length, name) for weight, length, name in sources)
-    if repeated := [f"{name} ({n:.1f} times)" for n, name in reversed(epochs) if n > 1]:
-        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        text += f"\nsources read more than once: {', '.join(repeated[:5])}{more}"
+    epochs = [config.samples * w / n for w, n in zip(mixture.weights, mixture.lengths)]
+    if max(epochs) > 1:
+        most = max(zip(epochs, mixture.names))
+        text += f"\n{sum(n > 1 for n in epochs)} of {len(epochs)} sources are read more than once, "
+        text += f"{most[1]} the most often: {most[0]:.1f} times"
     if mixture.missing:
         text += f"\nsources left out, because their files are missing: {', '.join(mixture.missing)}"
     return text
@@ -286,13 +281,13 @@ def summary(config: Config, newest: Path, first: int, step: int, last: int) -> s
     return f"{config.name}: {how}\nnewest checkpoint: {newest}"
 
 
-def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
+def open_log(config: Config, run: Path, step: int) -> Callable[[tuple], None]:
     """A function that adds a row to log.csv, TensorBoard and, if asked for, Weights & Biases.
 
     A resumed run continues log.csv, without rows past its checkpoint that a crash left behind.
     """
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(run / "config.json", json.dumps(asdict(config), indent=1))
+    write_file(run / "config.json", json.dumps(asdict(config), indent=1).encode())
     path, rows = run / "log.csv", []
     if step and path.is_file():
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -300,7 +295,7 @@ def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
                 number = row.get("training_steps") or ""
                 if number.isdecimal() and int(number) <= step and "cut short" not in row.values():
                     rows.append(",".join(row.get(column, "") for column in LOG_COLUMNS))
-    checkpoint.write_text(path, "\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
+    write_file(path, ("\n".join([",".join(LOG_COLUMNS), *rows]) + "\n").encode())
     file = open(path, "a", newline="", encoding="utf-8", buffering=1)
     boards: dict[str, Callable[[dict, int], object]] = {}
 
@@ -324,21 +319,22 @@ def open_log(config: Config, run: Path, step: int) -> Callable[[dict], None]:
             import wandb
 
             if step == 0 or not (run / "wandb_id").is_file():
-                checkpoint.write_text(run / "wandb_id", secrets.token_hex(8))
+                write_file(run / "wandb_id", secrets.token_hex(8).encode())
             options = {"id": (run / "wandb_id").read_text(), "resume": "allow", "dir": str(run)}
-            options["name"] = config.name
-            board = wandb.init(project=config.wandb_project, config=asdict(config), **options)
+            options |= {"project": config.wandb_project, "name": config.name}
+            board = wandb.init(config=asdict(config), **options)
             boards["Weights & Biases"] = lambda row, step: board.log(row, step=step)
 
-    def write(row: dict) -> None:
+    def write(values: tuple) -> None:
         try:
-            csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n").writerow(row)
+            csv.writer(file, lineterminator="\n").writerow(values)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        numbers = {n: v for n, v in row.items() if v is not None and n != "training_steps"}
+        numbers = {n: v for n, v in zip(LOG_COLUMNS, values, strict=True) if v is not None}
+        step = numbers.pop("training_steps")
         for name, add_row in list(boards.items()):
             with optional(name):
-                add_row(numbers, row["training_steps"])
+                add_row(numbers, step)
 
     return write
 

@@ -175,11 +175,11 @@ def _set(config: Config, name: str, value: object, file: str) -> None:
 
 def _check_ranges(config: Config) -> None:
     positive = ("seq_len", "micro_batch_size", "log_every", "eval_every", "eval_samples")
+    not_negative = ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size")
+    not_negative += ("checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps")
     for name in (*positive, "keep_last"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
-    not_negative = ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size")
-    not_negative += ("checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps")
     for name in not_negative:
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} must be 0 or more, not {getattr(config, name)}")
@@ -202,27 +202,23 @@ def _shorten_warmup(config: Config, planned: int, given: Iterable[str]) -> None:
     """
     if not 0 < config.samples <= config.warmup_samples:
         return
-    scale = config.samples / planned
     changes = []
-    for name in ("warmup_samples", "batch_ramp_samples"):
-        before = getattr(config, name)
-        if name in given or not before:
-            continue
-        setattr(config, name, int(before * scale))
-        changes.append(f"{name} from {before:,} to {getattr(config, name):,}")
+    for name in [n for n in ("warmup_samples", "batch_ramp_samples") if n not in given]:
+        if before := getattr(config, name):
+            setattr(config, name, int(before * (config.samples / planned)))
+            changes.append(f"{name} from {before:,} to {getattr(config, name):,}")
     if os.environ.get("RANK", "0") == "0":
         print(f"--samples={config.samples} shortens {' and '.join(changes)}", file=sys.stderr)
 
 
 def _with_bare_booleans(args: Sequence[str]) -> list[str]:
     """`--compile` alone means `--compile=true`."""
-    out = []
-    for arg, following in zip(args, [*args[1:], "--"]):
+    out = list(args)
+    for i, (arg, following) in enumerate(zip(args, [*args[1:], "--"])):
         option = OPTIONS.get(arg.removeprefix("--").replace("-", "_"))
-        alone = following.startswith("--") or following.endswith(".py")
-        if option and option.type is bool and arg.startswith("--") and alone:
-            arg += "=true"
-        out.append(arg)
+        if arg.startswith("--") and option and option.type is bool:
+            if following.startswith("--") or following.endswith(".py"):
+                out[i] = f"{arg}=true"
     return out
 
 

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -202,15 +201,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if CUDA and {"chip", "device"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("gpu")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line says how many tests were skipped, and why."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
-    if reasons:
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        terminalreporter.write_line(f"{len(skipped)} skipped: {why}")
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:

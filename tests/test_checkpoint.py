@@ -1,11 +1,11 @@
-import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
-import stat
+import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -91,27 +91,6 @@ def test_a_save_goes_on_while_the_weights_change(tmp_path):
     assert not any(p.any() for p in checkpoint.from_run(second)[0].parameters())
 
 
-def test_shards_are_safetensors_that_others_can_read(tmp_path):
-    """The layout, by safetensors' own reader and hashlib alone."""
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
-    shard = tmp_path / "step0000003/shard-00001.safetensors"
-    tensors = load_file(shard)
-    assert len(tensors) == 3 * len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        assert torch.equal(tensors[f"model.{name}"], p)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(tensors[f"{moment}.{name}"], optimizer.state[p][moment])
-    manifest = json.loads((shard.parent / "manifest.json").read_text())
-    assert manifest["files"].keys() == {shard.name, "state.json"}
-    for name, facts in manifest["files"].items():
-        assert (shard.parent / name).stat().st_mode == (
-            shard.parent / "manifest.json"
-        ).stat().st_mode
-        content = (shard.parent / name).read_bytes()
-        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def test_only_the_newest_rolling_ones_stay_and_all_milestones(tmp_path):
     model, optimizer = trained()
     (tmp_path / "step0000008.damaged").mkdir()
@@ -190,13 +169,11 @@ def test_killed_at_any_file_boundary_leaves_a_sound_one(tmp_path):
 
 DAMAGES = {
     "truncated": lambda content: content[: len(content) // 2],
-    "one byte short": lambda content: content[:-1],
     "longer": lambda content: content + b" ",
     "emptied": lambda content: b"",
-    "first bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
-    "middle bit": lambda content: flipped(content, len(content) // 2, 16),
+    "first bit": lambda content: flipped(content, 0, 1),
     "last bit": lambda content: flipped(content, len(content) - 1, 128),
-    "removed": lambda content: None,
+    "removed": None,
 }
 
 
@@ -213,33 +190,21 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_used(tmp_path, capsys
         saver.save(f"step{step:07d}", model, optimizer, STATE | {"step": step})
     saver.wait()
     path = tmp_path / "checkpoints/step0001000"
-    content = DAMAGES[damage]((path / file).read_bytes())
-    if content is None:
-        (path / file).unlink()
-    else:
-        (path / file).write_bytes(content)
+    content = (path / file).read_bytes()
+    (path / file).unlink()
+    if DAMAGES[damage]:
+        (path / file).write_bytes(DAMAGES[damage](content))
     with pytest.raises(CheckpointError, match=f"step0001000/{file}: (damaged|missing)"):
         checkpoint.verify(path)
     sound = checkpoint.newest_sound(tmp_path)
     assert sound == tmp_path / "checkpoints/step0000900"
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"step0001000/{file}: " in line
-    assert "renamed, and the one before it is used" in line
+    assert "renamed to step0001000.damaged" in line
     assert checkpoint.load(sound, model, optimizer)["step"] == 900
     names = ["step0000900", "step0001000.damaged"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == names
     assert checkpoint.newest_sound(tmp_path) == sound and not capsys.readouterr().err
-
-
-def test_every_bit_of_the_manifest_matters(tmp_path):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
-    manifest = tmp_path / "step0000003/manifest.json"
-    content = manifest.read_bytes()
-    for at in range(len(content)):
-        manifest.write_bytes(flipped(content, at, 1 << at % 8))
-        with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
-            checkpoint.verify(tmp_path / "step0000003")
 
 
 def test_a_shard_that_does_not_belong_is_named(tmp_path):
@@ -254,7 +219,7 @@ def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path, capsys):
     model, optimizer = trained()
     checkpoint.save(tmp_path / "checkpoints/step0000003", model, optimizer, STATE)
     os.truncate(tmp_path / "checkpoints/step0000003/state.json", 10)
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
             checkpoint.newest_sound(tmp_path)
 
@@ -283,80 +248,6 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
         checkpoint.verify(path, 0, 2)
 
 
-def test_an_old_one_that_cannot_be_removed_does_not_undo_the_new(tmp_path, monkeypatch, capsys):
-    model, optimizer = trained()
-    saver, replace = checkpoint.Saver(tmp_path, keep_last=1), os.replace
-
-    def refusing(old, new):
-        if "step0000001" in str(old) and str(new).endswith(".tmp"):
-            raise PermissionError(1, "Operation not permitted", str(old))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", refusing)
-    for step in (1, 2):
-        saver.save(f"step{step:07d}", model, optimizer, STATE | {"step": step})
-        saver.wait()
-    assert sorted(os.listdir(tmp_path)) == ["step0000001", "step0000002"]
-    assert "step0000001: Operation not permitted" in capsys.readouterr().err
-
-
-def test_what_another_made_stays_and_does_not_keep_old_ones(tmp_path):
-    """A copy under a name of its own, an empty directory, a file."""
-    model, optimizer = trained()
-    saver = checkpoint.Saver(tmp_path, keep_last=1)
-    (tmp_path / "step0000000").mkdir()
-    (tmp_path / "step0000009.txt").touch()
-    for step in (1, 2, 3):
-        saver.save(f"step{step:07d}", model, optimizer, STATE | {"step": step})
-        saver.wait()
-        if step == 1:
-            shutil.copytree(tmp_path / "step0000001", tmp_path / "before_the_change_step0000001")
-    kept = {"step0000000", "step0000003", "step0000009.txt", "before_the_change_step0000001"}
-    assert set(os.listdir(tmp_path)) == kept
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-def test_a_directory_that_cannot_be_synced(tmp_path, monkeypatch, capsys, number):
-    """Some network file systems cannot; a real error is told, the checkpoint is complete."""
-    model, optimizer = trained()
-    fsync = os.fsync
-
-    def refusing(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode) and (tmp_path / "step0000003").exists():
-            raise OSError(number, os.strerror(number), "a directory")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", refusing)
-    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
-    checkpoint.verify(tmp_path / "step0000003")
-    assert ("Input/output error" in capsys.readouterr().err) == (number == errno.EIO)
-
-
-def test_each_of_two_ranks_checks_its_share(tmp_path):
-    model, optimizer = trained()
-    path = tmp_path / "step0000003"
-    checkpoint.save(path, model, optimizer, STATE)
-    content = (path / "state.json").read_bytes()
-    (path / "state.json").write_bytes(flipped(content, 5, 1))
-    checkpoint.verify(path, 0, 2)  # reads the shard
-    with pytest.raises(CheckpointError, match=r"state\.json"):
-        checkpoint.verify(path, 1, 2)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
-def test_loading_a_damaged_shard_unverified_is_one_clear_error(tmp_path, damage):
-    model, optimizer = trained()
-    path = tmp_path / "step0000003"
-    checkpoint.save(path, model, optimizer, STATE)
-    (shard,) = path.glob("*.safetensors")
-    if damage == "removed":
-        shard.unlink()
-    else:
-        os.truncate(shard, shard.stat().st_size // 2 if damage == "truncated" else 0)
-    with pytest.raises(CheckpointError, match=r"step0000003.*: damaged"):
-        checkpoint.load(path, model, optimizer)
-
-
 def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
@@ -367,8 +258,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
     checkpoint.save(path, model, optimizer, STATE)
     names = [file.name for file in path.iterdir()]
     for name in (*names, ".metadata", "shard-00002.safetensors", "__0_0.distcp"):
-        run = tmp_path / "copy"
-        shutil.rmtree(run, ignore_errors=True)
+        run = tmp_path / f"copy{name}"
         copy = run / "checkpoints/step0000003"
         shutil.copytree(path, copy)
         (copy / name).write_bytes(pickle.dumps(Bomb()))
@@ -377,14 +267,11 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
             lambda run=run: checkpoint.from_run(run),
             lambda run=run: checkpoint.newest_sound(run),
         ):
-            try:
+            with suppress(CheckpointError):
                 read()
-            except CheckpointError:
-                pass
         assert not (tmp_path / "exploded").exists()
-    with pytest.raises(FileExistsError):  # the bomb is one
-        (tmp_path / "exploded").mkdir()
-        pickle.loads(pickle.dumps(Bomb()))
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "exploded").exists()  # the bomb is one
 
 
 def test_what_was_saved_is_not_written_over(tmp_path):
@@ -412,34 +299,17 @@ def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call):
     with monkeypatch.context() as patch:
         patch.setattr(call, full)
         saver.save("step0000004", model, optimizer, STATE)
+        deadline = time.monotonic() + 30
+        while not saver.failed():  # which training asks after every step
+            assert time.monotonic() < deadline
         with pytest.raises(CheckpointError, match=r"step0000004: not saved .*No space left"):
             saver.wait()
+    assert not saver.failed()
     assert os.listdir(folder) == ["step0000003"]
     checkpoint.verify(folder / "step0000003")
     saver.save("step0000004", model, optimizer, STATE)  # when there is room again
     saver.wait()
     assert sorted(os.listdir(folder)) == ["step0000003", "step0000004"]
-
-
-def test_a_failed_save_is_noticed_without_waiting(tmp_path):
-    model, optimizer = trained()
-    (tmp_path / "file").write_text("")
-    saver = checkpoint.Saver(tmp_path / "file")
-    saver.save("step0000003", model, optimizer, STATE)
-    deadline = time.monotonic() + 30
-    while not saver.failed():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    with pytest.raises(CheckpointError, match="not saved"):
-        saver.wait()
-    assert not saver.failed()
-
-
-def test_a_damaged_state_is_named(tmp_path):
-    for text in ("{}", "", "[]", '{"step": 1, "config": {}}'):
-        (tmp_path / "state.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"state\.json: damaged"):
-            checkpoint.read_state(tmp_path)
 
 
 def test_another_architecture_is_named(tmp_path):
@@ -448,15 +318,6 @@ def test_another_architecture_is_named(tmp_path):
     other = Lucie(LucieConfig(**(TINY | {"hidden_size": 128}), max_position_embeddings=64))
     with pytest.raises(CheckpointError, match="hidden_size is 64 there and 128 here"):
         checkpoint.load(tmp_path / "c", other, None)
-
-
-def test_weights_pass_to_a_longer_context(tmp_path):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "c", model, optimizer, STATE)
-    longer = Lucie(LucieConfig(**TINY, max_position_embeddings=256, rope_theta=2e7), 5)
-    checkpoint.load(tmp_path / "c", longer, None)
-    assert torch.equal(longer.norm.weight, model.norm.weight)
-    assert torch.equal(longer.embed_tokens.weight, model.embed_tokens.weight)
 
 
 # --- inspect and export
@@ -551,38 +412,32 @@ def test_inspect_tells_what_is_there_and_verifies_it(tmp_path, ranks, capsys):
     told = {name: value.strip() for name, value in told.items()}
     assert told["parameters"] == f"{model.num_params():,}" and told["vocab_size"] == "262"
     assert told["training_steps, all phases"] == "12" and told["tokenizer"] == str(ranks)
-    assert told["milestones"] == "none" and last == "    verified: no byte has changed"
-    checkpoint.main(["inspect", str(tmp_path / "run/checkpoints/step0000003")])
-    assert "step                         3\n" in capsys.readouterr().out
+    assert last == "    verified: no byte has changed"
 
 
 def test_bad_input_of_the_command(tmp_path, ranks):
-    def refused(*args):
-        with pytest.raises((ConfigError, CheckpointError, DataError)) as caught:
+    saved(tmp_path / "run/checkpoints", tokenizer=ranks)
+    tokenizers.save(dict(list(BYTES.items())[:-1]), tmp_path / "small")
+    export = ["export", tmp_path / "run", "--out", tmp_path / "out"]
+    refused = [
+        (["inspect", tmp_path], "no complete checkpoint"),
+        ([*export[:2], "--out", tmp_path / "run"], "exists already"),
+        ([*export, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
+        ([*export, "--tokenizer", tmp_path / "small"], "small has 261 tokens, but the model's"),
+        (export[:2], "--out"),
+    ]
+    for args, message in refused:
+        with pytest.raises((ConfigError, CheckpointError, DataError), match=message) as caught:
             checkpoint.main(list(map(str, args)))
         assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    saved(tmp_path / "run/checkpoints", tokenizer=ranks)
-    run, out = tmp_path / "run", tmp_path / "out"
-    path = tmp_path / "run/checkpoints/step0000003"
-    assert "no complete checkpoint" in refused("export", tmp_path / "nowhere", "--out", out)
-    assert "exists already" in refused("export", run, "--out", run)
-    assert "nowhere" in refused("export", run, "--out", out, "--tokenizer", tmp_path / "nowhere")
-    assert "no complete checkpoint" in refused("inspect", tmp_path)
-    assert "--out" in refused("export", run)
-    tokenizers.save(dict(list(BYTES.items())[:-1]), tmp_path / "small")
-    line = refused("export", run, "--out", out, "--tokenizer", tmp_path / "small")
-    assert "small has 261 tokens, but the model's vocabulary has 262" in line
-    shard = path / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    assert "shard-00001.safetensors: damaged" in refused("inspect", run)
-    assert "shard-00001.safetensors: damaged" in refused("export", run, "--out", out)
+    shard = tmp_path / "run/checkpoints/step0000003/shard-00001.safetensors"
+    shard.write_bytes(DAMAGES["last bit"](shard.read_bytes()))
+    for args in (["inspect", tmp_path / "run"], export):
+        with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors: damaged"):
+            checkpoint.main(list(map(str, args)))
     done = launch("checkpoint", "inspect", f"{tmp_path}/nowhere")
-    line = f"checkpoint: {tmp_path}/nowhere: no complete checkpoint there\n"
-    assert (done.returncode, done.stderr) == (2, line)
+    line = f"checkpoint: {tmp_path}/nowhere: no complete checkpoint there"
+    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "out"))]
 
 
@@ -603,18 +458,8 @@ def test_rows_that_are_missing_or_come_twice_are_noticed(tmp_path):
 def test_versions_name_the_libraries_and_the_code(tmp_path, monkeypatch):
     found = checkpoint.versions()
     assert found["torch"] == torch.__version__ and len(found["python"].split(".")) == 3
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = found["code"].removesuffix("-dirty")
+    assert head.stdout.strip().startswith(commit) or commit == "not a git checkout"
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # an archive
     assert checkpoint.versions()["code"] == "not a git checkout"
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_text_is_whole_or_as_it_was(tmp_path, monkeypatch, call):
-    checkpoint.write_text(tmp_path / "a.txt", "before")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError):
-        checkpoint.write_text(tmp_path / "a.txt", "after, and longer")
-    assert (tmp_path / "a.txt").read_text() == "before"

@@ -1,40 +1,208 @@
-"""What goes wrong on real machines: disks, data, ranks, impatience. One line tells of it, the exit
-code is not 0, the checkpoint from before is whole, and the next start goes on from it."""
+"""What goes wrong on real machines: kills at random moments, disks, data, ranks, impatience.
 
-import ctypes
+One line tells of it, the exit code is not 0, the checkpoint from before is whole, and the next
+start goes on from it to the result of the undisturbed run. A life is a process of its own, which
+SIGKILL ends for good; to begin one costs no imports.
+"""
+
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun, write_stream
-from test_chaos import (
-    end,
-    logged,
-    needs_fork,
-    said,
-    same_as_undisturbed,
-    start,
-    steps_of,
-    undisturbed,
-    until,
-)
-from test_train import options
+from conftest import begin, environments, fork, torchrun, write_stream
+from test_train import command, log_of, options, results, weights_of
 
 import checkpoint
 import hf
+import train
 
-pytestmark = needs_fork
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and POSIX signals")
+
+# 6 MB of checkpoint, so that writing one takes a good part of a step.
+LARGE = dict(hidden_size=128, intermediate_size=512, micro_batch_size=8, save_every=3)
+
+
+def start(data: Path, ranks: int = 0, hook: Callable | None = None, **change) -> list:
+    """A life of a run: its processes, one or as many as `ranks`.
+
+    hook, if any, is called in each before train.py begins. What they print goes to data/errors.
+    """
+    (data / "errors").write_text("")
+    arguments = options(data, **change)
+    return [fork(_life, arguments, data / "errors", names, hook) for names in environments(ranks)]
+
+
+def _life(arguments: list[str], errors: Path, names: dict[str, str], hook: Callable | None) -> None:
+    begin(names, errors, errors)
+    if hook:
+        hook()
+    command(arguments)
+
+
+def end(processes: list, seconds: float = 60) -> list[int]:
+    """Their exit codes, minus the signal's number for those that one has ended."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} of {len(processes)} do not end"
+    return [process.exitcode for process in processes]
+
+
+def said(data: Path, traceback: bool | None = False) -> list[str]:
+    """The messages of the processes. traceback: whether one is shown, as where a rank has lost
+    another; None: possibly, as where TensorBoard's thread meets a full disk first."""
+    text = (data / "errors").read_text()
+    assert traceback in (None, "Traceback" in text), text
+    return [line for line in text.replace("\r", "\n").splitlines() if "train.py:" in line]
+
+
+def until(condition: Callable[[], bool], processes: list) -> None:
+    """Wait until it holds, or one of the processes ends."""
+    while not condition() and not wait([process.sentinel for process in processes], 0.005):
+        pass
+
+
+def logged(data: Path, name: str = "run") -> int:
+    """The step of the last row of the log."""
+    try:
+        rows = (data / "out" / name / "log.csv").read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return 0
+    return int(rows[-1].partition(",")[0]) if rows else 0
+
+
+def steps_of(folder: Path, mark: str = "") -> list[int]:
+    """The steps of the checkpoints under their final names, or of what bears another mark."""
+    names = [f"step{step:07d}" for step in range(2000)]
+    left = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [i for i, name in enumerate(names) if (f".{name}.{mark}" if mark else name) in left]
+
+
+def note_begin(path: Path) -> None:
+    """A hook: the step that a life goes on from, written where it enters the loop."""
+    steps_from = train.Schedule.steps_from
+
+    def noting(self, step):
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_text(str(step))
+        unfinished.replace(path)
+        return steps_from(self, step)
+
+    train.Schedule.steps_from = noting
+
+
+def undisturbed(data: Path, ranks: int = 0, **change) -> float:
+    """The run `whole`, for comparison; seconds from its start to its first row."""
+    end([fork(int)])  # the imports are over
+    before = time.monotonic()
+    processes = start(data, ranks, name="whole", **change)
+    until(lambda: logged(data, "whole") > 0, processes)
+    seconds = time.monotonic() - before
+    assert not any(end(processes)), (data / "errors").read_text()
+    return seconds
+
+
+def same_as_undisturbed(data: Path) -> None:
+    assert results(log_of(data)) == results(log_of(data, "whole"))
+    a, b = weights_of(data, "whole"), weights_of(data)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- killed and stopped at random moments
+
+
+@pytest.mark.parametrize(
+    "kills,stops", [(3, 1), pytest.param(30, 10, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_whatever_is_killed_goes_on_from_the_last_checkpoint(tiny_data, kills, stops):
+    """Moments: a random step of the run, and up to the length of a start later.
+
+    Where the next step has been reached already, that falls into a start.
+    """
+    chance = random.Random(kills)
+    steps = 4 * (kills + stops) + 80  # the last moment is long before the end
+    change = LARGE | dict(samples=8 * steps)
+    length = undisturbed(tiny_data, **change)
+    folder, begun = tiny_data / "out/run/checkpoints", tiny_data / "begun"
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * stops
+    chance.shuffle(signals)
+    moments = sorted(chance.randrange(steps - 70) for _ in signals)
+    newest = in_save = lost = 0
+    for number, reached in zip(signals, moments):
+        begun.unlink(missing_ok=True)
+        life = start(tiny_data, hook=partial(note_begin, begun), **change)
+        if number == signal.SIGTERM:  # nothing heeds it while Python itself starts
+            until(begun.exists, life)
+        until(lambda step=reached: logged(tiny_data) >= step, life)
+        late = time.monotonic() + chance.uniform(0, length)
+        until(lambda at=late: time.monotonic() > at or logged(tiny_data) > steps - 50, life)
+        if chance.random() < 0.2:  # a save is short, so some moments are made to lie in one
+            until(lambda: steps_of(folder, "tmp") or logged(tiny_data) > steps - 50, life)
+        os.kill(life[0].pid, number)
+        assert end(life) == [-number if number == signal.SIGKILL else 0]
+        assert not said(tiny_data)
+
+        if begun.exists():  # else it was killed before that
+            assert int(begun.read_text()) == newest
+        complete, unfinished = steps_of(folder), steps_of(folder, "tmp")
+        newest = max([newest, *complete])
+        assert newest in (0, *complete)
+        if newest:
+            checkpoint.verify(folder / f"step{newest:07d}")
+        if number == signal.SIGTERM:
+            assert newest == logged(tiny_data) and not unfinished
+        in_save += any(step > newest for step in unfinished)
+        lost += logged(tiny_data) - newest
+    assert newest < steps
+    assert end(start(tiny_data, **change)) == [0]
+    same_as_undisturbed(tiny_data)
+    assert not list(folder.glob("*.damaged"))
+    assert kills < 30 or (in_save and lost)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_when_one_of_two_ranks_is_killed_the_other_ends_and_both_go_on(tiny_data, kills):
+    chance = random.Random(kills)
+    steps = 8 * kills + 40
+    change = LARGE | dict(samples=8 * steps)
+    undisturbed(tiny_data, 2, **change)
+    folder, begun = tiny_data / "out/run/checkpoints", tiny_data / "begun"
+    newest = 0
+    for _ in range(kills):
+        begun.unlink(missing_ok=True)
+        ranks = start(tiny_data, 2, hook=partial(note_begin, begun), **change)
+        until(lambda old=newest: begun.exists() and logged(tiny_data) > old, ranks)
+        late = time.monotonic() + chance.uniform(0, 0.3)
+        until(lambda at=late: time.monotonic() > at or logged(tiny_data) > steps - 20, ranks)
+        victim = chance.randrange(2)
+        ranks[victim].kill()
+        codes = end(ranks, seconds=10)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] > 0
+        assert not said(tiny_data, traceback=True)
+        assert int(begun.read_text()) == newest
+        complete = steps_of(folder)
+        newest = max([newest, *complete])
+        assert newest in (0, *complete)
+    assert newest < steps
+    assert end(start(tiny_data, 2, **change)) == [0, 0]
+    same_as_undisturbed(tiny_data)
+
 
 ONE_STEP = dict(max_minutes=1e-6)
 TORCHRUN = torchrun(2)
@@ -61,132 +229,7 @@ def stands(run: Path, step: int) -> None:
     assert not list(found.parent.glob(".*")) and not list(found.parent.glob("*.damaged"))
 
 
-# --- a small disk, which only the lives of a test see
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[int]:
-    """A file system of `size` at `folder`, in a mount table of its own, kept by a sleeping process.
-
-    Yields that process's id: `enter` takes a life there, and /proc/ID/root shows what is in it.
-    """
-    script = f"mount -t tmpfs -o size={size} none {folder} && echo ready && exec sleep 600"
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    instead = "a limit to the size of a file is tested instead"
-    try:
-        keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except FileNotFoundError:
-        pytest.skip(f"no unshare here; {instead}")
-    with keeper:
-        try:
-            if (answer := keeper.stdout.readline()) != b"ready\n":
-                pytest.skip(f"{answer.decode().strip()}; {instead}")
-            yield keeper.pid
-        finally:
-            keeper.kill()
-
-
-def enter(keeper: int, hook: Callable | None = None) -> None:
-    """A hook: go where the keeper's mount table holds, then another hook."""
-    libc, here = ctypes.CDLL(None), os.getcwd()
-    spaces = [os.open(f"/proc/{keeper}/ns/{name}", os.O_RDONLY) for name in ("user", "mnt")]
-    for space in spaces:
-        assert libc.setns(space, 0) == 0
-    os.chdir(here)
-    if hook:
-        hook()
-
-
-def mount(keeper: int, *args: object, command: str = "mount") -> None:
-    within = ["nsenter", f"--target={keeper}", "--user", "--mount", "--preserve-credentials"]
-    subprocess.run([*within, command, *map(str, args)], check=True)
-
-
-@pytest.fixture
-def disk(tiny_data):
-    """A run on a disk of 1.5 checkpoints, stopped after one step.
-
-    (its life, keeper, the folder as it is seen there, and from here)
-    """
-    folder = tiny_data / "disk"
-    folder.mkdir()
-    with small_disk(folder, "1400k") as keeper:
-
-        def life(hook=None, **change):
-            change |= dict(out_dir=folder)
-            return end(start(tiny_data, hook=partial(enter, keeper, hook), **change))
-
-        yield life, keeper, folder, Path(f"/proc/{keeper}/root{folder}")
-
-
-def goes_on_undisturbed(data: Path, disk: tuple, **change) -> None:
-    """The next start finishes the run, which is the undisturbed one."""
-    life, _, _, seen = disk
-    assert life(**change) == [0]
-    assert not said(data)
-    undisturbed(data, **change)
-    shutil.copytree(seen / "run", data / "out/run")
-    same_as_undisturbed(data)
-
-
-def test_a_disk_too_small_for_the_next_checkpoint(tiny_data, disk):
-    life, keeper, folder, seen = disk
-    assert life(**ONE_STEP) == [0]
-    assert life(save_every=5) == [2]
-    *_, line = said(tiny_data, traceback=None)
-    # The log may feel it before the checkpoint that is in its way has given up.
-    assert "No space left on device" in line
-    assert "step0000005: not saved" in line or "log.csv" in line
-    assert checkpoint.latest(seen / "run").name == "step0000001"
-    checkpoint.verify(seen / "run/checkpoints/step0000001")
-    mount(keeper, "-o", "remount,size=100M", folder)
-    goes_on_undisturbed(tiny_data, disk, save_every=5)
-
-
-def fill(folder: Path) -> None:
-    with open(folder / "others", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-
-
-@pytest.mark.slow
-def test_a_disk_too_full_for_the_log(tiny_data, disk):
-    life, keeper, folder, seen = disk
-    change = dict(samples=800, validation="")
-    assert life(**change, **ONE_STEP) == [0]
-    assert life(partial(after_update, 5, partial(fill, folder)), **change) == [2]
-    *_, line = said(tiny_data, traceback=None)
-    assert "No space left on device" in line and str(folder / "run") in line
-    stands(seen / "run", 1)
-    mount(keeper, "-o", "remount,size=100M", folder)
-    goes_on_undisturbed(tiny_data, disk, **change)
-
-
-def test_a_disk_that_has_become_read_only(tiny_data, disk):
-    life, keeper, folder, seen = disk
-    assert life(**ONE_STEP) == [0]
-    mount(keeper, "-o", "remount,ro", folder)
-    assert life() == [2]
-    (line,) = said(tiny_data)
-    assert "Read-only file system" in line and str(folder) in line
-    stands(seen / "run", 1)
-    mount(keeper, "-o", "remount,rw,size=100M", folder)
-
-    checkpoints = folder / "run/checkpoints"  # those alone: it is noticed at the first save
-    mount(keeper, "--bind", checkpoints, checkpoints)
-    mount(keeper, "-o", "remount,bind,ro", checkpoints)
-    assert life(save_every=5) == [2]
-    (line,) = said(tiny_data)
-    assert "step0000005: not saved" in line and "Read-only file system" in line
-    mount(keeper, checkpoints, command="umount")
-    stands(seen / "run", 1)
-    goes_on_undisturbed(tiny_data, disk)
-
-
-# --- the same where nothing can be mounted
+# --- disks
 
 
 def limit(size: int, ranks: str = "01") -> None:
@@ -209,15 +252,6 @@ def test_a_checkpoint_that_one_rank_cannot_write(tiny_data, ranks, limited):
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_is_noticed_before_the_next(tiny_data):
-    change = dict(samples=8000, validation="", save_every=400, log_every=20)
-    assert end(start(tiny_data, hook=partial(limit, 100_000), **change)) == [2]
-    (line,) = said(tiny_data)
-    assert "step0000400: not saved" in line
-    assert 400 <= logged(tiny_data) < 700
-
-
-@pytest.mark.slow
 def test_a_log_that_cannot_grow(tiny_data):
     change = dict(samples=800, validation="")
     assert end(start(tiny_data, **change, **ONE_STEP)) == [0]
@@ -230,52 +264,11 @@ def test_a_log_that_cannot_grow(tiny_data):
     same_as_undisturbed(tiny_data)
 
 
-def test_a_file_in_place_of_the_directory(tiny_data):
-    assert end(start(tiny_data, **ONE_STEP)) == [0]
-    run = tiny_data / "out/run"
-    run.rename(tiny_data / "out/aside")
-    run.write_text("")
-    assert end(start(tiny_data)) == [2]
-    (line,) = said(tiny_data)
-    assert str(run) in line
-    run.unlink()
-    (tiny_data / "out/aside").rename(run)
-    stands(run, 1)
-    assert end(start(tiny_data)) == [0]
-    undisturbed(tiny_data)
-    same_as_undisturbed(tiny_data)
-
-
 # --- data
 
 
-def copy_of_its_own(folder: Path, vanishing: bool) -> None:
-    """A hook: rank 1 reads the data of another folder, from which a file is removed mid-run."""
-    os.chdir(folder / os.environ["RANK"])
-    if vanishing and os.environ["RANK"] == "1":
-        after_update(4, partial(os.remove, "a.bin"))
-
-
-@pytest.mark.slow
-def test_data_that_vanishes_on_one_of_two_ranks(tiny_data):
-    for rank in "01":
-        shutil.copytree(tiny_data, tiny_data / rank, ignore=lambda *_: ("0", "1"))
-    change = dict(mixture="mixture.csv", validation="", save_every=3)
-    lives = start(tiny_data, 2, hook=partial(copy_of_its_own, tiny_data, True), **change)
-    assert end(lives) == [1, 2]
-    (line,) = said(tiny_data, traceback=True)
-    assert line.startswith("train.py: rank 1: a.bin: No such file")
-    assert logged(tiny_data) in (4, 5)  # the step after may have been read ahead
-    stands(tiny_data / "out/run", 3)
-    shutil.copy(tiny_data / "a.bin", tiny_data / "1/a.bin")
-    whole = partial(copy_of_its_own, tiny_data, False)
-    for name in ("run", "whole"):
-        assert end(start(tiny_data, 2, hook=whole, name=name, **change)) == [0, 0]
-    same_as_undisturbed(tiny_data)
-
-
-def with_another_document(folder: Path) -> None:
-    """A hook: the data of rank 1 is newer than that of rank 0."""
+def folder_of_rank(folder: Path) -> None:
+    """A hook: each rank reads the data of its own folder."""
     os.chdir(folder / os.environ["RANK"])
 
 
@@ -284,7 +277,7 @@ def test_data_that_differs_between_ranks_is_not_trained_on(tiny_data):
         shutil.copytree(tiny_data, tiny_data / rank, ignore=lambda *_: ("0", "1"))
     write_stream(tiny_data / "1/a", [np.arange(90)], 97)
     change = dict(mixture="mixture.csv", validation="")
-    hook = partial(with_another_document, tiny_data)
+    hook = partial(folder_of_rank, tiny_data)
     assert end(start(tiny_data, 2, hook=hook, **change)) == [2, 2]
     (line,) = said(tiny_data)
     assert "not the same on every rank" in line
@@ -345,21 +338,6 @@ def test_torchrun_itself(tiny_data):
     same_as_undisturbed(tiny_data)
 
 
-@pytest.mark.slow
-def test_ctrl_c_on_torchrun_saves_before_it_ends(tiny_data):
-    """The signal goes to the whole process group, and torchrun passes it on again."""
-    command = [*TORCHRUN, "train.py", *options(tiny_data, samples=8000, validation="")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as job:
-        try:
-            until(lambda: job.poll() is not None or logged(tiny_data) > 1, [])
-            os.killpg(job.pid, signal.SIGINT)
-            assert job.wait(timeout=60) != 0  # torchrun's way to say that it was interrupted
-        finally:
-            job.kill()
-    stands(tiny_data / "out/run", logged(tiny_data))
-
-
 @pytest.mark.parametrize(
     "rank,number", [pytest.param(0, signal.SIGUSR1, marks=pytest.mark.slow), (1, signal.SIGTERM)]
 )
@@ -374,18 +352,6 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tiny_data, ran
     assert end(start(tiny_data, 2, **change)) == [0, 0]
     undisturbed(tiny_data, 2, **change)
     same_as_undisturbed(tiny_data)
-
-
-def test_rolling_checkpoints_are_forgotten_over_restarts_and_milestones_stay(tiny_data):
-    change = dict(save_every=2, checkpoint_every=7, keep_last=2)
-    stop = partial(after_update, 8, partial(signal.raise_signal, signal.SIGTERM))
-    folder = tiny_data / "out/run/checkpoints"
-    assert end(start(tiny_data, hook=stop, **change)) == [0]
-    assert steps_of(folder) == [7, 8, 9]
-    assert end(start(tiny_data, **change)) == [0]
-    assert steps_of(folder) == [7, 14, 16, 18, 20]
-    for step in (7, 14, 16, 18, 20):
-        checkpoint.verify(folder / f"step{step:07d}")
 
 
 # --- a rank that dies

@@ -5,12 +5,9 @@ import io
 import itertools
 import json
 import runpy
-import shlex
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ import quantize
 from data import tokenizer
 from data.tokenizer import EOS, ByteLevelBPE, Tokenizer
 from generate import Completion, Sampling, complete, decode, sample
-from model import KVCache, Lucie, LucieConfig
+from model import Lucie, LucieConfig
 
 RANKS = {bytes([b]): b + 4 for b in range(256)}
 BYTES = Tokenizer(ByteLevelBPE(RANKS))
@@ -202,55 +199,6 @@ def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
     assert captured == run()
 
 
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("int4", [False, True])
-def test_batch_after_batch_takes_no_more_memory(int4):
-    model, held = model_on_a_gpu(int4), []
-    for _ in range(40):
-        complete(model, BYTES, ["a", "b" * 40], 8, GREEDY)
-        held.append(torch.cuda.memory_allocated())
-    assert held[2] == held[-1]
-
-
-def test_the_host_side_of_a_captured_step(model, monkeypatch):
-    """Without a GPU: a stand-in for the graph replays what was captured, on the same tensors."""
-    prompts = [BYTES.encode("a" * n) for n in (1, 30, 70)]
-    expected, _ = rows(model, prompts, 12, GREEDY)
-    cache, plain, calls = KVCache(model.config, 3, 90), generate._plain, []
-
-    def recorded(model, cache):
-        run = plain(model, cache)
-
-        def step(ids):
-            calls.append((run, ids, run(ids)))
-            return calls[-1][2]
-
-        return step
-
-    class Graph:
-        def replay(self):
-            run, ids, logits = calls[-1]
-            logits.copy_(run(ids))
-
-    @contextmanager
-    def capture(graph, stream):
-        before = cache.positions.clone()
-        yield
-        cache.positions.copy_(before)  # nothing runs while it is captured
-
-    monkeypatch.setattr(generate, "_plain", recorded)
-    monkeypatch.setattr(torch, "cuda", MagicMock(CUDAGraph=Graph, graph=capture))
-    with torch.no_grad():
-        logits = generate.prefill(model, prompts, cache)
-        step, ids = generate._captured(model, cache), []
-        for _ in range(12):
-            ids.append(logits.argmax(-1))
-            logits = step(ids[-1])
-    assert torch.stack(ids, 1).tolist() == expected
-    assert len(calls) == 2  # to compile, and to capture
-
-
 # --- the command
 
 
@@ -291,19 +239,12 @@ FEW = ("--max_new_tokens=5", "--temperature=0")
 def test_the_prompt_is_echoed_or_not(run, command):
     code, out, err = command(run, "--prompt", PROMPT.replace("\n", "\\n"), *FEW)
     assert code == 0 and out.startswith(PROMPT) and out.endswith("\n")
-    read = len(PROMPT.encode()) + 1
-    assert f"{read} prompt tokens, 5 generated" in err and "peak memory" in err
+    assert f"{len(PROMPT.encode()) + 1} prompt tokens, 5 generated" in err
     assert PROMPT + command(run, "--prompt", PROMPT, "--no_echo", *FEW)[1] == out
 
 
-def test_options_by_space_or_equals_sign_with_underscores_or_hyphens(run, command):
-    first = command(run, "--prompt", "a-b_c", "--max_new_tokens", "5", "--top_k", "3")[1]
-    assert first.startswith("a-b_c")
-    assert command("--top-k=3", "--max-new-tokens=5", "--prompt=a-b_c", run)[1] == first
-
-
 def test_several_completions_are_separated_and_depend_on_the_seed(run, command):
-    args = (run, "--prompt", PROMPT, "--max_new_tokens=5", "--num_return_sequences=3")
+    args = (run, *3 * ("--prompt", PROMPT), "--max_new_tokens=5")
     code, first, _ = command(*args, "--seed=1")
     texts = first.split(f"\n{PROMPT}")
     assert code == 0 and texts[0] == "--- 1 of 3"
@@ -320,23 +261,22 @@ def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
     lines = "\n".join([json.dumps({"prompt": "première"}), "", raw])
     (tmp_path / "many.jsonl").write_bytes(bom + lines.encode())
     files = [f"--prompt_file={tmp_path / name}" for name in ("whole.txt", "many.jsonl")]
-    args = (run, "--prompt=ab", *files, "--prompt_file=-", "--json", *FEW)
-    code, out, _ = command(*args, "--batch_size=2", stdin=bom + "del corazón".encode())
+    code, out, _ = command(run, "--prompt=ab", *files, "--json", *FEW, "--batch_size=2")
     found = [Completion(**json.loads(line)) for line in out.rstrip("\n").split("\n")]
-    prompts = ["ab", "Zwei\nZeilen é", "première", "b\nc\u2028d", "del corazón"]
+    prompts = ["ab", "Zwei\nZeilen é", "première", "b\nc\u2028d"]
     assert code == 0 and [x.prompt for x in found] == prompts
     for x in found:
         assert x.prompt_ids == BYTES.encode(x.prompt)
-        assert command(run, *FEW, stdin=x.prompt.encode())[1] == x.prompt + x.text + "\n"
+        assert command(run, *FEW, stdin=bom + x.prompt.encode())[1] == x.prompt + x.text + "\n"
 
 
 def test_where_the_context_is_full_the_text_ends_and_the_command_says_why(run, command):
-    long, args = "x" * 195, (run, "--max_new_tokens=50", "--temperature=0")
-    code, _, err = command(*args, "--prompt", long)
-    assert code == 0 and "\nstopped: the context of 200 tokens is full\n" in "\n" + err
-    _, out, err = command(*args, "--prompt", long, "--prompt=a", "--json")
+    args = (run, "--max_new_tokens=50", "--temperature=0", "--prompt", "x" * 195)
+    code, _, err = command(*args)
+    assert code == 0 and "; 1 ended where the context of 200 tokens is full\n" in err
+    _, out, err = command(*args, "--prompt=a", "--json")
     assert [json.loads(x)["finish_reason"] for x in out.splitlines()] == ["context", "length"]
-    assert "1 of 2 texts: stopped: the context" in err
+    assert "; 1 ended where the context" in err
 
 
 def test_interactive(run, command):
@@ -360,62 +300,34 @@ def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, comman
         for source in (tmp_path / name, f"hf:{tmp_path / name}"):
             assert command(source, *common)[1] == direct
     code, _, err = command(tmp_path / "int4", *common, "--dtype=bfloat16")
-    assert code == 2 and "4-bit weights need dtype float32" in err
+    assert code == 2 and "4-bit weights keep the dtype they were written in" in err
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (
-            "gpt2 --prompt=x",
-            "gpt2: no such run or folder; a model of the Hugging Face hub is hf:gpt2",
-        ),
+        ("gpt2 --prompt=x", "there; a model of the Hugging Face hub is hf:gpt2"),
         ("RUN --promt x", "no option is called --promt; did you mean '--prompt'?"),
-        ("RUN --prompt=x --temperature=nan", "must be a number, not 'nan'"),
         ("RUN --prompt=x --top_k=300", "top_k must be 0 to 260, the vocabulary, not 300"),
         ("RUN --prompt=x --device=cuda:77", "device 'cuda:77' is not available here"),
-        ("RUN --prompt=x --batch_size=0", "--batch_size must be at least 1"),
-        (
-            "RUN --prompt=" + "x" * 300,
-            "a prompt of 301 tokens leaves no room in the model's context",
-        ),
+        ("RUN --prompt=x --batch_size=0", "--max_new_tokens and --batch_size must be at least 1"),
+        ("RUN --prompt=" + "x" * 300, "a prompt of 301 tokens leaves no room in the model's"),
         ("RUN", "the prompt is empty"),
         ("RUN --prompt=x --tokenizer=TMP/261.tiktoken", "has 261 tokens, but the model's"),
         ("RUN --prompt_file=TMP/latin.txt", "latin.txt: not UTF-8 at byte 2"),
         ("RUN --prompt_file=TMP/lines.jsonl", "lines.jsonl, line 2: a line must be"),
-        ("RUN --prompt_file=TMP/half.jsonl", "not valid Unicode: the prompt 'x\\ud83d'"),
-        ("RUN --prompt=x --save_quantized=d", "--save_quantized needs --quantize"),
         ("RUN --quantize=int4 --save_quantized=TMP", "exists already; choose another name"),
-        ("RUN --prompt=x --interactive", "--interactive cannot be combined"),
+        ("RUN --prompt=x --interactive", "--interactive excludes --prompt"),
     ],
 )
 def test_bad_input_is_one_line(run, command, tmp_path, args, message):
     tokenizer.save(RANKS | {b"ab": 260}, tmp_path / "261.tiktoken")
     (tmp_path / "latin.txt").write_bytes("caé".encode("latin-1"))
     (tmp_path / "lines.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
-    (tmp_path / "half.jsonl").write_text('{"prompt": "x\\ud83d"}')
     args = args.replace("RUN", str(run)).replace("TMP", str(tmp_path))
     code, out, err = command(*args.split())
     assert code == 2 and not out
     assert err.startswith("generate.py: ") and message in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "shell, code, out, err",
-    [
-        ("COMMAND <&-", 2, b"", b"generate.py: the prompt is empty\n"),
-        ("COMMAND --prompt=hello --max_new_tokens=190 | head -c 1", 1, b"h", None),
-        ("PYTHONIOENCODING=ascii COMMAND --prompt=\u00e9", 0, b"?", b"prompt tokens"),
-    ],
-)
-def test_in_a_shell(run, shell, code, out, err):
-    """A closed input, an output that nobody reads any more, one that lacks the letters."""
-    words = [sys.executable, generate.__file__, run, "--temperature=0"]
-    shell = shell.replace("COMMAND", shlex.join(map(str, words)))
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True)
-    assert done.returncode == code and done.stdout.startswith(out)
-    assert done.stderr == b"" if err is None else err in done.stderr
-    assert b"Traceback" not in done.stderr
 
 
 def test_text_arrives_as_it_is_made_and_ctrl_c_ends_it(run):

@@ -3,16 +3,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 import types
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SHARED, TINY, fork, launch, needs_shared
+from conftest import TINY, launch
 
 import checkpoint
 import hf
@@ -20,7 +17,7 @@ import train
 from config import Config
 from data.dataset import DataError, Mixture
 
-SMALL = {k: v for k, v in TINY.items()} | dict(
+SMALL = TINY | dict(
     seq_len=16,
     samples=160,  # 20 steps of 8
     global_batch_size=8,
@@ -44,11 +41,10 @@ def options(data, **change):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def run(data, *args, ranks=0, script="train.py", last=None, **change):
+def run(data, ranks=0, script="train.py", **change):
     """train.py, or a script in its stead, with these options: one process, or several ranks."""
-    arguments = [*options(data, **change), *args, *([last] if last else [])]
     # Ranks that disagree wait for each other for ever: the time limit makes that a failure.
-    return launch(script, *arguments, ranks=ranks, timeout=90)
+    return launch(script, *options(data, **change), ranks=ranks, timeout=90)
 
 
 def command(arguments):
@@ -111,7 +107,7 @@ def test_the_first_loss_is_the_mean_of_its_samples(tiny_data):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stops", [(10,), (5, 10), (1, 2, 19)])
+@pytest.mark.parametrize("stops", [(10,), (5, 10)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeypatch, stops, dtype):
     """Losses, weights, and the tokens trained on in their order; also at the second resume."""
     trained_on = []
@@ -238,28 +234,6 @@ def test_uneven_ignored_targets_weigh_the_same_on_any_ranks_and_micro_batches(ti
                 assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5)
 
 
-def test_the_next_step_is_read_while_one_computes(tiny_data, monkeypatch):
-    read, clip = train.read_share, train.parallel.clip_gradients
-    begun, threads, passed = [threading.Event() for _ in range(21)], set(), []
-
-    def reading(mixture, samples, *args):
-        if len(samples) == 8:  # a step, not the validation
-            threads.add(threading.current_thread())
-            begun[samples.start // 8].set()
-        return read(mixture, samples, *args)
-
-    def waiting(*args):
-        passed.append(1)
-        assert len(passed) == 20 or begun[len(passed)].wait(10)
-        return clip(*args)
-
-    monkeypatch.setattr(train, "read_share", reading)
-    monkeypatch.setattr(train.parallel, "clip_gradients", waiting)
-    train_here(tiny_data)
-    assert len(passed) == 20 and len(threads) == 1
-    assert threading.main_thread() not in threads
-
-
 SLOW_DISK = """
 class Clock:
     now = 0.0
@@ -295,31 +269,12 @@ def test_a_slow_disk_is_hidden_behind_the_step_and_shows_where_it_is_slower(
         monkeypatch.setattr(train, name, getattr(train, name))  # to be put back
     monkeypatch.setattr(train.parallel, "clip_gradients", train.parallel.clip_gradients)
     exec(SLOW_DISK.replace("SECONDS", str(seconds)), {"train": train})
-    rows = train_here(tiny_data, validation="")
-    # Nothing is there to hide the first one behind.
-    assert [float(row["data_seconds"]) for row in rows] == [seconds] + [wait] * 19
-    bar = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    told = [line for line in bar if "waiting for data" in line]
-    assert any("67% of the time waiting for data" in line for line in told) == (seconds == 57)
-    assert seconds > 1 or not told  # a tenth of the time is not worth a word
-
-
-def test_waits_add_up_between_two_rows(tiny_data, monkeypatch):
-    for name in ("time", "ThreadPoolExecutor"):
-        monkeypatch.setattr(train, name, getattr(train, name))
-    monkeypatch.setattr(train.parallel, "clip_gradients", train.parallel.clip_gradients)
-    exec(SLOW_DISK.replace("SECONDS", "22"), {"train": train})
-    rows = train_here(tiny_data, log_every=4, eval_every=10)
-    waits = {int(row["training_steps"]): float(row["data_seconds"]) for row in rows}
-    assert waits == {4: 31, 8: 12, 10: 6, 12: 6, 16: 12, 20: 12}
-
-
-@pytest.mark.slow
-def test_the_rank_that_waits_longest_is_in_the_log(tiny_data):
-    code = SLOW_DISK.replace("SECONDS", "(19 + 5 * rank)")
-    done = patched(tiny_data, code, 2, validation="")
-    assert done.returncode == 0, done.stderr
-    assert [float(row["data_seconds"]) for row in log_of(tiny_data)] == [24] + [5] * 19
+    rows = train_here(tiny_data, validation="", log_every=4)
+    # Nothing is there to hide the first one behind; a row has the waits since the one before.
+    expected = [seconds + 3 * wait] + [4 * wait] * 4
+    assert [float(row["data_seconds"]) for row in rows] == expected
+    told = "67% of the time waiting for data" in capsys.readouterr().err
+    assert told == (seconds == 57)
 
 
 POISONED = """
@@ -338,23 +293,21 @@ train.parallel.clip_gradients, model.MLP.forward = counting, poisoned
 """
 
 
-@pytest.mark.parametrize("number", ["float('inf')", "float('nan')"])
-def test_a_number_that_is_none_names_step_and_samples(tiny_data, number):
-    code = POISONED.replace("POISON", "0").replace("NUMBER", number)
+def test_a_number_that_is_none_names_step_and_samples(tiny_data):
+    code = POISONED.replace("POISON", "0").replace("NUMBER", "float('nan')")
     done = patched(tiny_data, code, 0, checkpoint_every=5)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = said(done)
     assert line.startswith("train.py: step 7: loss nan, gradient norm nan on samples 48 to 55")
     assert "(rank 0: [48, 49, 50, 51, 52, 53, 54, 55]);" in line
-    assert "stopped before the update, step 5 is the last one saved" in line
+    assert "stopped before the update, the last step saved is 5" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
-def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data, way):
+def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data):
     code = POISONED.replace("POISON", "1").replace("NUMBER", "float('inf')")
-    done = patched(tiny_data, code, 2, checkpoint_every=5, parallel=way)
+    done = patched(tiny_data, code, 2, checkpoint_every=5)
     assert done.returncode != 0
     (line,) = said(done)
     assert "step 7: loss nan" in line
@@ -378,9 +331,6 @@ def test_a_gradient_that_no_loss_explains_stops_too(tiny_data, monkeypatch, caps
     )
     assert line in capsys.readouterr().err
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
-    count[0] = 0
-    assert train.main(options(tiny_data, name="other")) == 1
-    assert "stopped before the update, nothing is saved yet" in capsys.readouterr().err
 
 
 def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
@@ -411,66 +361,48 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
 
 
 def test_data_that_vanishes_mid_run_is_one_line_and_loses_nothing(tiny_data):
-    code = """
+    code = f"""
 update, count = torch.optim.AdamW.step, [0]
 def vanishing(self, *args):
     update(self, *args)
     count[0] += 1
     if count[0] == 4:
-        os.remove(sys.argv[-1])
+        os.remove({str(tiny_data / "a.bin")!r})
 torch.optim.AdamW.step = vanishing
-train_main = train.main
-train.main = lambda args: train_main(args[:-1])
 """
-    script = tiny_data / "patched.py"
-    done = patched(tiny_data, code, 0, save_every=3, last=str(tiny_data / "a.bin"))
-    assert script.exists() and done.returncode == 2
+    done = patched(tiny_data, code, 0, save_every=3)
+    assert done.returncode == 2
     assert "a.bin: No such file" in done.stderr and "Traceback" not in done.stderr
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000003"
 
 
-def test_what_goes_wrong_on_one_rank_in_the_setup_is_told(tiny_data):
-    code = """
-allocate = train.parallel.parallelize
-def failing(*args):
-    if rank == 1:
-        raise RuntimeError("CUDA error: invalid device ordinal")
-    return allocate(*args)
-train.parallel.parallelize = failing
-"""
-    done = patched(tiny_data, code, 2)
-    assert done.returncode != 0 and "CUDA error: invalid device ordinal" in done.stderr
-
-
 SPYING = """
 read = train.read_share
-def noting(mixture, samples, size, rank, world, pin):
-    share = read(mixture, samples, size, rank, world, pin)
-    with open(sys.argv[-1] + f".{rank}", "a") as file:
-        print(world, *share.samples, file=file)
+def noting(*args):
+    share = read(*args)
+    with open(f"PATH.{rank}", "a") as file:
+        print(*share.samples, file=file)
     return share
 train.read_share = noting
-train_main = train.main
-train.main = lambda args: train_main(args[:-1])
 """
 
 
 @pytest.mark.slow
 def test_a_run_moves_between_worlds_and_trains_on_the_same_samples(tiny_data):
-    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some, parallelized in all ways."""
+    """1 -> 2 -> 4 -> 1 ranks, twice in a row on some, with every strategy."""
     change = dict(global_batch_size=5, samples=100, warmup_samples=15, micro_batch_size=2)
     change |= dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5, validation="")
     whole = train_here(tiny_data, name="whole", **change)
     change |= dict(name="moved", keep_last=1)
     lives = ((0, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "hsdp"), (0, "fsdp"), (4, "hsdp"))
-    for step, (ranks, way) in enumerate(lives):
-        change |= dict(max_minutes=1e-6, parallel=way, replica_size=2)  # stops after one step
+    for step, (ranks, strategy) in enumerate(lives):
+        change |= dict(max_minutes=1e-6, parallel=strategy, replica_size=2)  # stops after one step
         path = tiny_data / f"read{step}"
-        done = patched(tiny_data, SPYING, ranks, last=str(path), **change)
+        done = patched(tiny_data, SPYING.replace("PATH", str(path)), ranks, **change)
         assert done.returncode == 0, done.stderr
         # of each rank the first share is what it trained on, the second what it read ahead
         firsts = [open(f"{path}.{rank}").readline().split() for rank in range(ranks or 1)]
-        read = sorted(int(x) for _, *ids in firsts for x in ids)
+        read = sorted(int(x) for ids in firsts for x in ids)
         assert read == list(range(5 * step, 5 * step + 5))
     assert checkpoint.latest(tiny_data / "out/moved").name == "step0000006"
     assert os.listdir(tiny_data / "out/moved/checkpoints") == ["step0000006"]
@@ -486,16 +418,10 @@ def test_a_run_moves_between_worlds_and_trains_on_the_same_samples(tiny_data):
 def test_decay_touches_matrices_only():
     config = Config(**SMALL)
     model = train.Lucie(checkpoint.architecture(vars(config)))
-    optimizer = train.build_optimizer(config, model)
-    names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {
-        names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
-    }
-    kept = {
-        names[id(p)] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
-    }
-    assert kept == {n for n in names.values() if n.endswith("norm.weight")}
-    assert decayed == set(names.values()) - kept and "embed_tokens.weight" in decayed
+    groups = train.build_optimizer(config, model).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (0 if name.endswith("norm.weight") else config.weight_decay), name
 
 
 def test_hand_over_between_phases_takes_weights_only(tiny_data):
@@ -524,26 +450,9 @@ def test_a_changed_mixture_is_not_resumed(tiny_data):
     train_here(tiny_data, max_minutes=1e-6)
     (tiny_data / "mixture.csv").write_text("name,path,weight\na,a,0.6\nb,b,0.4\n")
     done = run(tiny_data)
-    assert done.returncode == 2 and "have changed since it began" in done.stderr
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_data):
-    whole = train_here(tiny_data, name="whole")
-    change = dict(save_every=5, keep_last=3)
-    train_here(tiny_data, **change)
-    folder = tiny_data / "out/run/checkpoints"
-    assert sorted(os.listdir(folder)) == [f"step00000{n}" for n in ("05", "10", "15", "20")]
-    os.truncate(folder / "step0000020/shard-00001.safetensors", 1000)
-    os.truncate(folder / "step0000015/state.json", 0)
-    done = run(tiny_data, **change)
-    assert done.returncode == 0, done.stderr
-    named = said(done)
-    assert len(named) == 2 and "step0000020/shard-00001.safetensors: damaged" in named[0]
-    assert "step0000015/state.json: damaged" in named[1]
-    assert results(log_of(tiny_data)) == results(whole)
-    names = ["step0000005", "step0000010", "step0000015", "step0000015.damaged"]
-    names += ["step0000020", "step0000020.damaged"]
-    assert sorted(os.listdir(folder)) == names
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = said(done)
+    assert "have changed since it began" in line
 
 
 def test_damaged_weights_are_not_handed_over(tiny_data):
@@ -555,15 +464,6 @@ def test_damaged_weights_are_not_handed_over(tiny_data):
     done = run(tiny_data, name="next", init_from=tiny_data / "out/run")
     assert done.returncode == 2 and "shard-00001.safetensors: damaged" in done.stderr
     assert not (tiny_data / "out/next").exists()
-
-
-def test_a_checkpoint_says_what_it_was_computed_with(tiny_data):
-    train_here(tiny_data, samples=8, warmup_samples=0)
-    state = checkpoint.read_state(checkpoint.latest(tiny_data / "out/run"))
-    assert state["versions"]["torch"] == torch.__version__
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    commit = state["versions"]["code"].removesuffix("-dirty")
-    assert head.stdout.strip().startswith(commit) or commit == "not a git checkout"
 
 
 @pytest.mark.slow
@@ -588,33 +488,6 @@ def test_one_gpu_follows_the_cpu(tiny_data):
         assert float(a["training_loss"]) == pytest.approx(float(b["training_loss"]), rel=1e-3)
 
 
-def test_ctrl_c_saves_and_exits_cleanly(tiny_data):
-    args = options(tiny_data, samples=8_000_000, validation="")
-    process = fork(command, args)
-    log = tiny_data / "out/run/log.csv"
-    for _ in range(600):
-        if log.is_file() and len(log.read_text().splitlines()) > 5:
-            break
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 0
-    step = int(log_of(tiny_data)[-1]["training_steps"])
-    assert checkpoint.read_state(checkpoint.latest(tiny_data / "out/run"))["step"] == step
-
-
-def test_max_minutes_saves_and_stops(tiny_data):
-    rows = train_here(tiny_data, max_minutes=1e-6)
-    assert len(rows) == 1
-    assert checkpoint.latest(tiny_data / "out/run").name == "step0000001"
-
-
-def test_a_finished_run_says_so_and_changes_nothing(tiny_data, capsys):
-    rows = train_here(tiny_data)
-    assert results(train_here(tiny_data)) == results(rows)
-    assert "run: had already finished (20 steps)" in capsys.readouterr().out
-
-
 # --- what a run says
 
 
@@ -623,7 +496,7 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
     out = capsys.readouterr().out
     assert out.startswith("run: 74,176 parameters, float32, 1 x CPU\n20 steps, 160 samples, 2,560 ")
     assert f"tokens; begins at step 0; writes to {tiny_data}/out/run\n" in out
-    assert "sources read more than once: a (1.9 times)\n" in out
+    assert "1 of 2 sources are read more than once, a the most often: 1.9 times\n" in out
     assert "run: stopped after step 1 of 20; to continue, run the same command: python " in out
     train_here(tiny_data)
     out, err = capsys.readouterr()
@@ -633,14 +506,8 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
     validated = [line for line in lines if "validation loss" in line]
     rows = {row["training_steps"]: row["validation_loss"] for row in log_of(tiny_data)}
     assert validated == [f"step {n}: validation loss {float(rows[n]):.4f}" for n in ("10", "20")]
-
-
-def test_a_log_file_has_lines(tiny_data):
-    done = run(tiny_data)
-    assert done.returncode == 0 and "\r" not in done.stderr + done.stdout
-    *validated, line = done.stderr.splitlines()
-    assert [text.partition(":")[0] for text in validated] == ["step 10", "step 20"]
-    assert "100%" in line and "160/160" in line  # of a run under a minute the bar's last state
+    assert len(train_here(tiny_data)) == 20
+    assert "run: had already finished (20 steps)" in capsys.readouterr().out
 
 
 # --- one process a run
@@ -651,18 +518,15 @@ def test_a_second_process_is_refused_before_it_touches_anything(tiny_data, monke
     unfinished = tiny_data / "out/run/checkpoints/.step0000002.tmp"
     unfinished.mkdir()  # as the first one would be writing it
     before = (tiny_data / "out/run/log.csv").read_bytes()
-    held = checkpoint.lock(tiny_data / "out/run")
-    done = run(tiny_data)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr == f"train.py: {tiny_data}/out/run: another process is training this run\n"
-    assert (tiny_data / "out/run/log.csv").read_bytes() == before and unfinished.is_dir()
     (tiny_data / "out/link").symlink_to(tiny_data / "out/run")
     monkeypatch.setattr(train, "build_model", None)  # that would take the memory of the first one
-    for name in ("run", "link"):
-        with pytest.raises(train.CheckpointError, match="another process is training this run"):
-            train_here(tiny_data, name=name)
-    held.close()
-    assert run(tiny_data).returncode == 0
+    with train.claim(tiny_data / "out/run"):
+        for name in ("run", "link"):
+            with pytest.raises(train.CheckpointError, match="another process is training this run"):
+                train_here(tiny_data, name=name)
+    assert (tiny_data / "out/run/log.csv").read_bytes() == before and unfinished.is_dir()
+    monkeypatch.undo()
+    assert len(train_here(tiny_data)) == 20
 
 
 # --- longer runs
@@ -673,29 +537,22 @@ def test_a_constant_schedule_can_be_extended_bit_for_bit(tiny_data):
     whole = train_here(tiny_data, name="whole", samples=240, **constant)
     train_here(tiny_data, **constant)
     assert results(train_here(tiny_data, samples=240, **constant)) == results(whole)
-    with pytest.raises(train.ConfigError, match="has trained on 240 samples already, more than 80"):
+    with pytest.raises(train.ConfigError, match="samples was 240 and is now 80"):
         train_here(tiny_data, samples=80, **constant)
 
 
-def test_a_cosine_schedule_says_how_to_train_on(tiny_data):
+def test_another_run_of_the_same_name_is_refused(tiny_data):
     train_here(tiny_data)
-    with pytest.raises(
-        train.ConfigError, match=r"samples was 160 and is now 240.*--name=NEW --init_from=.*/run"
+    before = weights_of(tiny_data)
+    for change, message in (
+        (dict(samples=240), "samples was 160 and is now 240.*--name.*--init_from=.*/run"),
+        (dict(learning_rate=0.5, seed=1), "seed was 42 and is now 1, learning_rate was 0.01"),
+        (dict(init_from="scratch"), "already holds a run"),
     ):
-        train_here(tiny_data, samples=240)
-
-
-def test_a_run_from_before_an_option_goes_on(tiny_data, monkeypatch):
-    train_here(tiny_data, max_minutes=1e-6)
-    read = checkpoint.read_state
-
-    def without(path):
-        state = read(path)
-        del state["config"]["document_mask"]
-        return state
-
-    monkeypatch.setattr(checkpoint, "read_state", without)
-    assert len(train_here(tiny_data)) == 20
+        with pytest.raises(train.ConfigError, match=message):
+            train_here(tiny_data, **change)
+    after = weights_of(tiny_data)
+    assert all(torch.equal(before[n], after[n]) for n in before)
 
 
 # --- logs
@@ -720,7 +577,7 @@ def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
     ]
     write = open_log(tmp_path, 2)
     assert (tmp_path / "log.csv").read_text().splitlines() == expected
-    write(dict.fromkeys(train.LOG_COLUMNS) | {"training_steps": 3, "training_loss": 1.5})
+    write((3, None, 1.5, *[None] * 8))
     assert (tmp_path / "log.csv").read_text().splitlines() == [*expected, "3,,1.5,,,,,,,,"]
     for text in ("", "\n", "no,log\n1,2\n"):
         (tmp_path / "log.csv").write_text(text)
@@ -728,17 +585,9 @@ def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
         assert (tmp_path / "log.csv").read_text() == expected[0] + "\n"
 
 
-@pytest.mark.parametrize("fails", ["at the start", "at a row"])
-def test_a_broken_tensorboard_is_a_warning(tiny_data, monkeypatch, capsys, fails):
-    class Broken:
-        def __init__(self, *args, **kwargs):
-            if fails == "at the start":
-                raise TypeError("Descriptors cannot be created directly")
-
-        def add_scalar(self, *args):
-            raise RuntimeError("its thread is gone")
-
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Broken)
+def test_a_broken_tensorboard_is_a_warning(tiny_data, monkeypatch, capsys):
+    broken = types.SimpleNamespace(add_scalar=None)  # to call it is a TypeError
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: broken)
     assert len(train_here(tiny_data)) == 20
     assert capsys.readouterr().err.count("train.py: continuing without TensorBoard (") == 1
 
@@ -751,12 +600,9 @@ def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys
     rows = train_here(tiny_data, wandb_project="lucie")
     options, *logged = seen
     assert (options["project"], options["name"], options["resume"]) == ("lucie", "run", "allow")
-    assert options["config"]["hidden_size"] == 64
     for (step, numbers), row in zip(logged, rows, strict=True):
-        assert str(step) == row["training_steps"]
-        assert {n: str(v) for n, v in numbers.items()} == {
-            n: v for n, v in row.items() if v and n != "training_steps"
-        }
+        told = {n: str(v) for n, v in numbers.items()} | {"training_steps": str(step)}
+        assert told == {n: v for n, v in row.items() if v}
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert len(train_here(tiny_data, name="other", wandb_project="lucie")) == 20
     assert "continuing without Weights & Biases (" in capsys.readouterr().err
@@ -800,12 +646,11 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
         return forward(self, tokens, targets, **options)
 
     monkeypatch.setattr(train.Lucie, "forward", noting)
-    plain = train_here(tiny_data, name="plain", samples=32)
+    train_here(tiny_data, name="plain", samples=32)
     assert not any(mask is not None for mask in seen)
     seen.clear()
-    masked = train_here(tiny_data, name="masked", samples=32, document_mask=True)
+    train_here(tiny_data, name="masked", samples=32, document_mask=True)
     assert all(int(mask[-1]) == 64 and len(mask) >= 5 for mask in seen)  # 4 samples of 16
-    assert masked[0]["training_loss"] != plain[0]["training_loss"]
 
 
 # --- bad input: one line, exit 2, nothing lost or half written
@@ -814,9 +659,7 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"learning_rat": 1}, "did you mean '--learning_rate'?"),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
         ({"samples": 7, "warmup_samples": 0}, "samples must be at least 8, those of a step"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
@@ -834,10 +677,6 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
         ({"out_dir": "/dev/null/x"}, "/dev/null/x"),
         ({"parallel": "tp"}, "parallel must be one of fsdp, ddp, hsdp, not 'tp'"),
         ({"activation_checkpointing": "some"}, "activation_checkpointing must be one of none"),
-        ({"keep_last": 0}, "keep_last must be at least 1"),
-        ({"save_every": -1}, "save_every must be 0 or more"),
-        ({"learning_rate": -1}, "learning_rate must be 0 or more"),
-        ({"seq_len": 0}, "seq_len must be at least 1"),
         ({"hidden_size": 65536, "num_hidden_layers": 200}, "use more GPUs, or try config/demo"),
     ],
 )
@@ -855,85 +694,17 @@ def test_bad_input_is_one_line(tiny_data, change, message):
     assert checkpoint.latest(tiny_data / "out/run") is None
 
 
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"learning_rat": 1}, "no option is called --learning_rat; did you mean"),
-        ({"mixture": "none.csv"}, "none.csv: No such file"),
-        ({"out_dir": "/dev/null/x"}, "/dev/null/x: Not a directory"),
-    ],
-)
-def test_an_error_that_is_expected_ends_with_its_line_and_2(tiny_data, change, message):
-    done = run(tiny_data, **change)
-    (line,) = said(done)
-    assert done.returncode == 2 and line.startswith(f"train.py: {message}")
-    assert "Traceback" not in done.stderr
-
-
-def test_lucie_7b_on_a_small_machine_says_what_it_needs(tiny_data, monkeypatch):
-    monkeypatch.setattr(train.parallel, "memory_of_machine", lambda device: 24 * 10**9)
-    with pytest.raises(train.ConfigError, match=r"6\.71 B parameters takes at least 107 GB.*demo"):
-        train.main(["config/pretrain.py", "--device=cpu"])
-
-
-@pytest.mark.slow
-def test_a_directory_of_another_run_is_refused(tiny_data):
-    train_here(tiny_data, samples=8, warmup_samples=0)
-    before = weights_of(tiny_data)
-    done = run(tiny_data, samples=8, warmup_samples=0, learning_rate=0.5, seed=1)
-    assert done.returncode == 2
-    assert "learning_rate was 0.01 and is now 0.5" in done.stderr
-    assert "seed was 42 and is now 1" in done.stderr
-    done = run(tiny_data, samples=8, warmup_samples=0, init_from="scratch")
-    assert done.returncode == 2 and "already holds a run" in done.stderr
-    after = weights_of(tiny_data)
-    assert all(torch.equal(before[n], after[n]) for n in before)
-
-
-@pytest.mark.slow
-@needs_shared
-def test_real_text_in_five_languages_trains(tmp_path):
-    """50 steps on a mixture of the shared corpus, prepared by the commands a user would type."""
-    files = [SHARED / f"corpus/{language}.jsonl.gz" for language in ("en", "fr", "de", "es", "it")]
-    prepare = [sys.executable, "-m", "data.prepare"]
-    learn = [*prepare, "vocabulary"]
-    ranks = tmp_path / "r.tiktoken"
-    command = [*learn, str(files[1]), "--vocab_size=2000", "--out", str(ranks)]
-    subprocess.run(command, check=True, capture_output=True)
-    lines = ["name,path,weight"]
-    for file, weight in zip(files, (33.2, 32.4, 6.9, 6.6, 3.8)):
-        language = file.name[:2]
-        command = [*prepare, "tokens", str(file), "--tokenizer", str(ranks)]
-        command += ["--out", str(tmp_path / language), "--processes=2", "--validation=0.05"]
-        subprocess.run(command, check=True, capture_output=True)
-        lines.append(f"{language},{language},{weight}")
-    (tmp_path / "mixture.csv").write_text("\n".join(lines))
-    rows = train_here(
-        tmp_path,
-        tokenizer=ranks,
-        vocab_size=2000,
-        seq_len=64,
-        samples=400,
-        validation="",
-        log_every=10,
-        learning_rate=2e-2,
-    )
-    assert int(rows[-1]["training_steps"]) == 50
-    assert float(rows[-1]["training_loss"]) < math.log(2000) - 1
-
-
 def test_training_passes_on_partial_and_the_length_of_the_run(tiny_data):
     held, path = tiny_data / "held.csv", tiny_data / "m.csv"
     held.write_text("name,path,weight,series\na,a,1,x\nb,b,3,x\n")
     path.write_text(held.read_text() + "c,c,9,\n")
-    options = dict(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97)
-    options |= dict(samples=100, eval_samples=8, micro_batch_size=8)
+    config = Config(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97, samples=100,
+                    eval_samples=8, micro_batch_size=8)  # fmt: skip
     with pytest.raises(DataError, match="sources lack files: c"):
-        train.open_data(Config(**options), 0, 1)
-    found, held_out = train.open_data(Config(**options, partial=True), 0, 1)
-    assert found.missing == ["c"]
+        train.open_data(config, 0, 1)
+    config.partial = True
+    found, held_out = train.open_data(config, 0, 1)
     assert [found.locate(i).source for i in range(100)] == [0] * 25 + [1] * 75
     # The run over the held-out data is as long as the validation.
     expected = Mixture(held, 7, 42, 97, samples=8)
-    assert [expected.locate(i).source for i in range(8)] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert held_out.batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
