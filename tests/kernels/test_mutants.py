@@ -79,7 +79,7 @@ def decode_ragged(chip):
 MUTANTS = [
     ("rms_norm", compare("rms_norm", 70, 100), [
         (FAULT, "(column < columns)\n    x = ", "(column >= 0)\n    x = "),
-        (FAULT, "(row < rows) & (column < columns)\n        x =", "(column < columns)\n        x ="),
+        (FAULT, "(row < rows) & (column < columns)\n        x", "(column < columns)\n        x"),
         (FAULT, "partial_ptr + program * columns", "partial_ptr"),
         (WRONG, "tl.sum(g * n,", "tl.sum(g,"),
     ]),
