@@ -81,9 +81,7 @@ def _definition(
         mask = (torch.arange(keys, device=q.device) <= positions[:, None])[:, None, None]
     elif cu_seqlens is not None:
         mask = _document_mask(cu_seqlens, q.shape[0], queries)
-    elif (
-        1 < queries < keys
-    ):  # a chunk of prompt against the cache: its last query sees the last key
+    elif 1 < queries < keys:  # a chunk of prompt: its last query sees the last key of the cache
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -109,6 +109,9 @@ def poisoned() -> Iterator[None]:
 def assert_as_good(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
     """Our error against fp64 is at most twice that of plain torch in the same dtype."""
     assert ours.dtype == eager.dtype and ours.shape == exact.shape
+    if exact.norm() < 1e-12:  # nothing but rounding: the gradient of a softmax of one score
+        assert ours.norm() < 1e-4
+        return
     # Of few elements plain torch may happen to hit all; the more there are, the less it can. How
     # well it does in fp32 differs between processors too: a few of its epsilons are rounding.
     floor = torch.finfo(eager.dtype).eps / max(exact.numel(), 1) ** 0.5

@@ -92,14 +92,10 @@ def elementwise(x, y, out, OP: tl.constexpr, N: tl.constexpr):
         r = u + v
     if OP == "mul":
         r = u * v
-    if OP == "div":
-        r = u / v
     if OP == "scalar":
         r = 1.7 * u - 0.3
     if OP == "abs":
         r = tl.abs(u)
-    if OP == "maximum":
-        r = tl.maximum(u, v)
     if OP == "where":
         r = tl.where(u < v, u, v * v)
     if OP == "less":
@@ -110,10 +106,8 @@ def elementwise(x, y, out, OP: tl.constexpr, N: tl.constexpr):
 ELEMENTWISE = {
     "add": lambda u, v: u + v,
     "mul": lambda u, v: u * v,
-    "div": lambda u, v: u / v,
     "scalar": lambda u, v: torch.tensor(1.7, dtype=bf16) * u - torch.tensor(0.3, dtype=bf16),
     "abs": lambda u, v: u.abs(),
-    "maximum": torch.maximum,
     "where": lambda u, v: torch.where(u < v, u, v * v),
     "less": lambda u, v: (u < v).bfloat16(),
 }
@@ -194,24 +188,6 @@ def test_dot_cuts_to_tf32_only_where_asked():
 
 
 # Language
-
-
-@triton.jit
-def loops(out, n, STEPS: tl.constexpr):
-    total = 0
-    for i in range(0, n, 2):
-        total += i
-    for i in tl.range(tl.program_id(0), n, num_stages=3):
-        total += 100 * i
-    for i in tl.static_range(STEPS):
-        total += 10000 * i
-    tl.store(out, total)
-
-
-def test_ranges_with_bounds_known_at_run_time():
-    out = torch.empty(1, dtype=torch.int64)
-    loops[(1,)](out, 5, STEPS=3)
-    assert out.item() == 6 + 100 * 10 + 10000 * 3
 
 
 @triton.jit
@@ -346,11 +322,7 @@ def copy_block(x, y, row, column, stride, N: tl.constexpr):
     "view,row,column",
     [
         (lambda x: x[1], 5, 0),  # past the last row, where x[2] begins
-        (lambda x: x[1], -1, 0),
         (lambda x: x[1, :, 8:16], 0, 5),  # past a column slice, between its rows
-        (lambda x: x[1, :, 8:16], 3, -1),
-        (lambda x: x[:, 2, 8:16], 0, 0),  # four rows of three
-        (lambda x: x[:, :4, :8], 0, 5),
         (lambda x: x.view(24, 40)[::2, ::2], 0, 0),  # the column step is forgotten
     ],
 )

@@ -69,6 +69,12 @@ def test_runs_repeat_bit_for_bit(chip, name):
     runs = [case.run() for _ in range(5)]
     for run in runs[1:]:
         assert all(map(torch.equal, run, runs[0]))
+    if case.differentiable:  # two backwards of one graph
+        leaves = [x.requires_grad_() for x in case.inputs if x.is_floating_point()]
+        outputs = case.ours(*case.inputs)
+        for keep in (True, False):
+            found = torch.autograd.grad(outputs, leaves, case.dys or None, retain_graph=keep)
+            assert all(map(torch.equal, found, runs[0][-len(leaves) :]))
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rope", "swiglu", "attention"])

@@ -45,19 +45,6 @@ def test_half_split_layout_against_complex_numbers(device):
         assert (rotated.cpu().double() - expected).abs().max() < 1e-6
 
 
-def test_products_depend_on_distance_only():
-    q, k = draw("cpu", torch.float64, (1, 1, 1, 64), (1, 1, 1, 64))
-    tables = rope_tables(64, 500_000.0, 4096)
-
-    def product(m, n):
-        a, _ = rope(q, k, *tables, torch.tensor([m]))
-        _, b = rope(q, k, *tables, torch.tensor([n]))
-        return (a * b).sum().item()
-
-    assert product(7, 3) == pytest.approx(product(4007, 4003), abs=1e-5)
-    assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-2)
-
-
 def test_two_dtypes_and_the_last_position(device):
     q, k = draw(device, torch.float32, (1, 1, 2, 128), (1, 1, 1, 128))
     cos, sin = rope_tables(128, 20_000_000.0, 32_000, device)
@@ -127,13 +114,6 @@ def test_what_does_not_fit_is_refused(chip):
         rope(q, k, cos[:3], sin[:3])
     with pytest.raises(ValueError, match=r"\(1, 3, 1, 8\)"):
         rope(q, k[:, :3], cos, sin)
-
-
-def test_backward_turns_back(device):
-    q, k = draw(device, torch.float32, (2, 9, 3, 16), (2, 9, 3, 16))
-    function = partial(rope, **dict(zip(("cos", "sin"), rope_tables(16, 10_000.0, 9, device))))
-    _, _, dq, dk = gradients(function, [q, k], *function(q, k))
-    assert torch.allclose(dq, q, atol=1e-6) and torch.allclose(dk, k, atol=1e-6)
 
 
 FAR_BY = {  # which dimension it is whose three elements lie 2^30 apart
