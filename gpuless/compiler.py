@@ -4,13 +4,13 @@
         rms_norm(x, weight, 1e-5)  # CPU tensors; every kernel[grid](...) compiles, none runs
     print(launches[0].registers, launches[0].spills)
 
-Triton reaches the hardware through one driver object. Ours answers for a chip out of a table, so
-the host code above it is the real one: the same specialisation on alignment and strides, the same
-compiler options, the same error where a kernel wants more shared memory than a block may have.
-What is left of a launch is a record of it and the machine code. Outputs stay uninitialised.
+Triton reaches the hardware through one driver object. Ours answers for a chip from a table, so the
+host code above it is the real one: the same specialisation on alignment and strides, the same
+compiler options, the same error where a kernel needs more shared memory than a block may have. A
+launch leaves a record of itself with the machine code. Outputs stay uninitialised.
 
-In a process with TRITON_INTERPRET=1 kernels are never compiled: there the driver only answers
-which chip to imagine, and the list stays empty.
+In a process with TRITON_INTERPRET=1 kernels are never compiled: there the driver only tells which
+chip to imagine, and the list stays empty.
 """
 
 from collections.abc import Iterator
@@ -50,15 +50,12 @@ CHIPS = {  # by ten times the compute capability
 
 
 class KernelError(RuntimeError):
-    """A kernel that does not compile, or could not be launched: the message begins with its name.
-
-    The exception of Triton is its `__cause__`.
-    """
+    """A kernel does not compile or cannot be launched; `__cause__` is Triton's exception."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One `kernel[grid](...)`, as the chip would have got it."""
+    """One `kernel[grid](...)`, as the chip would have received it."""
 
     name: str  # of the kernel function
     grid: tuple[int, int, int]
@@ -77,11 +74,11 @@ class Launch:
 
 
 def occupancy(launch: Launch) -> int:
-    """Blocks of this launch that fit on one multiprocessor of its chip at a time.
+    """Blocks of this launch that one multiprocessor of its chip holds at a time.
 
     The least of what registers, shared memory, warps and block slots allow (cuda_occupancy.h of the
-    CUDA toolkit). Registers are handed out to a warp 256 at a time, from the quarter of the
-    multiprocessor it lives on; shared memory by 128 bytes, after 1 KB that the system takes.
+    CUDA toolkit). A warp gets registers 256 at a time from its quarter of the multiprocessor; a
+    block gets shared memory by 128 bytes, after 1 KB for the system.
     """
     chip = CHIPS[launch.capability]
     warp_registers = -(-launch.registers * 32 // 256) * 256
@@ -97,9 +94,9 @@ def occupancy(launch: Launch) -> int:
 def fake_gpu(capability: int = 90) -> Iterator[list[Launch]]:
     """Make Triton see one GPU of this compute capability (times ten; a key of CHIPS).
 
-    Yields the list to which each launch inside is added. Raises KernelError, naming the kernel, out
-    of a launch that does not compile or does not fit. Compiled code is kept where Triton always
-    keeps it (TRITON_CACHE_DIR). The driver that was active before is restored at the end.
+    Yields the list to which each launch inside is added. A launch that does not compile or does not
+    fit raises KernelError, whose message begins with the kernel's name. Triton keeps compiled code
+    in TRITON_CACHE_DIR as always. At the end the driver that was active before is active again.
     """
     if capability not in CHIPS:
         raise ValueError(f"fake_gpu knows {', '.join(map(str, CHIPS))}, not {capability}")
@@ -109,9 +106,8 @@ def fake_gpu(capability: int = 90) -> Iterator[list[Launch]]:
         try:
             return run(self, *args, **kwargs)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            name = self.fn.__name__
-            raise KernelError(f"{name} on sm_{capability}: {why}") from error
+            where = f"{self.fn.__name__} on sm_{capability}"
+            raise KernelError(f"{where}: {type(error).__name__}: {error}") from error
 
     fake = _Driver(capability)
     driver.set_active(fake)
@@ -127,13 +123,10 @@ class _Driver:
     """The part of Triton's driver protocol that compiling and launching use."""
 
     def __init__(self, capability: int):
-        self.capability = capability
-        self.launches: list[Launch] = []
-        self.utils = self
-        self.launcher_cls = _Launcher
+        self.capability, self.launches = capability, []
+        self.utils, self.launcher_cls = self, _Launcher
 
-    # Triton keeps compiled kernels by device number, so each chip must have one of its own, and
-    # none that a real GPU of this machine has.
+    # Triton keeps compiled kernels by device number: each chip has its own, and no real GPU has it.
     def get_current_device(self) -> int:
         return 1000 + self.capability
 
@@ -151,19 +144,16 @@ class _Driver:
         return {
             "max_shared_mem": chip.block_shared,
             "multiprocessor_count": chip.multiprocessors,
-            "max_num_regs": REGISTERS,
-            "warpSize": 32,
         }
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple:
         """(module, function, registers, spills, most threads of a block)"""
-        resources = sass.resources(cubin)
-        return object(), cubin, resources.registers, resources.stack, 1024
+        return object(), cubin, *sass.resources(cubin), 1024
 
 
 class _Launcher:
-    """Made once for each compiled kernel, called at each launch. It outlives the driver it was made
-    under, so it asks for the active one."""
+    """Made once for each compiled kernel, called at each launch. It outlives the driver that it was
+    made under, so it asks for the active one."""
 
     def __init__(self, src: Any, metadata: Any):
         names = src.fn.arg_names
@@ -174,15 +164,15 @@ class _Launcher:
         self.name, self.metadata = src.fn.fn.__name__, metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: bytes, *rest: Any) -> None:
-        resources = sass.resources(function)
+        registers, spills = sass.resources(function)
         driver.active.launches.append(
             Launch(
                 name=self.name,
                 grid=(x, y, z),
                 capability=driver.active.capability,
                 num_warps=self.metadata.num_warps,
-                registers=resources.registers,
-                spills=resources.stack,
+                registers=registers,
+                spills=spills,
                 shared=self.metadata.shared,
                 constants=self.constants,
                 cubin=function,

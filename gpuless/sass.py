@@ -1,15 +1,12 @@
 """Read SASS, the machine code of NVIDIA GPUs, as `cuobjdump` of the Triton wheel prints it.
 
-An instruction reads `[@guard] OPCODE.MODIFIERS operands`; R are registers, UR registers that a warp
-shares, P and UP predicates. What to look for:
+An instruction reads `[@guard] OPCODE.MODIFIERS operands`. The ones that matter here:
 
     HMMA, HGMMA, UTC*MMA    tensor cores: of one warp (sm_80), a warpgroup (sm_90), a block (sm_100)
     UTMALDG, UTMASTG        tensor memory accelerator: a tile between global and shared memory
-    LDGSTS                  global to shared memory past the registers (cp.async)
     LDG, STG                global memory; `.128` moves 16 bytes a lane, the widest up to sm_90
     LDL, STL                local memory, that is spilled registers
     MUFU.EX2                2^x, on a unit that takes 4 lanes a cycle
-    BAR.SYNC                all warps of the block wait for each other
 
 **Overlap.** On sm_90 an HGMMA is asynchronous: the four warps of a warpgroup hand it to the tensor
 cores and go on. The one marked `gsb0` closes a group, and `WARPGROUP.DEPBAR.LE gsb0, N` waits until
@@ -22,12 +19,11 @@ and is fast when the softmax is computed while a product runs. The textbook loop
     HGMMA ... gsb0                   output
     WARPGROUP.DEPBAR.LE gsb0, 0x0
 
-With the product of the *next* scores asked for first, the wait moves below the softmax. `overlap`
-gives the share of the softmax that lies between an HGMMA and the wait for it.
+If the product of the *next* scores is issued first, the wait moves below the softmax.
 
 A product of one block is several HGMMA in a row, of which only the last should carry `gsb0`. Where
-each of them does, and is waited for, ptxas could not allot the registers (its warning C7511, which
-Triton does not show) and has *serialized* them: the tensor cores drain after each.
+each of them does, ptxas could not allot the registers (its warning C7511, which Triton does not
+show) and has *serialized* them: the tensor cores drain after each.
 """
 
 import re
@@ -51,10 +47,13 @@ class Instruction(NamedTuple):
     opcode: str  # with modifiers: "LDG.E.128"
     operands: str
 
+    @property
+    def is_wgmma(self) -> bool:
+        return self.opcode.startswith("HGMMA")
 
-class Resources(NamedTuple):
-    registers: int  # per thread
-    stack: int  # bytes of local memory per thread; in a Triton kernel these are spilled registers
+    @property
+    def closes_group(self) -> bool:
+        return self.is_wgmma and "gsb0" in self.operands
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,9 @@ class Program:
 
     @cached_property
     def loops(self) -> list[list[Instruction]]:
-        """The instructions of each loop, from the target of a backward branch up to the branch.
+        """The instructions of each loop, from the target of a backward branch to the branch.
 
-        Jumps that come back from code set apart behind EXIT (retries of a barrier) are no loops.
+        A jump back from code set apart behind EXIT (the retries of a barrier) is no loop.
         """
         furthest: dict[int, int] = {}
         for address, guard, opcode, operands in self.instructions:
@@ -107,31 +106,48 @@ class Program:
     @cached_property
     def serialized(self) -> bool:
         """Whether every wgmma, of more than one, is a group by itself."""
-        wgmma = [i for i in self.instructions if _is_wgmma(i)]
-        return len(wgmma) > 1 and all(map(_closes_group, wgmma))
+        wgmma = [i for i in self.instructions if i.is_wgmma]
+        return len(wgmma) > 1 and all(i.closes_group for i in wgmma)
 
     @cached_property
     def overlap(self) -> float | None:
         """Share of the softmax issued while a wgmma of the same warpgroup is in flight, 0 to 1.
 
-        The softmax is what an innermost loop that holds both HGMMA and MUFU.EX2 issues besides
-        HGMMA, in issue cycles: 8 for a MUFU, 1 for any other. The least over such loops; None where
-        there is none. Branches within the loop are read straight through.
+        The softmax is what an innermost loop with both HGMMA and MUFU.EX2 issues besides HGMMA, in
+        issue cycles: 8 for a MUFU, 1 for any other. The least over such loops, or None without one.
+        Branches within the loop are read straight through.
         """
-        tensor = [loop for loop in self.loops if any(map(_is_wgmma, loop))]
-        innermost = [loop for loop in tensor if not any(_within(other, loop) for other in tensor)]
-        exponential = [
-            loop for loop in innermost if any(i.opcode.startswith("MUFU.EX2") for i in loop)
-        ]
-        return min(map(_overlap, exponential), default=None)
+        tensor = [loop for loop in self.loops if any(i.is_wgmma for i in loop)]
+        innermost = [
+            loop for loop in tensor
+            if not any(o is not loop and loop[0] <= o[0] and o[-1] <= loop[-1] for o in tensor)
+        ]  # fmt: skip
+        softmax = [x for x in innermost if any(i.opcode.startswith("MUFU.EX2") for i in x)]
+        return min(map(_overlap, softmax), default=None)
+
+
+def _overlap(loop: list[Instruction]) -> float:
+    groups, open_group = 0, False
+    for _ in range(2):  # the second time around begins with what the first left in flight
+        cycles = covered = 0
+        for instruction in loop:
+            if instruction.is_wgmma:
+                open_group = not instruction.closes_group
+                groups += not open_group
+                continue
+            if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+                groups = min(groups, int(instruction.operands.split(",")[-1], 16))
+            cost = 8 if instruction.opcode.startswith("MUFU") else 1
+            cycles += cost
+            covered += cost if groups or open_group else 0
+    return covered / cycles
 
 
 @lru_cache
-def resources(cubin: bytes) -> Resources:
-    """What a thread of the kernel needs."""
-    out = _cuobjdump("--dump-resource-usage", cubin)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out).groups()
-    return Resources(int(registers), int(stack))
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) per thread. Local memory of ours is spilled registers."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", cubin))
+    return int(found[1]), int(found[2])
 
 
 def disassemble(cubin: bytes) -> Program:
@@ -144,32 +160,3 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _is_wgmma(instruction: Instruction) -> bool:
-    return instruction.opcode.startswith("HGMMA")
-
-
-def _closes_group(wgmma: Instruction) -> bool:
-    return "gsb0" in wgmma.operands
-
-
-def _within(inner: list[Instruction], outer: list[Instruction]) -> bool:
-    return inner is not outer and outer[0] <= inner[0] and inner[-1] <= outer[-1]
-
-
-def _overlap(loop: list[Instruction]) -> float:
-    groups, open_group = 0, False
-    for _ in range(2):  # the second time around begins with what the first left in flight
-        cycles = covered = 0
-        for instruction in loop:
-            if _is_wgmma(instruction):
-                open_group = not _closes_group(instruction)
-                groups += not open_group
-                continue
-            if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
-                groups = min(groups, int(instruction.operands.split(",")[-1], 16))
-            cost = 8 if instruction.opcode.startswith("MUFU") else 1
-            cycles += cost
-            covered += cost if groups or open_group else 0
-    return covered / cycles

@@ -1,9 +1,9 @@
 """The hot operations of Lucie, one file each.
 
-Every file reads from top to bottom: what is computed, its floor (the bytes or FLOPs no
-implementation can go below), the definition in plain torch, the Triton kernels, what torch sees of
-them, and one public function. Between its matrix products model.py calls nothing else.
-`use("torch")` or `use("triton")` overrules the choice between the two (launch.py).
+Every file reads from top to bottom: what is computed, its floor (the bytes or FLOPs that no
+implementation can go below), the definition in plain torch, the Triton kernels, the operators that
+torch sees, and one public function. Between its matrix products model.py calls nothing else.
+`use("torch")` or `use("triton")` overrides the choice between definition and kernels (launch.py).
 """
 
 from kernels.attention import attention

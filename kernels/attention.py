@@ -5,11 +5,11 @@
 Several query heads share one key and value head (Ainslie et al. 2023, arXiv:2305.13245): 32 share 8
 in Lucie, which makes the cache and its traffic 4 times smaller.
 
-Floor: 2 * B * H * T^2 * D FLOPs forward (two products, half of each masked away), 2.5 times that
-backward (five products). Decoding, T = 1: the bytes of the keys and values.
+Floor: 2 * B * H * T^2 * D FLOPs in the forward (two products, half of each masked), 2.5 times that
+in the backward (five products). Decoding, T = 1: the bytes of the keys and values.
 
-The kernels are in attention_forward.py, attention_backward.py and attention_decode.py; here are the
-definition, the choice of blocks, and what torch sees.
+The kernels are in attention_forward.py, attention_backward.py and attention_decode.py. This file
+has the definition, the launch table, and the operators that torch sees.
 """
 
 import math
@@ -37,13 +37,12 @@ def attention(
 
     q: `[B, T, H, D]`; k, v: `[B, S, KV, D]` with H a multiple of KV; S > T when decoding against a
     cache. cu_seqlens: int32 or int64 `[documents + 1]`, the offsets at which documents start in the
-    flattened `[B * T]` tokens, 0 first and B * T last (S = T then): a query sees its own document
-    only. positions: int64 `[B]`, for T = 1 and rows of different lengths: the query of a row sees
-    the keys up to its position, and that one, whatever S is. Returns `[B, T, H, D]` in the dtype
-    of q.
+    flattened `[B * T]` tokens, from 0 to B * T (then S = T): a query sees only its own document.
+    positions: int64 `[B]`, for T = 1 and rows of different lengths: the query of a row sees the
+    keys up to and including its position, whatever S is. Returns `[B, T, H, D]` in the dtype of q.
 
-    The Triton kernels take D of 64 and 128, one dtype for q, k and v: bf16 or fp16, and where they
-    are forced fp32, which they do exactly and slowly. Raises ValueError for shapes that do not fit.
+    The Triton kernels take D of 64 and 128, and one dtype for q, k and v: bf16, fp16, or, only with
+    use("triton"), fp32, which is exact and slow. Raises ValueError for shapes that do not fit.
     """
     queries, keys = q.shape[1], k.shape[1]
     if queries > keys:
@@ -82,7 +81,7 @@ def _definition(
         mask = (torch.arange(keys, device=q.device) <= positions[:, None])[:, None, None]
     elif cu_seqlens is not None:
         mask = _document_mask(cu_seqlens, q.shape[0], queries)
-    elif 1 < queries < keys:  # a chunk of prompt against the cache: the diagonal ends at the corner
+    elif 1 < queries < keys:  # a chunk of prompt: its last query sees the last key of the cache
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -96,7 +95,7 @@ def _definition(
 
 
 def _document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
-    """Boolean `[B, 1, T, T]`, true where a query may see a key."""
+    """Boolean `[B, 1, T, T]`, true where a query sees a key."""
     starts, _ = _bounds(cu_seqlens, batch, seq_len)
     token = torch.arange(seq_len, device=cu_seqlens.device)
     from_start = token >= starts.unsqueeze(2)  # [B, query, key]
@@ -104,9 +103,10 @@ def _document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
 
 
 def _bounds(cu_seqlens: Tensor, batch: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Of the document of each token, its first position in the row and the one past its last.
+    """Where the document of each token starts and ends in its row, int32 `[B, T]` each.
 
-    int32 `[B, T]` each. A document may run over the end of a row; it is two documents then.
+    The end is the position past the last token. A document that crosses the end of a row becomes
+    two documents.
     """
     token = torch.arange(batch * seq_len, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), token, right=True)
@@ -136,9 +136,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 # --- blocks ---------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages), such that no Triton from 3.6 to 3.9 spills a register or gives
-# up running wgmma in the background (python -m bench.static; bench/NOTES.md has the others). sm_90
-# reads by way of the tensor memory accelerator, the others through pointers.
+# (BLOCK_M, BLOCK_N, warps, stages). With these no Triton from 3.6 to 3.9 spills a register or stops
+# running wgmma in the background (python -m bench.static). sm_90 reads through the tensor memory
+# accelerator, the others through pointers.
 _SMALL = {
     "forward": (32, 64, 4, 2),
     "dq": (32, 32, 8, 2),
@@ -153,13 +153,13 @@ LAUNCH = {
     "sm_80": _SMALL,
     "default": _SMALL,
 }
-FP32 = (32, 32, 4, 1)  # exact products, without tensor cores: for checks, not for speed
+FP32 = (32, 32, 4, 1)  # exact products without tensor cores, for checks and not for speed
 DECODE_BLOCK = 64  # keys at a time
-MOST_SPLITS = 64  # of the keys of one head, to be joined by one program
+MOST_SPLITS = 64  # of the keys of one head, which one program joins
 
 
 def _blocks(kernel: str, x: Tensor) -> tuple[dict, bool]:
-    """Launch options of a kernel, and whether it reads by descriptors."""
+    """Launch options of a kernel, and whether it reads through tensor descriptors."""
     kind = gpu().kind
     exact = x.dtype == torch.float32
     block_m, block_n, warps, stages = FP32 if exact else LAUNCH[kind][kernel]
@@ -169,18 +169,18 @@ def _blocks(kernel: str, x: Tensor) -> tuple[dict, bool]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x `[B, T, H, D]` with the heads of a token side by side, as the kernels need it."""
+    """x `[B, T, H, D]` with the heads of a token contiguous, as the kernels need it."""
     heads_together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     aligned = all(s * x.element_size() % 16 == 0 for s in (x.stride(0), x.stride(1)))
     aligned = aligned and x.data_ptr() % 16 == 0
     expanded = x.stride(1) == 0 or x.stride(0) == 0
     if heads_together and aligned and not expanded:
         return x
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() may keep it where it lies
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() may not copy
 
 
 def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:
-    """What the kernels load from: x itself, or a descriptor of `[B, T, H * D]`."""
+    """What the kernels load from: x itself, or a tensor descriptor of `[B, T, H * D]`."""
     if not tma:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -193,7 +193,8 @@ def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:
 def _ragged_bounds(
     q: Tensor, k: Tensor, starts: Tensor | None, ends: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The bounds of documents; or of one, where blocks of keys do not end at the first; or none."""
+    """The bounds of documents. Without documents None, unless the first block of keys would be
+    partial: then the bounds of one document, so that the kernel masks it."""
     if starts is None and (k.shape[1] - q.shape[1]) % PADDING.value:
         starts = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
         ends = torch.full(k.shape[:2], q.shape[1], dtype=torch.int32, device=q.device)
@@ -201,7 +202,7 @@ def _ragged_bounds(
 
 
 def _table_length(queries: int) -> int:
-    """What table_length gives the kernels."""
+    """Length of a row of lse and delta, as table_length computes it in the kernels."""
     return (queries // PADDING.value + 2) * PADDING.value
 
 
@@ -217,7 +218,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(out `[B, T, H, D]`, lse fp32 `[B, H, T and more]`, base 2 and infinite past T)."""
+    """(out `[B, T, H, D]`, lse fp32 `[B, H, T + padding]`, base 2, infinite in the padding)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -249,7 +250,7 @@ def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     starts: Tensor | None, ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, in the shapes of q, k and v."""
+    """(dq, dk, dv), contiguous, with the shapes of q, k and v."""
     d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -285,7 +286,7 @@ def _(d_out, q, k, v, out, lse, starts, ends):
 def _save(ctx, inputs, output) -> None:
     q, k, v, starts, ends = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd makes zeros in the place of d_lse
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for d_lse
     ctx.save_for_backward(q, k, v, *output, starts, ends)
 
 
@@ -299,11 +300,11 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("nanolucie::attention_decode", mutates_args=())
 @on_its_device
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
-    """out `[B, 1, H, D]`. Launches the same grid whatever the positions: a graph may replay it."""
+    """out `[B, 1, H, D]`. The grid does not depend on the positions: a CUDA graph may replay it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, _, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    # Two programs for every multiprocessor, but none with less than two blocks of keys.
+    # Two programs per multiprocessor, each with two blocks of keys or more.
     wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MOST_SPLITS))
     blocks = triton.cdiv(triton.cdiv(keys, DECODE_BLOCK), wanted)
     per_split = max(2, blocks) * DECODE_BLOCK

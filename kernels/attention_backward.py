@@ -4,10 +4,10 @@
     dp = do v^T        ds = p * (dp - delta)        dq = scale ds k        dk = scale ds^T q
     delta = rowsum(o * do)                          (Dao 2023, arXiv:2307.08691, algorithm 2)
 
-One kernel walks over keys for a block of queries and owns their dq; the other walks over queries
-for a block of keys, all heads of the group in turn, and owns their dk and dv. Nothing is added to
-by two programs, so gradients are the same bit for bit in every run, without atomics. The price is
-7 products where one pass that adds to dq from many programs has 5.
+One kernel walks over keys for a block of queries and owns their dq. The other walks over queries
+for a block of keys, all heads of the group in turn, and owns their dk and dv. No two programs add
+to the same place, so without atomics gradients are the same bit for bit in every run. The price is
+7 products; one pass in which many programs add to dq has 5.
 """
 
 from kernels.attention_forward import PADDING, load_rows, table_length
@@ -23,12 +23,12 @@ def _dq_block(
     BLOCK_N: tl.constexpr, D: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq what the keys from `start` on contribute."""
+    """Add to dq what the block of keys at `start` contributes."""
     key = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_table, batch, start, column, k_batch_stride, k_stride, keys, BLOCK_N, D, TMA)
     scores = tl.dot(q, k.T, input_precision="ieee")
     v = load_rows(v_table, batch, start, column, v_batch_stride, v_stride, keys, BLOCK_N, D, TMA)
-    dp = tl.dot(d_out, v.T, input_precision="ieee")  # asked for early, to run under p's making
+    dp = tl.dot(d_out, v.T, input_precision="ieee")  # issued early, to run while p is computed
     p = tl.exp2(scores * scale - lse[:, None])
     if CAUSAL:
         p = tl.where((row + offset)[:, None] >= key[None, :], p, 0.0)
@@ -68,7 +68,7 @@ def _attention_backward_dq(
         d_out_table, batch, first_m, head * D, d_out_batch_stride, d_out_stride, queries,
         BLOCK_M, D, TMA,
     )  # fmt: skip
-    # delta is made on the way, for this kernel and for the next one
+    # delta is computed here for this kernel and for the next one.
     position = (batch.to(tl.int64) * queries + row) * (HEADS * D) + head * D
     position = position[:, None] + tl.arange(0, D)[None, :]
     o = tl.load(out + position, mask=inside[:, None], other=0.0)
@@ -84,7 +84,7 @@ def _attention_backward_dq(
 
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     start = first_m + BLOCK_M + offset
-    for _ in tl.static_range(BLOCK_M // BLOCK_N):  # the blocks of keys the diagonal crosses
+    for _ in tl.static_range(BLOCK_M // BLOCK_N):  # the blocks of keys on the diagonal
         start -= BLOCK_N
         dq = _dq_block(
             dq, q, d_out, lse, delta, start, first_key, row, k_table, v_table, batch, column,
@@ -118,7 +118,7 @@ def _dkdv_block(
     q_batch_stride, q_stride, d_out_batch_stride, d_out_stride, queries, offset, scale,
     BLOCK_M: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv what the queries from `first` on contribute; transposed: keys are rows."""
+    """Add to dk and dv what the queries at `first` contribute. Scores have keys as rows here."""
     row = first + tl.arange(0, BLOCK_M)
     q = load_rows(
         q_table, batch, first, head * D, q_batch_stride, q_stride, queries, BLOCK_M, D, TMA
@@ -133,7 +133,7 @@ def _dkdv_block(
         d_out_table, batch, first, head * D, d_out_batch_stride, d_out_stride, queries,
         BLOCK_M, D, TMA,
     )  # fmt: skip
-    dp = tl.dot(v, d_out.T, input_precision="ieee")  # asked for before dv, to run under p's making
+    dp = tl.dot(v, d_out.T, input_precision="ieee")  # issued before dv, to run while p is computed
     dv = tl.dot(p.to(q.dtype), d_out, dv, input_precision="ieee")
     ds = p * (dp - tl.load(delta_table + row)[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -151,11 +151,11 @@ def _attention_backward_dkdv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     kv_head, batch = tl.program_id(0), tl.program_id(2)
-    start = tl.program_id(1) * BLOCK_N  # the first keys are seen most, and begin first
+    start = tl.program_id(1) * BLOCK_N  # the first keys have the most queries, and begin first
     key = start + tl.arange(0, BLOCK_N)
     column = kv_head * D
     offset = 0 if SQUARE else keys - queries
-    end = queries  # of the queries that see any of these keys
+    end = queries  # past the last query that sees any of these keys
     if RAGGED:
         starts += batch.to(tl.int64) * queries
         ends += batch.to(tl.int64) * keys

@@ -1,14 +1,12 @@
 """Decoding: one new query per sequence against all keys of the cache.
 
-There is nothing to reuse but the keys of a group, read once for its 4 query heads, so the floor is
-memory: 2 * B * S * KV * D elements. One program per key head would leave most of a GPU idle; the
-keys are split among many, and a second, tiny kernel joins their partial softmaxes (as in Dao et
-al.'s Flash-Decoding, 2023).
+The keys of a group are read once for its 4 query heads, and nothing else is reused, so the floor is
+memory: 2 * B * S * KV * D elements. One program per key head would leave most of a GPU idle. So the
+keys are split among many programs, and a second, tiny kernel joins their partial softmaxes
+(Flash-Decoding, Dao et al. 2023).
 """
 
 from kernels.launch import tl, triton
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["keys", "per_split"])
@@ -18,11 +16,11 @@ def _attention_decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of keys [split * per_split, + per_split), for the queries of one group.
+    """Attention of one group's queries to per_split keys, from split * per_split on.
 
-    positions: int64 `[B]`, of each row's last key, or None for keys - 1 in all. A split past it
-    weighs nothing. partial: fp32 `[B, H, splits, D]`; lse_table: fp32 `[B, H, splits]`, base 2.
-    ROWS: the group filled up to the 16 rows a tensor core takes at least.
+    positions: int64 `[B]`, the last key of each row, or None for keys - 1 in all. A split past it
+    has weight 0. partial: fp32 `[B, H, splits, D]`; lse_table: fp32 `[B, H, splits]`, base 2.
+    ROWS: the queries of the group, padded to the 16 rows that a tensor core needs.
     """
     kv_head, split, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -56,20 +54,20 @@ def _attention_decode(
         v = tl.load(v_table + n[:, None] * v_stride + d[None, :], mask=seen[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         row_max = new_max
-        # one block on; as pointers, since start * stride would pass 32 bits in a long cache
+        # Pointers advance by one block: start * stride would overflow 32 bits in a long cache.
         k_table += BLOCK_N * k_stride
         v_table += BLOCK_N * v_stride
 
     at = (batch.to(tl.int64) * HEADS + head) * tl.num_programs(1) + split
     tl.store(lse_table + at, row_max + tl.log2(row_sum), mask=inside)
-    # Nothing seen: 0 with weight 2^-inf, where 0 / 0 would spoil the sum of the splits.
+    # A split without keys gives 0 with weight 2^-inf; 0 / 0 would make the sum of the splits NaN.
     o = acc / tl.where(row_sum > 0, row_sum, 1)[:, None]
     tl.store(partial + at[:, None] * D + d[None, :], o, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _attention_combine(partial, lse_table, out, splits, D: tl.constexpr, SPLITS: tl.constexpr):
-    """Join the splits of one head of one sequence; SPLITS: their number, to a power of two."""
+    """Join the splits of one head of one sequence. SPLITS: splits rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     split, d = tl.arange(0, SPLITS), tl.arange(0, D)
     inside = split < splits

@@ -1,25 +1,25 @@
 """Flash attention, forward: the scores of a block of queries never leave the chip.
 
-A program holds BLOCK_M queries of one head and walks over the keys they may see, BLOCK_N at a time,
-keeping for each query the maximum of its scores so far, the sum of their exponentials, and the
-output scaled to that maximum (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
+A program holds BLOCK_M queries of one head and walks over the keys that they see, BLOCK_N at a
+time. For each query it keeps the maximum of the scores so far, the sum of their exponentials, and
+the output scaled to that maximum (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
 arXiv:2205.14135).
 
-It walks downwards from the diagonal: only the first blocks need the causal mask then, and the loop
-over all the others has none. In the loop the scores of the *next* block are asked for before the
-softmax of this one. On Hopper the tensor cores compute them in the background while the other units
-take exponentials; asked for in their turn, each would wait for the other.
+It walks down from the diagonal, so that only the first blocks need the causal mask and the loop
+over all others has none. The loop issues the scores of the *next* block before the softmax of this
+one. On Hopper the tensor cores then compute them in the background while the other units take
+exponentials; issued in order, each would wait for the other.
 """
 
 from kernels.launch import tl, triton
 
-# Rows past the last query in the tables of lse and delta, so that the backward reads unmasked.
+# lse and delta are padded by this much past the last query, so that the backward reads unmasked.
 PADDING = tl.constexpr(128)
 
 
 @triton.jit
 def table_length(queries):
-    """Of a row of the tables of lse and delta: multiple of PADDING, queries + PADDING or more."""
+    """Length of a row of lse and delta: a multiple of PADDING, at least queries + PADDING."""
     return (queries // PADDING + 2) * PADDING
 
 
@@ -28,10 +28,10 @@ def load_rows(
     table, batch, row, column, batch_stride, stride, rows,
     BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK, D]` of `[B, rows, columns]`, from (batch, row, column) on.
+    """Load `[BLOCK, D]` of `[B, rows, columns]`, from (batch, row, column) on.
 
-    table is a tensor descriptor, read by the tensor memory accelerator, or a pointer. Rows before
-    0 or from `rows` on are not touched and come as zeros.
+    With TMA, table is a tensor descriptor, which the tensor memory accelerator reads; otherwise it
+    is a pointer. Rows before 0 or from `rows` on are not read and become zeros.
     """
     if TMA:
         tile = table.load([batch, row, column]).reshape(BLOCK, D)
@@ -46,9 +46,9 @@ def load_rows(
 
 @triton.jit
 def _softmax(acc, row_max, row_sum, scores, scale, dtype: tl.constexpr):
-    """Exponentials of a block of scores, and all that came before shrunk to the new maximum.
+    """Exponentials of a block of scores, and what came before rescaled to the new maximum.
 
-    scale includes log2(e): exp2 is the instruction the hardware has.
+    scale includes log2(e), because exp2 is the instruction that the hardware has.
     """
     scores = scores * scale
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -64,7 +64,7 @@ def _advance(
     k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale,
     BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Take in the block from key `start` on, whose scores are at hand, and get those below it."""
+    """Add the block of keys at `start`, whose scores are known, and compute the scores below it."""
     below = start - BLOCK_N
     k = load_rows(k_table, batch, below, column, k_batch_stride, k_stride, keys, BLOCK_N, D, TMA)
     next_scores = tl.dot(q, k.T, input_precision="ieee")
@@ -83,13 +83,13 @@ def _attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(0), tl.program_id(2)
-    # The last queries see the most keys: their programs begin first, lest they finish last.
+    # The last queries see the most keys, so their programs begin first.
     first_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row = first_m + m
     column = head // (HEADS // KV_HEADS) * D
-    # The first key that each of these queries, that any and that all of them see. Loaded also where
-    # all are 0: with a known 0 ptxas makes the loop wait for every wgmma by itself.
+    # The first key that each query sees (first_key), that any sees (lowest), that all see (common).
+    # They are loaded even where all are 0: with a known 0 ptxas makes the loop wait for each wgmma.
     starts += batch.to(tl.int64) * queries
     first_key = tl.load(starts + row, mask=row < queries, other=0)
     lowest = tl.load(starts + first_m)
@@ -103,12 +103,12 @@ def _attention_forward(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
     highest = first_m + BLOCK_M + keys - queries
-    start = highest - BLOCK_N  # of the block whose scores are at hand
+    start = highest - BLOCK_N  # first key of the block whose scores are known
     k = load_rows(k_table, batch, start, column, k_batch_stride, k_stride, keys, BLOCK_N, D, TMA)
     scores = tl.dot(q, k.T, input_precision="ieee")
     scores = tl.where(m[:, None] >= (n + BLOCK_M - BLOCK_N)[None, :], scores, float("-inf"))
     scores = tl.where((start + n)[None, :] >= first_key[:, None], scores, float("-inf"))
-    for block in tl.static_range(2, BLOCK_M // BLOCK_N + 1):  # the others the diagonal crosses
+    for block in tl.static_range(2, BLOCK_M // BLOCK_N + 1):  # the other blocks on the diagonal
         scores, acc, row_max, row_sum = _advance(
             q, scores, acc, row_max, row_sum, start, k_table, v_table, batch, column,
             k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale, BLOCK_N, D, TMA,
@@ -142,7 +142,7 @@ def _attention_forward(
     lse += (batch.to(tl.int64) * HEADS + head) * table_length(queries)
     tl.store(lse + row, row_max + tl.log2(row_sum), mask=inside)
     tail = tl.arange(0, 2 * PADDING)  # exp2(score - infinity) is 0
-    last = first_m + BLOCK_M >= queries  # as a mask: a branch here unsettles the loop's schedule
+    last = first_m + BLOCK_M >= queries  # a mask: a branch here changes the loop's schedule
     mask = last & (queries + tail < table_length(queries))
     tl.store(lse + queries + tail, tail + float("inf"), mask=mask)
     out += batch.to(tl.int64) * queries * HEADS * D + head * D

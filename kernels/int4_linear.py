@@ -1,16 +1,17 @@
 """A linear layer whose weight is stored in 4 bits, for decoding: y = x W^T, W = scale * q.
 
-q is an integer from -8 to 7, and a group of 128 neighbours in a row has one scale, the one of least
-squared error. 4.125 bits a weight instead of 16: decoding reads every weight once for each token,
-so it is that much faster where memory is the limit. Activations stay as they are.
+q is an integer from -8 to 7, and 128 neighbours in a row form a group with one scale, that of least
+squared error. A weight takes 4.125 bits instead of 16. Decoding reads every weight once per token,
+so it is that much faster where memory is the limit. Activations keep their dtype.
 
-Floor: memory, the bytes of packed and scales, K / 2 + 2 K / G for each of the N rows. A chip reads
-some 30 weights per cycle of a multiprocessor, which leaves about 4 instructions for each pair of
-them, all included: hence tensor cores even for one row of x, and what `_quarter` does.
+Floor: memory, the bytes of packed and scales, K / 2 + 2 K / G for each of the N rows. A
+multiprocessor reads some 30 weights per cycle, which leaves about 4 instructions for each pair of
+weights: therefore tensor cores even for one row of x, and the assembly of `_quarter`.
 
-Integers beat the quantiles of a normal distribution (NF4, Dettmers et al. 2023, arXiv:2305.14314)
-here: at 128 a group NF4 is 1 % closer to normal weights (9.6 % off, not 9.7), but every weight
-would be a look-up in a table where it is now half a shift, half an `and` and half an `fma`.
+Integers are preferred to the quantiles of a normal distribution (NF4, Dettmers et al. 2023,
+arXiv:2305.14314): in groups of 128, NF4 is 1 % closer to normal weights (an error of 9.6 % instead
+of 9.7), but would look every weight up, which now costs half a shift, half an `and` and half an
+`fma`.
 """
 
 import torch
@@ -20,20 +21,20 @@ from torch import Tensor
 from kernels.launch import as_rows, gpu, on_its_device, runs_triton, tl, triton
 
 GROUP = 128
-MOST_ROWS = 16  # of x that the kernel takes: from there on products, not bytes, are the limit
+MOST_ROWS = 16  # of x that the kernel takes; with more, products are the limit and not bytes
 
 
 # --- the format -----------------------------------------------------------------------------------
 
 
 def pack(weight: Tensor, group_size: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Quantise `[N, K]`, each row for itself: packed uint8 `[N, K / 2]`, scales bf16 `[N, K / G]`.
+    """Quantise `[N, K]` row by row into packed uint8 `[N, K / 2]` and scales bf16 `[N, K / G]`.
 
-    Read as 16-bit words, little end first, a group is G / 4 words: bits 4 t to 4 t + 3 of word j
-    hold q + 8 of element t * G / 4 + j, so that each quarter of a group lies in order in memory.
-    A scale has 5 significant bits: its product with q is exact in bf16, and rows unpacked for a
-    long prompt are the very weights that decoding sees. Group size: a multiple of 4 that divides K.
-    Raises ValueError for another, or for a weight that is not finite.
+    As little-endian 16-bit words, a group is G / 4 words: bits 4 t to 4 t + 3 of word j hold q + 8
+    of element t * G / 4 + j, so that each quarter of a group lies in order in memory. A scale has 5
+    significant bits. Its product with q is therefore exact in bf16, and a long prompt, which
+    unpacks, sees the same weights as decoding. group_size G is a multiple of 4 that divides K.
+    Raises ValueError for another group size, or for a weight that is not finite.
     """
     if group_size % 4 or weight.shape[1] % group_size or not weight.shape[1]:
         raise ValueError(
@@ -42,7 +43,7 @@ def pack(weight: Tensor, group_size: int = GROUP) -> tuple[Tensor, Tensor]:
     rows, groups = weight.shape[0], weight.shape[1] // group_size
     packed = torch.empty(rows, weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
-    # a few rows at a time: on a CPU they stay in the cache, on a GPU they need little memory
+    # A few rows at a time stay in the cache of a CPU and need little memory on a GPU.
     step = max(1, (2**18 if weight.device.type == "cpu" else 2**24) // weight.shape[1])
     for i in range(0, rows, step):
         groups_of_rows = weight[i : i + step].detach().float().unflatten(1, (groups, group_size))
@@ -57,17 +58,17 @@ def pack(weight: Tensor, group_size: int = GROUP) -> tuple[Tensor, Tensor]:
 
 
 def _best_scale(x: Tensor) -> Tensor:
-    """The scale of least squared error of each group `[..., G]`, bf16 `[...]`.
+    """The scale of least squared error for each group `[..., G]`, bf16 `[...]`.
 
-    Tried: those of 5 significant bits for which the element of largest magnitude comes to -8, or
-    beyond where it is cut off, which a few outliers are worth. The sign makes it -8 and not 8.
+    Candidates have 5 significant bits and map the element of largest magnitude to -8, or beyond,
+    where it is clipped, which pays for a few outliers. The sign makes it -8 instead of 8.
     """
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     if not extreme.isfinite().all():
         raise ValueError("a weight that is not finite cannot be quantised")
     sign = torch.where(extreme > 0, -1.0, 1.0)
     unit = extreme.abs().clamp_(min=torch.finfo(torch.float32).tiny)  # so that no square overflows
-    # a bf16 is 8 significant bits; without the last three, neighbours differ by one
+    # A bf16 has 8 significant bits. Without the last three, neighbouring values differ by one.
     top = (extreme.abs() / 8).bfloat16().view(torch.int16) >> 3
     best_error = torch.full_like(extreme, torch.inf)
     best = torch.ones_like(extreme)
@@ -84,7 +85,7 @@ def _best_scale(x: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight `[N, K]` that packed and scales stand for, exact in bf16 and wider."""
+    """The weight `[N, K]` that packed and scales represent, exact in bf16 and wider dtypes."""
     groups = scales.shape[1]
     words = _words(packed).unflatten(1, (groups, -1))
     weight = torch.empty(*words.shape[:2], 4, words.shape[2], dtype=dtype, device=packed.device)
@@ -94,7 +95,7 @@ def unpack(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _words(packed: Tensor) -> Tensor:
-    """packed as 16-bit words `[N, K / 4]`, copied only if they do not lie at even addresses."""
+    """packed as 16-bit words `[N, K / 4]`, copied only if it is not aligned to them."""
     packed = as_rows(packed)
     if packed.storage_offset() % 2 or packed.stride(0) % 2:
         packed = packed.clone(memory_format=torch.contiguous_format)
@@ -102,16 +103,16 @@ def _words(packed: Tensor) -> Tensor:
 
 
 def _definition(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """With the library's product of the whole unpacked weight: 201 MB for the largest of a block of
-    Lucie-7B in bf16, 533 MB for its head."""
+    """Torch's product with the whole unpacked weight. In Lucie-7B and bf16 the largest weight of a
+    block takes 201 MB, the head 533 MB."""
     if x.device.type == "cpu":
         return _on_cpu(x, packed, scales)
     return F.linear(x, unpack(packed, scales, x.dtype))
 
 
 def _on_cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """The same in fp32, for rows of the weight that stay in the cache, with loops as long as can
-    be: the columns of x are put in the order of the nibbles, not the nibbles in that of x."""
+    """The same in fp32, for some rows of the weight at a time, which stay in the cache. To keep
+    loops long, the columns of x are put in the order of the nibbles, not the reverse."""
     groups, columns = scales.shape[1], packed.shape[1]
     # [rows of x, group, second byte of a word, high nibble, j] -> nibble, then bytes in their order
     x5 = x.reshape(-1, x.shape[-1]).float().unflatten(1, (groups, 2, 2, -1))
@@ -131,7 +132,7 @@ def _on_cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 # --- the kernel -----------------------------------------------------------------------------------
 
 # From bits 4 t to 4 t + 3 of two words at once to two bf16. 0 to 15 in the lowest bits of a bf16
-# are that many times 2^-133; times 2^127, less 1/8, gives (q) / 64 in one exact instruction.
+# are that many times 2^-133; times 2^127, minus 1/8, this is q / 64, in one exact instruction.
 _QUARTERS = tl.constexpr(
     [
         "{ .reg .b32 q, scale, offset; mov.b32 scale, 0x7F007F00; mov.b32 offset, 0xBE00BE00; "
@@ -144,12 +145,12 @@ _QUARTERS = tl.constexpr(
 
 @triton.jit
 def _quarter(words, t: tl.constexpr, PAIRS: tl.constexpr, dtype: tl.constexpr):
-    """q / 64 of the elements in bits 4 t to 4 t + 3. PAIRS: as above, two in an instruction."""
+    """q / 64 of the elements in bits 4 t to 4 t + 3. PAIRS: two per instruction, as above."""
     if PAIRS:
         return tl.inline_asm_elementwise(
             _QUARTERS.value[t], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
         )
-    else:  # the same in Triton, which takes them one by one
+    else:  # the same in Triton, one per instruction
         return ((((words >> 4 * t) & 15) - 8).to(tl.float32) * 0.015625).to(dtype)
 
 
@@ -159,12 +160,12 @@ def _int4_linear(
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of y. SPLITS warps share the groups of a row among them in turns, as a batch
-    of products in Triton's eyes, and add up at the end: one launch, and always the same order."""
+    """A program computes BLOCK_N columns of y. SPLITS warps take the groups of a row in turn, which
+    is a batch of products to Triton, and are added at the end: one launch, in a fixed order."""
     QUARTER: tl.constexpr = G // 4
     split, j, m = tl.arange(0, SPLITS), tl.arange(0, QUARTER), tl.arange(0, ROWS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # past the last row it is read again: nothing is masked but what is stored
+    # Past the last row the last one is read again: only what is stored is masked.
     row = tl.minimum(n, N - 1).to(tl.int64)
     words_ptr += row[None, :, None] * stride + j[None, None, :]
     scales_ptr += row[None, :] * scales_stride
@@ -189,8 +190,8 @@ def _int4_linear(
 
 
 def _tiles(rows: int, columns: int) -> dict[str, int]:
-    """Blocks of the kernel for rows of x and columns of y, the same for every class of GPU: it is
-    memory that counts, and each keeps two blocks and more on a multiprocessor."""
+    """Launch options for rows of x and columns of y. They are the same for every class of GPU,
+    because memory is the limit and each holds two blocks or more on a multiprocessor."""
     some = rows <= 8
     tiles = {"ROWS": 8 if some else 16, "STAGES": 4 if some else 3}
     if triton.cdiv(columns, 32) >= 4 * gpu().multiprocessors:  # gate|up and the head on an H100
@@ -232,12 +233,12 @@ def _group_size(x: Tensor, scales: Tensor) -> int:
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`x @ unpack(packed, scales).T`, without ever writing that weight where x has 1 to 16 rows.
+    """`x @ unpack(packed, scales).T`. For 1 to 16 rows of x the weight is never written to memory.
 
     x: `[..., K]` bf16, fp16 or fp32; packed uint8 `[N, K / 2]` and scales bf16 `[N, K / G]` as
-    `pack` gives them. Returns `[..., N]` in the dtype of x. The Triton kernel takes up to 16 rows
-    in bf16 and fp16, G of 64, 128 or 256; the rest unpacks and uses torch's product. Raises
-    ValueError for shapes that do not fit, RuntimeError where x wants a gradient: there is none.
+    `pack` returns them. Returns `[..., N]` in the dtype of x. The Triton kernel takes up to 16 rows
+    in bf16 and fp16, and G of 64, 128 or 256; anything else unpacks and uses torch's product.
+    Raises ValueError for shapes that do not fit, and RuntimeError if x requires a gradient.
     """
     fits = packed.shape == (scales.shape[0], x.shape[-1] // 2) and scales.shape[1]
     if not fits or x.shape[-1] % (4 * scales.shape[1]):

@@ -1,9 +1,9 @@
 """Which implementation runs, and on what kind of GPU.
 
 Every operation has its definition in plain torch and its Triton kernels. `use` chooses between
-them; "auto", the default, takes Triton for CUDA tensors where the card can run it. Block sizes are
-constants in each operation's file, one set per class of GPU (`gpu`), never searched at run time:
-ranks that tuned for themselves would disagree, and two runs would differ.
+them; "auto", the default, takes Triton for CUDA tensors if the GPU can run it. Block sizes are
+constants in each operation's file, one set per class of GPU (`gpu`). They are never tuned at run
+time: ranks could choose differently, and two runs would differ.
 """
 
 import os
@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     installed = True
-except ImportError:  # macOS, Windows: the kernels are defined as nothing, and never run
+except ImportError:  # macOS, Windows: @triton.jit then returns this placeholder, which never runs
 
     class _Absent:
         def __getattr__(self, name: str) -> "_Absent":
@@ -35,8 +35,8 @@ except ImportError:  # macOS, Windows: the kernels are defined as nothing, and n
 MODES = ("auto", "triton", "torch")
 _mode = "auto"
 
-# Class of GPU: least compute capability, least shared memory of a block in bytes. The first that
-# fits is taken. Ten times the capability, so that 9.0 is 90.
+# Class of GPU: ten times the least compute capability, and the least shared memory of a block in
+# bytes. The first class that fits is taken.
 CLASSES = {
     "sm_90": (90, 232_448),  # H100, H200, B200: tensor memory accelerator, wgmma
     "sm_80": (80, 166_912),  # A100
@@ -46,7 +46,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class GPU:
-    """What the launch tables are looked up by."""
+    """What a kernel's launch options depend on."""
 
     kind: str  # a key of CLASSES
     multiprocessors: int
@@ -55,7 +55,7 @@ class GPU:
 def use(mode: str) -> str:
     """Choose for all operations: "auto", "triton" or "torch" (the definitions).
 
-    Returns the choice before. Raises ValueError for another word, or where "triton" cannot run.
+    Returns the previous choice. Raises ValueError for another word, or if "triton" cannot run.
     """
     global _mode
     if mode not in MODES:
@@ -70,7 +70,7 @@ def use(mode: str) -> str:
 
 
 def gpu() -> GPU:
-    """The current GPU. Raises RuntimeError, in one line, where none can run the kernels."""
+    """The current GPU. Raises RuntimeError with a one-line reason if it cannot run the kernels."""
     if not installed:
         raise RuntimeError("the Triton kernels need the triton package, which is for Linux")
     try:
@@ -97,7 +97,7 @@ def _classify(driver: object, device: int) -> GPU:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an operation on x takes its Triton kernels."""
+    """Whether an operation on x uses its Triton kernels."""
     if _mode == "auto":
         return x.is_cuda and _card_can()
     return _mode == "triton"
@@ -114,12 +114,12 @@ def _card_can() -> bool:
 
 
 def forced() -> bool:
-    """Whether Triton is to run whatever it costs."""
+    """Whether use("triton") is in force, so that kernels run even where they are slow."""
     return _mode == "triton"
 
 
 def not_offered(why: str) -> None:
-    """There is no kernel for these inputs: ValueError where Triton is forced, else one line."""
+    """Say once that there is no kernel for these inputs; raise ValueError if Triton is forced."""
     if forced():
         raise ValueError(why)
     _say(why + ": torch's own operation is used")
@@ -137,8 +137,8 @@ def say_once(line: str) -> None:
 
 
 def on_its_device(operation: Callable) -> Callable:
-    """Run an operation with the device of its first tensor as the current one: Triton launches on
-    that, wherever the tensors are."""
+    """Make the device of an operation's first tensor current while it runs: Triton launches on the
+    current device, wherever the tensors are."""
 
     @wraps(operation)
     def guarded(*args: object) -> object:
@@ -149,6 +149,6 @@ def on_its_device(operation: Callable) -> Callable:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x as `[rows, columns]` with columns side by side in memory, copied only if it must be."""
+    """x as `[rows, columns]` with contiguous columns, copied only if necessary."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

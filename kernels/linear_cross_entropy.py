@@ -2,10 +2,10 @@
 
     loss_i = logsumexp(W h_i) - (W h_i)[target_i]
 
-With 65,024 columns the logits dwarf every other activation: 32,000 tokens in fp32 are 8.3 GB, and
-as much again for their gradient. Here a chunk of rows goes through the head, gives its loss and,
-since d loss / d logits = softmax - onehot is known at once, its share of both gradients; then its
-memory serves the next chunk. The backward pass only scales what the forward left.
+With 65,024 columns the logits are far larger than any other activation: 32,000 tokens in fp32 are
+8.3 GB, and their gradient as much again. Here a chunk of rows goes through the head and gives its
+loss. Since d loss / d logits = softmax - onehot is known at once, it also gives its share of both
+gradients, and the next chunk reuses its memory. The backward pass only scales those gradients.
 
 Floor: 6 * N * V * D FLOPs, the three products of an ordinary linear layer.
 """
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from kernels.launch import on_its_device, runs_triton, tl, triton
 
-IGNORE = -100  # torch's and Hugging Face's mark for a target that does not count
+IGNORE = -100  # how torch and Hugging Face mark a target that does not count
 
 
 def chunk_rows(tokens: int, vocab_size: int) -> int:
-    """Rows at a time: an eighth of the logits, and no more than 2^26 of them (256 MB in fp32), in
-    whole tiles of 128 rows, and one tile at least: a matrix product would waste the rest of it."""
+    """Rows of a chunk: an eighth of all rows, with at most 2^26 logits (256 MB in fp32).
+
+    Always whole tiles of 128 rows, because a matrix product would waste the rest of a tile.
+    """
     return max(128, min(tokens // 8, 2**26 // vocab_size) // 128 * 128)
 
 
@@ -45,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (lse - logits.gather(1, index)).masked_fill_(ignored, 0).sum()
             if not (need_hidden or need_weight):
                 continue
-            # softmax - onehot in the logits' own memory; exp(-inf) clears an ignored row on the way
+            # softmax - onehot in the memory of the logits; exp(-inf) clears an ignored row
             logits.sub_(lse.masked_fill_(ignored, torch.inf)).exp_()
             logits.scatter_add_(1, index, ignored.float() - 1)
             d_logits = logits.to(h.dtype)
@@ -69,19 +71,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-# A chunk may begin at any row, so nothing is assumed of where its targets and losses do.
+# A chunk may begin at any row, so the kernel assumes no alignment of its targets and losses.
 @triton.jit(do_not_specialize_on_alignment=["targets_ptr", "losses_ptr"])
 def _cross_entropy(
-    logits_ptr,
-    targets_ptr,
-    losses_ptr,
-    stride,
-    columns,
-    IGNORE: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The loss of one row a program; with GRADIENT, d loss / d logits in place of the logits."""
+    logits_ptr, targets_ptr, losses_ptr, stride, columns,
+    IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program computes the loss of one row. With GRADIENT, d loss / d logits replaces logits."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
@@ -90,8 +86,8 @@ def _cross_entropy(
     of_target = tl.load(logits_ptr + target, known, other=float("nan")).to(tl.float32)
     hot = tl.where(known, target, -1).to(tl.int32)
 
-    # Log-sum-exp in one pass, the sum rescaled whenever a larger logit turns up. It starts from a
-    # finite number because -inf - -inf, where a block holds nothing else, is NaN.
+    # Log-sum-exp in one pass: a larger logit rescales the sum. The maximum starts from a finite
+    # number because a block of nothing but -inf would give -inf - -inf, which is NaN.
     largest, total = -3e38, 0.0
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -111,8 +107,8 @@ def _cross_entropy(
             tl.store(logits_ptr + column, gradient, column < columns)
 
 
-# Two programs then share a multiprocessor, with 64 KB of bf16 on the way. More would be too many:
-# the rows in work (34 MB on an H100) are read twice, the second time from the L2 cache if they fit.
+# A multiprocessor then runs two programs, with 64 KB of bf16 in flight. It should not run more: the
+# rows in work (34 MB on an H100) are read twice, the second time from the L2 cache if they fit.
 BLOCK, WARPS = 16_384, 16
 
 
@@ -121,29 +117,23 @@ BLOCK, WARPS = 16_384, 16
 def _linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and, where needed, its gradients; d weight in fp32."""
+    """(summed loss, d hidden, d weight in fp32). A gradient that is not needed is empty."""
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     w, targets = weight.to(hidden.dtype), targets.contiguous()
     d_hidden, d_weight = _gradients(hidden, weight, need_hidden, need_weight)
     d_weight.zero_()
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     rows = chunk_rows(tokens, vocab_size)
-    memory = hidden.new_empty(min(rows, tokens), vocab_size)  # of all chunks, one after the other
+    memory = hidden.new_empty(min(rows, tokens), vocab_size)  # which all chunks use in turn
     for start in range(0, tokens, rows):
         h = hidden[start : start + rows]
         logits = torch.mm(h, w.T, out=memory[: h.shape[0]])
         _cross_entropy[(h.shape[0],)](
-            logits,
-            targets[start:],
-            losses[start:],
-            logits.stride(0),
-            vocab_size,
-            IGNORE=IGNORE,
-            GRADIENT=need_hidden or need_weight,
+            logits, targets[start:], losses[start:], logits.stride(0), vocab_size,
+            IGNORE=IGNORE, GRADIENT=need_hidden or need_weight,
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
+            num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
         if need_hidden:
             torch.matmul(logits, w, out=d_hidden[start : start + rows])
         if need_weight and h.dtype == torch.float32:
@@ -172,7 +162,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.weight_dtype = weight.dtype
     _, d_hidden, d_weight = output
     ctx.mark_non_differentiable(d_hidden, d_weight)
-    ctx.set_materialize_grads(False)  # or autograd makes zeros of their size, 1 GB for the weight
+    ctx.set_materialize_grads(False)  # or autograd makes zeros, 1 GB for the weight
     ctx.save_for_backward(d_hidden, d_weight)
 
 
@@ -198,9 +188,10 @@ def linear_cross_entropy(
 
     hidden: `[..., D]`; weight: `[V, D]`; targets: int64 `[...]`, ids under V, or -100 for a
     position that does not count. reduction: "sum", or "mean" over the targets that count (0 when
-    there is none). Products run in the dtype of hidden, or in autocast's; softmax and loss in
-    fp32; the gradient of weight accumulates over chunks in fp32. Any other target is an error,
-    which the kernel answers with a loss of NaN.
+    there is none). Products run in the dtype of hidden, or in that of autocast; softmax and loss
+    in fp32; the gradient of weight accumulates over chunks in fp32. Raises ValueError for shapes
+    that do not fit or another reduction. For a target outside the vocabulary the kernel returns
+    NaN.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1)
@@ -209,7 +200,7 @@ def linear_cross_entropy(
         raise ValueError(f"shapes of hidden, weight and targets do not fit: {shapes}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    if not torch.is_grad_enabled():  # a custom function would not know, and prepare gradients
+    if not torch.is_grad_enabled():  # the operation cannot know, and would prepare gradients
         hidden, weight = hidden.detach(), weight.detach()
     if runs_triton(hidden):
         loss = _linear_cross_entropy_op(

@@ -5,9 +5,9 @@
 
 (Zhang and Sennrich 2019, arXiv:1910.07467; the gradient is the chain rule.)
 
-Floor: memory. Forward reads x and writes y, 2 * size(x) bytes (2 more passes when the residual is
-added and kept: read it, write the sum); backward reads x and dy and writes dx (1 more: the gradient
-that arrives at the sum).
+Floor: memory. The forward reads x and writes y, 2 * size(x) bytes; with a residual it also reads
+that and writes the sum. The backward reads x and dy and writes dx; with a residual it also reads
+the gradient of the sum.
 """
 
 import torch
@@ -17,7 +17,7 @@ from kernels.launch import as_rows, gpu, on_its_device, runs_triton, tl, triton
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row; everything in between is fp32."""
+    """Keeps x and one number per row for the backward. What lies in between is fp32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,22 +38,11 @@ class _RMSNorm(torch.autograd.Function):
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_forward(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    total_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
-    rows,
-    columns,
-    eps,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """ROWS whole rows a program. Every offset counts in 64 bits from the row number on."""
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr,
+    x_stride, residual_stride, rows, columns, eps,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program normalises ROWS whole rows. Row numbers, and so all offsets, have 64 bits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < columns)
@@ -72,30 +61,17 @@ def _rms_norm_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_backward(
-    dy_ptr,
-    d_total_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    partial_ptr,
-    dy_stride,
-    d_total_stride,
-    x_stride,
-    rows,
-    columns,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy_ptr, d_total_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    dy_stride, d_total_stride, x_stride, rows, columns,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """A program strides over the rows and keeps its share of d weight, one row of partial."""
     program = tl.program_id(0).to(tl.int64)
     line = tl.arange(0, ROWS)[:, None].to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + column, column < columns, other=0.0).to(tl.float32)
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
-    # With two stages the next rows travel while these are computed.
+    # With two stages the next rows are loaded while these are computed.
     for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = start + line
         inside = (row < rows) & (column < columns)
@@ -114,9 +90,9 @@ def _rms_norm_backward(
     tl.store(partial_ptr + program * columns + column, d_weight, column < columns)
 
 
-# Elements a program holds at once; 8,192 are two rows of Lucie. Four programs of the forward then
-# share a multiprocessor of every class, with 64 KB of bf16 on the way, and two of the backward,
-# which keeps more for an element. A longer row has a program to itself.
+# Elements that a program holds at once; 8,192 are two rows of Lucie. A multiprocessor of any class
+# then runs four programs of the forward, with 64 KB of bf16 in flight, or two of the backward,
+# which keeps more per element. A longer row takes a program for itself.
 FORWARD_TILE, BACKWARD_TILE = 8192, 4096
 STAGED_BYTES = 16_384  # of one tensor's rows: a second stage of three tensors is 48 KB
 
@@ -133,7 +109,7 @@ def _tile(columns: int, elements: int) -> dict[str, int]:
 def _rms_norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, the sum, rstd of each row); without a residual there is no sum, an empty tensor."""
+    """(y, the sum, rstd of each row). Without a residual the sum is an empty tensor."""
     columns = x.shape[-1]
     if weight.shape != (columns,) or (residual is not None and residual.shape != x.shape):
         shapes = [tuple(t.shape) for t in (x, residual, weight) if t is not None]
@@ -143,20 +119,10 @@ def _rms_norm_op(
     rows = x2.shape[0]
     tile = _tile(columns, FORWARD_TILE)
     _rms_norm_forward[(triton.cdiv(rows, tile["ROWS"]),)](
-        x2,
-        r2,
-        weight.contiguous(),
-        y,
-        total,
-        rstd,
-        x2.stride(0),
-        0 if r2 is None else r2.stride(0),
-        rows,
-        columns,
-        eps,
-        ADD=residual is not None,
-        **tile,
-    )
+        x2, r2, weight.contiguous(), y, total, rstd,
+        x2.stride(0), 0 if r2 is None else r2.stride(0), rows, columns, eps,
+        ADD=residual is not None, **tile,
+    )  # fmt: skip
     return y, total, rstd
 
 
@@ -187,22 +153,10 @@ def _rms_norm_backward_op(
     dx = x.new_empty(x.shape)
     partial = x.new_empty(programs, columns, dtype=torch.float32)
     _rms_norm_backward[(programs,)](
-        dy2,
-        t2,
-        x2,
-        weight.contiguous(),
-        rstd,
-        dx,
-        partial,
-        dy2.stride(0),
-        0 if t2 is None else t2.stride(0),
-        x2.stride(0),
-        rows,
-        columns,
-        ADD=d_total is not None,
-        STAGES=2 if staged else 1,
-        **tile,
-    )
+        dy2, t2, x2, weight.contiguous(), rstd, dx, partial,
+        dy2.stride(0), 0 if t2 is None else t2.stride(0), x2.stride(0), rows, columns,
+        ADD=d_total is not None, STAGES=2 if staged else 1, **tile,
+    )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
 

@@ -1,9 +1,9 @@
 """Rotary position embedding, half-split layout (the one of Hugging Face Llama).
 
 Each pair (x[i], x[i + D/2]) of a head is turned by the angle position * theta^(-2i/D), so that the
-product of a query and a key depends on their distance only (Su et al. 2021, arXiv:2104.09864).
+product of a query and a key depends only on their distance (Su et al. 2021, arXiv:2104.09864).
 
-Floor: memory. Forward and backward each read and write q and k once; the tables stay in cache.
+Floor: memory. Forward and backward each read and write q and k once; cos and sin stay in cache.
 """
 
 import torch
@@ -15,10 +15,10 @@ from kernels.launch import on_its_device, runs_triton, tl, triton
 def rope_tables(
     head_dim: int, theta: float, length: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, `[length, head_dim // 2]` fp32 each.
+    """Cosine and sine of every position, `[length, head_dim // 2]` fp32 each.
 
-    Angles are taken in fp64: at position 31,999 a fp32 product is already wrong in the third
-    decimal, and bf16 could not even tell neighbouring positions apart.
+    Angles are computed in fp64: at position 31,999 a product in fp32 is already wrong in the third
+    decimal, and bf16 cannot even tell neighbouring positions apart.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angle = torch.outer(torch.arange(length, dtype=torch.float64), theta**-exponent)
@@ -26,7 +26,7 @@ def rope_tables(
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation; its transpose, the backward pass, turns by the opposite angle."""
+    """A rotation. The backward pass is its transpose, which turns by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,41 +46,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["position_batch", "tokens", "length"])
 def _rope(
-    q_ptr,
-    k_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    cos_row,
-    sin_row,
-    position_batch,
-    position_token,
-    tokens,
-    length,
-    heads,
-    kv_heads,
-    half,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
+    q_batch, q_token, q_head, k_batch, k_token, k_head,
+    cos_row, sin_row, position_batch, position_token, tokens, length, heads, kv_heads, half,
     INVERSE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """All heads of TOKENS tokens a program, so that an angle is read once."""
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program turns all heads of TOKENS tokens, so that an angle is read once.
+
+    q_batch to position_token are strides; HEADS, KV_HEADS and BLOCK are heads, kv_heads and half
+    rounded up to powers of two.
+    """
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (column < half)
 
-    # Everything is asked for before anything is stored.
+    # All loads are issued before the first store.
     head = tl.arange(0, HEADS)[None, :, None].to(tl.int64)
     kv_head = tl.arange(0, KV_HEADS)[None, :, None].to(tl.int64)
     q_inside = inside[:, None, :] & (head < heads)
@@ -93,7 +75,7 @@ def _rope(
     if positions_ptr is not None:
         positions_ptr += batch * position_batch + token * position_token
         position = tl.load(positions_ptr, token < tokens, other=0).to(tl.int64)
-    # A position beyond the tables gives NaN, not whatever lies there.
+    # A position beyond cos and sin gives NaN instead of whatever lies there.
     known = inside & ((position >= 0) & (position < length))[:, None]
     cos_ptr += position[:, None] * cos_row + column
     sin_ptr += position[:, None] * sin_row + column
@@ -113,7 +95,7 @@ def _rope(
     tl.store(k_out_ptr + half, k_b * cos + k_a * sin, k_inside)
 
 
-# Elements of half the query heads that a program holds: two tokens of Lucie.
+# Elements of one half of the query heads that a program holds: two tokens of Lucie.
 TILE = 4096
 
 
@@ -141,30 +123,13 @@ def _rope_op(
     per_program = max(1, TILE // elements)
     outputs = q.new_empty(q.shape), k.new_empty(k.shape)
     _rope[(triton.cdiv(tokens, per_program), batch)](
-        q,
-        k,
-        cos,
-        sin,
-        positions,
-        *outputs,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        cos.stride(0),
-        sin.stride(0),
-        *position_strides,
-        tokens,
-        length,
-        heads,
-        kv_heads,
-        half,
-        INVERSE=inverse,
-        TOKENS=per_program,
-        HEADS=triton.next_power_of_2(heads),
-        KV_HEADS=triton.next_power_of_2(kv_heads),
-        BLOCK=block,
-        num_warps=min(32, max(4, elements // 1024)),
-        enable_fp_fusion=True,
-    )
+        q, k, cos, sin, positions, *outputs,
+        *q.stride()[:3], *k.stride()[:3],
+        cos.stride(0), sin.stride(0), *position_strides, tokens, length, heads, kv_heads, half,
+        INVERSE=inverse, TOKENS=per_program, HEADS=triton.next_power_of_2(heads),
+        KV_HEADS=triton.next_power_of_2(kv_heads), BLOCK=block,
+        num_warps=min(32, max(4, elements // 1024)), enable_fp_fusion=True,
+    )  # fmt: skip
     return outputs
 
 
@@ -192,9 +157,9 @@ def rope(
     """Rotate queries and keys to their positions.
 
     q: `[B, T, H, D]`, k: `[B, T, KV, D]`; cos, sin: `[P, D/2]` fp32 from `rope_tables`;
-    positions: int64 `[B, T]` or `[T]`, each under P (the kernel answers another with NaN), or None
-    for 0 .. T-1.
-    Computed in fp32; returns q and k rotated, in their own dtypes and shapes.
+    positions: int64 `[B, T]` or `[T]`, or None for 0 .. T-1. Positions must be less than P: for
+    others the kernel returns NaN. Returns q and k rotated, computed in fp32, in their own dtypes
+    and shapes. The kernel raises ValueError for shapes that do not fit.
     """
     if runs_triton(q):
         return _rope_op(q, k, cos, sin, positions, False)

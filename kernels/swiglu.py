@@ -2,9 +2,9 @@
 
     silu(x) = x * sigmoid(x)        d silu/dx = sigmoid(x) * (1 + x * (1 - sigmoid(x)))
 
-Floor: memory. Forward reads gate|up and writes half as much; backward reads gate|up and dy and
-writes d(gate|up). Nothing but gate|up is kept in between: recomputing silu costs less than storing
-it, and the feed-forward's activations are the largest of a block.
+Floor: memory. The forward reads gate|up and writes half as much; the backward reads gate|up and dy
+and writes d(gate|up). Only gate|up is kept for the backward: recomputing silu costs less than
+storing it, and the feed-forward's activations are the largest of a block.
 """
 
 import torch
@@ -67,8 +67,8 @@ def _swiglu_backward(
     tl.store(d_gate_up_ptr + columns, d_up, inside)
 
 
-# Columns a program takes: 12,288 are six times 2,048, and eight programs of 8 KB (12 KB in the
-# backward) share a multiprocessor.
+# Columns of a program. Lucie's 12,288 are six times 2,048, and a multiprocessor runs eight programs
+# of 8 KB (12 KB in the backward).
 BLOCK, WARPS = 2048, 4
 
 
@@ -127,7 +127,8 @@ _swiglu_op.register_autograd(_differentiate, setup_context=_save)
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu of the first half of the last dimension, times its second half.
 
-    gate_up: `[..., 2F]`, the packed output of one matrix product. Returns `[..., F]`, same dtype.
+    gate_up: `[..., 2F]`, the packed output of one matrix product, in any float dtype. Returns
+    `[..., F]` in the same dtype. The kernel raises ValueError for an odd last dimension.
     """
     if runs_triton(gate_up):
         return _swiglu_op(gate_up)

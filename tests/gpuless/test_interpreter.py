@@ -56,97 +56,60 @@ def test_float32_to_bf16_rounds_to_nearest_even(below):
     same(y, x.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [f32, f16])
-def test_bf16_to_other_floats(dtype):
-    y = torch.empty(2**16, dtype=dtype)
-    convert[(1,)](EVERY_BF16, y, N=2**16)
-    same(y, EVERY_BF16.to(dtype))
-
-
-@pytest.mark.parametrize("dtype", [f16, torch.int32, torch.int64])
-def test_other_types_to_bf16(dtype):
-    x = (1000 * randn(4096)).to(dtype)
-    y = torch.empty(4096, dtype=bf16)
+@pytest.mark.parametrize("dtype", [f16, f32, torch.int32, torch.int64])
+def test_bf16_to_other_types_and_back(dtype):
+    x = 100 * randn(4096, dtype=bf16)
+    y, back = torch.empty(4096, dtype=dtype), torch.empty_like(x)
     convert[(4,)](x, y, N=1024)
-    same(y, x.bfloat16())
-
-
-def test_bf16_to_integers():
-    x = 100 * randn(1024, dtype=bf16)
-    y = torch.empty(1024, dtype=torch.int32)
-    convert[(1,)](x, y, N=1024)
-    assert torch.equal(y, x.int())
+    assert torch.equal(y, x.to(dtype))
+    convert[(4,)](y, back, N=1024)
+    same(back, y.bfloat16())
 
 
 @triton.jit
-def cut_down(x, y):
-    tl.store(y, tl.load(x).to(tl.bfloat16, fp_downcast_rounding="rtz"))
+def unrepaired(x, y, KIND: tl.constexpr):
+    if KIND == "rounded toward zero":
+        tl.store(y, tl.load(x).to(tl.bfloat16, fp_downcast_rounding="rtz"))
+    if KIND == "bitcast":
+        tl.store(y, tl.load(y).to(tl.int16, bitcast=True).to(tl.bfloat16, bitcast=True))
+    if KIND == "atomic_rmw":
+        tl.atomic_add(x, 1.0)
+    if KIND == "atomic_cas":
+        tl.atomic_cas(x, 1.0, 2.0)
 
 
-def test_conversions_that_are_not_repaired_are_refused():
-    with pytest.raises(InterpreterError, match="rounded toward zero"):
-        cut_down[(1,)](torch.ones(1), torch.ones(1, dtype=bf16))
+@pytest.mark.parametrize("kind", ["rounded toward zero", "bitcast", "atomic_rmw", "atomic_cas"])
+def test_what_is_not_repaired_is_refused(kind):
+    with pytest.raises(InterpreterError, match=kind):
+        unrepaired[(1,)](torch.ones(1), torch.ones(1, dtype=bf16), KIND=kind)
 
 
 @triton.jit
 def elementwise(x, y, out, OP: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     u, v = tl.load(x + at), tl.load(y + at)
-    w = u.to(tl.float32)
     if OP == "add":
         r = u + v
-    if OP == "sub":
-        r = u - v
     if OP == "mul":
         r = u * v
-    if OP == "div":
-        r = u / v
     if OP == "scalar":
         r = 1.7 * u - 0.3
     if OP == "abs":
         r = tl.abs(u)
-    if OP == "maximum":
-        r = tl.maximum(u, v)
-    if OP == "minimum":
-        r = tl.minimum(u, v)
     if OP == "where":
         r = tl.where(u < v, u, v * v)
     if OP == "less":
         r = (u < v).to(tl.bfloat16)
-    if OP == "greater_equal":
-        r = ((u >= v) & (u != 1.0)).to(tl.bfloat16)
-    if OP == "exp":
-        r = tl.exp(w)
-    if OP == "exp2":
-        r = tl.exp2(w)
-    if OP == "log":
-        r = tl.log(tl.abs(w))
-    if OP == "log2":
-        r = tl.log2(tl.abs(w))
-    if OP == "sqrt":
-        r = tl.sqrt(w)
-    if OP == "rsqrt":
-        r = tl.rsqrt(w)
-    if OP == "sigmoid":
-        r = tl.sigmoid(w)
-    if OP == "bits":
-        r = (u.to(tl.int16, bitcast=True) ^ -32768).to(tl.bfloat16, bitcast=True)
     tl.store(out + at, r)
 
 
 ELEMENTWISE = {
     "add": lambda u, v: u + v,
-    "sub": lambda u, v: u - v,
     "mul": lambda u, v: u * v,
-    "div": lambda u, v: u / v,
     "scalar": lambda u, v: torch.tensor(1.7, dtype=bf16) * u - torch.tensor(0.3, dtype=bf16),
     "abs": lambda u, v: u.abs(),
-    "maximum": torch.maximum,
-    "minimum": torch.minimum,
     "where": lambda u, v: torch.where(u < v, u, v * v),
     "less": lambda u, v: (u < v).bfloat16(),
-    "greater_equal": lambda u, v: ((u >= v) & (u != 1)).bfloat16(),
-    "bits": lambda u, v: -u,
 }
 
 
@@ -160,36 +123,13 @@ def test_bf16_arithmetic_is_torchs(op):
     same(out, ELEMENTWISE[op](x, y))
 
 
-FUNCTIONS = {
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "log": lambda u: u.abs().log(),
-    "log2": lambda u: u.abs().log2(),
-    "sqrt": torch.sqrt,
-    "rsqrt": torch.rsqrt,
-    "sigmoid": torch.sigmoid,
-}
-
-
-@pytest.mark.parametrize("op", FUNCTIONS)
-def test_functions_of_bf16(op):
-    """To the bit, but for values so near halfway that the last bits of float32 decide."""
-    x = 3 * randn(4096, dtype=bf16)
-    x[:5] = torch.tensor([0.0, 1.0, 3e38, float("inf"), 1e-38])
-    out = torch.empty_like(x)
-    elementwise[(1,)](x, x, out, OP=op, N=4096)
-    exact = FUNCTIONS[op](x.double())
-    below, above = ((exact * (1 + e)).bfloat16() for e in (-(2**-22), 2**-22))
-    same(out, torch.where(out == below, below, above))
-
-
 @triton.jit
 def combine(u, v):
     return u * 0.5 + v
 
 
 @triton.jit
-def reduce(x, total, largest, where, running, custom, N: tl.constexpr, M: tl.constexpr):
+def reduce(x, total, largest, where, running, custom, full, N: tl.constexpr, M: tl.constexpr):
     row, at = tl.arange(0, N), tl.arange(0, N)[:, None] * M + tl.arange(0, M)[None, :]
     u = tl.load(x + at)
     tl.store(total + row, tl.sum(u, 1))
@@ -197,13 +137,14 @@ def reduce(x, total, largest, where, running, custom, N: tl.constexpr, M: tl.con
     tl.store(where + row, tl.argmax(u, 1))
     tl.store(running + at, tl.cumsum(u, 1))
     tl.store(custom + row, tl.reduce(u, 1, combine))
+    tl.store(full + row, tl.zeros([N], tl.bfloat16) + tl.full([N], 1.2345, tl.bfloat16))
 
 
-def test_bf16_reductions_and_scans():
+def test_bf16_reductions_scans_and_constants():
     x = randn(8, 32, dtype=bf16)
-    total, largest, custom = (torch.empty(8, dtype=bf16) for _ in range(3))
+    total, largest, custom, full = (torch.empty(8, dtype=bf16) for _ in range(4))
     where, running = torch.empty(8, dtype=torch.int32), torch.empty_like(x)
-    reduce[(1,)](x, total, largest, where, running, custom, N=8, M=32)
+    reduce[(1,)](x, total, largest, where, running, custom, full, N=8, M=32)
     same(total, x.double().sum(1).bfloat16())
     same(largest, x.amax(1))
     assert torch.equal(where, x.argmax(1).int())
@@ -212,20 +153,7 @@ def test_bf16_reductions_and_scans():
     for column in x.T[1:]:
         expected = expected * 0.5 + column
     same(custom, expected)
-
-
-@triton.jit
-def constants(out, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(out + at, tl.zeros([N], tl.bfloat16))
-    tl.store(out + N + at, tl.full([N], 1.2345, tl.bfloat16))
-    tl.store(out + 2 * N + at, tl.full([N], float("-inf"), tl.bfloat16))
-
-
-def test_bf16_constants():
-    out = torch.empty(3, 8, dtype=bf16)
-    constants[(1,)](out, N=8)
-    same(out, torch.tensor([0.0, 1.2345, float("-inf")])[:, None].expand(3, 8).bfloat16())
+    same(full, torch.full((8,), 1.2345).bfloat16())
 
 
 @triton.jit
@@ -239,11 +167,8 @@ def dot(x, y, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HOW: tl.co
 
 @pytest.mark.parametrize("dtype", [bf16, f16, f32])
 def test_dot_adds_up_in_float32(dtype):
-    x, y, out = (
-        randn(32, 256, dtype=dtype),
-        randn(64, 256, dtype=dtype, seed=1),
-        torch.empty(32, 64),
-    )
+    x, y = randn(32, 256, dtype=dtype), randn(64, 256, dtype=dtype, seed=1)
+    out = torch.empty(32, 64)
     dot[(1,)](x, y, out, M=32, N=64, K=256, HOW="ieee")
     exact = 1 + x.double().numpy() @ y.double().numpy().T
     assert np.abs(out.numpy() - exact).max() < 1e-4
@@ -266,47 +191,18 @@ def test_dot_cuts_to_tf32_only_where_asked():
 
 
 @triton.jit
-def loops(out, n, STEPS: tl.constexpr):
-    total = 0
-    for i in range(0, n, 2):
-        total += i
-    for i in tl.range(tl.program_id(0), n, num_stages=3):
-        total += 100 * i
-    for i in tl.static_range(STEPS):
-        total += 10000 * i
-    tl.store(out, total)
-
-
-def test_ranges_with_bounds_known_at_run_time():
-    out = torch.empty(1, dtype=torch.int64)
-    loops[(1,)](out, 5, STEPS=3)
-    assert out.item() == 6 + 100 * 10 + 10000 * 3
-
-
-@triton.jit
 def move_tile(source, target, row, column):
     target.store([row, column], source.load([row, column]))
 
 
-@triton.jit
-def move_tile_by_pointer(x, y, row, column, rows, columns, N: tl.constexpr):
-    source = tl.make_tensor_descriptor(x, [rows, columns], [columns, 1], [N, N])
-    target = tl.make_tensor_descriptor(y, [rows, columns], [columns, 1], [N, N])
-    target.store([row, column], source.load([row, column]) + 1.0)
-
-
-@pytest.mark.parametrize("row,column", [(0, 0), (8, 8), (12, 16), (-3, 0), (-8, -8), (40, 0)])
-@pytest.mark.parametrize("host", [True, False])
-def test_descriptors_past_the_edges(row, column, host):
-    """Loads give zero there, stores drop."""
+@pytest.mark.parametrize("row,column", [(8, 8), (12, 16), (-3, 0), (-8, -8), (40, 0)])
+def test_descriptors_past_the_edges(row, column):
+    """Stores there are dropped."""
     x, y = randn(20, 24, dtype=bf16), torch.full((20, 24), 7.0, dtype=bf16)
-    if host:
-        move_tile[(1,)](*(TensorDescriptor.from_tensor(t, [8, 8]) for t in (x, y)), row, column)
-    else:
-        move_tile_by_pointer[(1,)](x, y, row, column, 20, 24, N=8)
+    move_tile[(1,)](*(TensorDescriptor.from_tensor(t, [8, 8]) for t in (x, y)), row, column)
     expected = torch.full_like(y, 7.0)
     tile = slice(max(row, 0), max(row + 8, 0)), slice(max(column, 0), max(column + 8, 0))
-    expected[tile] = x[tile] if host else x[tile] + 1
+    expected[tile] = x[tile]
     same(y, expected)
 
 
@@ -337,7 +233,7 @@ def copy(x, y, n, LOAD: tl.constexpr, STORE: tl.constexpr, STEP: tl.constexpr, N
         tl.store(y + at, u)
 
 
-@pytest.mark.parametrize("dtype", [bf16, f32, torch.int64])
+@pytest.mark.parametrize("dtype", [bf16, torch.int64])
 def test_forgotten_masks(dtype):
     x, y = randn(1000).to(dtype), torch.empty(1000, dtype=dtype)
     copy[(4,)](x, y, 1000, LOAD=True, STORE=True, STEP=256, N=256)
@@ -371,28 +267,17 @@ def test_two_programs_store_to_one_address():
 
 
 @triton.jit
-def mark(y, A, B, C):
-    tl.store(y + tl.program_id(0) * A + tl.program_id(1) * B + tl.program_id(2) * C, 1.0)
+def mark(y, A, B, C, N: tl.constexpr):
+    at = tl.program_id(0) * A + tl.program_id(1) * B + tl.program_id(2) * C
+    tl.store(y + tl.arange(0, N) * 2**18 + at, 1.0)
 
 
 def test_races_are_told_by_all_axes_of_the_grid():
-    y = torch.empty(12)
-    mark[(2, 3, 2)](y, 3, 1, 6)
+    y = torch.empty(3 * 2**18 + 12)  # megabytes
+    mark[(2, 3, 2)](y, 3, 1, 6, N=4)
     for strides in ((0, 1, 6), (3, 0, 6), (3, 1, 0)):
         with pytest.raises(MemoryFault, match="race"):
-            mark[(2, 3, 2)](y, *strides)
-
-
-@triton.jit
-def store_far_apart(y, SHIFT: tl.constexpr, N: tl.constexpr):
-    tl.store(y + tl.arange(0, N) * (2**18 + 1) + tl.program_id(0) * SHIFT, 1.0)
-
-
-def test_races_over_megabytes():
-    y = torch.empty(4 * 2**18 + 8)
-    store_far_apart[(3,)](y, SHIFT=1, N=4)
-    with pytest.raises(MemoryFault, match="race"):
-        store_far_apart[(3,)](y, SHIFT=0, N=4)
+            mark[(2, 3, 2)](y, *strides, N=4)
 
 
 @triton.jit
@@ -405,25 +290,6 @@ def from_neighbour(x, n, N: tl.constexpr):
 def test_loading_what_another_program_stores():
     with pytest.raises(MemoryFault, match=r"program \(1, 0, 0\): race: load .* \(0, 0, 0\)"):
         from_neighbour[(2,)](torch.zeros(16), 16, N=8)
-
-
-@triton.jit
-def fetch(x, at):
-    return tl.load(x + at)
-
-
-@triton.jit
-def sum_of_two(pair, y, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(y + at, fetch(pair[0], at) + fetch(pair[1], at))
-
-
-def test_functions_called_by_kernels_and_tuples_of_tensors():
-    x, y = randn(2, 8), torch.empty(8)
-    sum_of_two[(1,)]((x[0], x[1]), y, N=8)
-    assert torch.equal(y, x[0] + x[1])
-    with pytest.raises(MemoryFault, match=r"sum_of_two, .* load .* of pair"):
-        sum_of_two[(1,)]((x[0], x[1, :7]), y, N=8)
 
 
 @triton.jit
@@ -456,11 +322,7 @@ def copy_block(x, y, row, column, stride, N: tl.constexpr):
     "view,row,column",
     [
         (lambda x: x[1], 5, 0),  # past the last row, where x[2] begins
-        (lambda x: x[1], -1, 0),
         (lambda x: x[1, :, 8:16], 0, 5),  # past a column slice, between its rows
-        (lambda x: x[1, :, 8:16], 3, -1),
-        (lambda x: x[:, 2, 8:16], 0, 0),  # four rows of three
-        (lambda x: x[:, :4, :8], 0, 5),
         (lambda x: x.view(24, 40)[::2, ::2], 0, 0),  # the column step is forgotten
     ],
 )
@@ -469,14 +331,6 @@ def test_reading_past_a_view(view, row, column):
     x, y = view(randn(3, 8, 40)), torch.empty(4, 4)
     with pytest.raises(MemoryFault, match=r"load outside .* of x"):
         copy_block[(1,)](x, y, row, column, x.stride(-2), N=4)
-
-
-def test_reading_all_of_a_view():
-    x, y = randn(3, 8, 40)[:, 1:5, 8:16], torch.empty(4, 4)
-    for document in range(3):
-        for column in range(5):
-            copy_block[(1,)](x, y, 8 * document, column, 40, N=4)
-            assert torch.equal(y, x[document, :, column : column + 4])
 
 
 def test_reading_from_one_tensor_into_another():
@@ -495,52 +349,7 @@ def test_descriptor_larger_than_its_tensor():
         shifted_tile[(1,)](wide, y, 16, N=8)
 
 
-@triton.jit
-def touch(x, n, KIND: tl.constexpr, N: tl.constexpr):
-    at = tl.arange(0, N)
-    if KIND == "add":
-        tl.atomic_add(x + at, 1.0, mask=at < n)
-    if KIND == "swap":
-        tl.atomic_cas(x + at, at.to(tl.float32), at.to(tl.float32))
-
-
-@pytest.mark.parametrize("kind", ["add", "swap"])
-def test_atomics_are_checked_but_do_not_race(kind):
-    x = torch.zeros(16)
-    touch[(5,)](x, 16, KIND=kind, N=16)
-    assert x[0] == (5 if kind == "add" else 0)
-    with pytest.raises(MemoryFault, match="atomic outside"):
-        touch[(1,)](x[:15], 16, KIND=kind, N=16)
-
-
-@triton.jit
-def clear_then_count(x):
-    if tl.program_id(0) == 0:
-        tl.store(x, 0.0)
-    tl.atomic_add(x, 1.0)
-
-
-def test_an_atomic_races_with_the_store_of_another_program():
-    x = torch.empty(1)
-    clear_then_count[(1,)](x)
-    assert x == 1
-    with pytest.raises(MemoryFault, match="race: atomic"):
-        clear_then_count[(2,)](x)
-
-
-def test_bf16_atomics_are_refused():
-    with pytest.raises(InterpreterError, match="atomics on bf16"):
-        touch[(1,)](torch.zeros(16, dtype=bf16), 16, KIND="add", N=16)
-
-
 # Memory: correct kernels are not accused
-
-
-def test_in_place():
-    x = randn(1000)
-    expected = x.clone()
-    copy[(4,)](x, x, 1000, LOAD=True, STORE=True, STEP=256, N=256)
-    assert torch.equal(x, expected)
 
 
 @triton.jit
@@ -549,25 +358,14 @@ def add_views(x, y, z, sx, sy, sz, N: tl.constexpr):
     tl.store(z + row * sz + at, tl.load(x + row * sx + at) + tl.load(y + row * sy + at))
 
 
-@triton.jit
-def store_twice(y, N: tl.constexpr):
-    at = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(y + at, 0.0)
-    tl.store(y + at, tl.load(y + at) + 1.0)
-
-
-def test_a_program_may_store_again():
-    y = torch.empty(24)
-    store_twice[(3,)](y, N=8)
-    assert torch.equal(y, torch.ones(24))
-
-
 def test_views_of_one_packed_tensor():
     packed = randn(6, 48, dtype=bf16)
     x, y, z = packed.split(16, dim=1)
     expected = x + y
     add_views[(6,)](x, y, z, 48, 48, 48, N=16)
     same(z, expected)
+    add_views[(6,)](x, z, z, 48, 48, 48, N=16)  # in place
+    same(z, x + expected)
 
 
 def test_stride_zero_transposed_and_sliding_inputs():
@@ -602,18 +400,6 @@ def test_views_passed_together_may_be_reached_from_each_other():
         mean_of_halves[(1,)](packed[:8], torch.empty(8), 8, N=8)
 
 
-@triton.jit
-def choose(x, y, z, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(z + at, tl.load(tl.where(at % 2 == 0, x, y) + at))
-
-
-def test_one_load_from_two_tensors():
-    x, y, z = randn(8), randn(8, seed=1), torch.empty(8)
-    choose[(1,)](x, y, z, N=8)
-    assert torch.equal(z, torch.where(torch.arange(8) % 2 == 0, x, y))
-
-
 def test_every_element_of_odd_views_is_allowed_and_nothing_else():
     """Spans against a map of the storage, element by element."""
     storage = torch.zeros(4096, dtype=torch.uint8).view(torch.int32)
@@ -631,10 +417,8 @@ def test_every_element_of_odd_views_is_allowed_and_nothing_else():
         for index in np.ndindex(*shape):
             owned[3 + sum(i * s for i, s in zip(index, stride))] = True
         address = np.uint64(storage.data_ptr()) + np.arange(0, storage.nbytes, 4, dtype=np.uint64)
-        assert np.array_equal(interpreter._Span("x", x, 0).holds(address, 4), owned), (
-            shape,
-            stride,
-        )
+        held = interpreter._Span("x", x, 0).holds(address, 4)
+        assert np.array_equal(held, owned), (shape, stride)
     windows = storage.as_strided((3, 3), (3, 2), 3)  # not nested: all between first and last
     held = interpreter._Span("x", windows, 0).holds(address, 4)
     assert held[3:14].all() and held.sum() == 11
@@ -643,51 +427,10 @@ def test_every_element_of_odd_views_is_allowed_and_nothing_else():
 # Installing
 
 
-REPAIRED = sorted(
-    name
-    for name, member in vars(interpreter._Builder).items()
-    if callable(member)
-    and not name.startswith("__")
-    # The first two only refuse, and 3.9 has a get_bf16 that is right once casts are.
-    and name not in ("create_fp_to_fp", "create_atomic_rmw", "get_bf16")
-)
-
-
-@pytest.mark.parametrize("name", REPAIRED)
-def test_self_test_notices_an_operation_left_as_shipped(name, monkeypatch):
-    shipped = getattr(interpreter._Builder.__base__, name)
-    monkeypatch.setattr(interpreter._Builder, name, shipped)
-    with pytest.raises(RuntimeError, match=f"does not fit triton {triton.__version__}"):
-        interpreter.install.__wrapped__()
-
-
-def test_self_test_notices_unchecked_memory(monkeypatch):
-    def believe(memory, what, pointers, mask, size):
-        return pointers & interpreter.ADDRESS
-
-    monkeypatch.setattr(interpreter._Memory, "check", believe)
-    with pytest.raises(AssertionError, match="load out of place not noticed"):
-        interpreter.self_test()
-
-
-def test_self_test_notices_truncation(monkeypatch):
-    def cut(x):
-        return (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
-
-    monkeypatch.setattr(interpreter, "_round_to_bf16", cut)
-    with pytest.raises(AssertionError, match="bf16 arithmetic"):
-        interpreter.self_test()
-
-
-def test_install_again():
-    interpreter.install()
-    interpreter.self_test()
-
-
-@pytest.mark.parametrize("late", ["", "import triton, os; os.environ['TRITON_INTERPRET'] = '1'; "])
-def test_install_without_the_variable(late):
+def test_install_after_triton_is_refused():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = late + "from gpuless.interpreter import install; install()"
+    code = "import triton, os; os.environ['TRITON_INTERPRET'] = '1'; "
+    code += "from gpuless.interpreter import install; install()"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]

@@ -1,18 +1,42 @@
+"""What is particular to attention; test_all.py has what is asked of every operation.
+
+The definition is compared with fp64 written out, the kernels with the definition, in the same dtype
+and in fp64.
+"""
+
 import sys
 from functools import partial
 
 import pytest
 import torch
 from conftest import relative_error
-from kernel_checks import DTYPES, all_laid_out, assert_as_good, check, every_layout, gradients
+from kernel_checks import (
+    assert_as_good,
+    check,
+    draw,
+    draw_attention,
+    either,
+    far_apart,
+    gradients,
+    interpreted,
+    poisoned,
+)
 
+import kernels
+import kernels.launch
 from kernels import attention
+from kernels.attention import _definition
 from kernels.launch import gpu
 
 A = sys.modules["kernels.attention"]  # the name in the package is the function's
 both_chips = pytest.mark.parametrize(  # descriptors; pointers, in smaller blocks
     "chip", [90, pytest.param(80, marks=pytest.mark.slow)], indirect=True
 )
+device = either
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+
+
+# The definition
 
 
 def exact(q, k, v, documents=None):
@@ -31,92 +55,40 @@ def exact(q, k, v, documents=None):
     return out
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 63, 129])
-@pytest.mark.parametrize("heads,kv_heads,head_dim", [(4, 4, 64), (4, 1, 64), (8, 2, 128)])
-def test_matches_fp64(length, heads, kv_heads, head_dim):
-    torch.manual_seed(0)
-    q = torch.randn(1, length, heads, head_dim)
-    k, v = (torch.randn(1, length, kv_heads, head_dim) for _ in range(2))
-    assert relative_error(attention(q, k, v), exact(q, k, v)) < 1e-6
+@pytest.mark.parametrize(
+    "queries, keys, heads, kv_heads, head_dim",
+    [(1, 1, 4, 4, 64), (2, 2, 4, 1, 64), (63, 63, 8, 2, 128), (129, 129, 2, 1, 64),
+     (1, 20, 4, 2, 64), (7, 20, 4, 2, 64)],
+)  # fmt: skip
+def test_definition_matches_fp64(queries, keys, heads, kv_heads, head_dim):
+    """A chunk of queries ends at the last key."""
+    *qkv, _ = draw_attention("cpu", f32, 2, queries, keys, heads, kv_heads, head_dim)
+    assert relative_error(attention(*qkv), exact(*qkv)) < 1e-6
 
 
-def test_gradients_match_fp64():
-    torch.manual_seed(0)
-    shapes = [(2, 17, 4, 64), (2, 17, 2, 64), (2, 17, 2, 64)]
-    inputs = [torch.randn(s).requires_grad_() for s in shapes]
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    d_out = torch.randn(shapes[0])
-    attention(*inputs).backward(d_out)
-    q, k, v = exact_inputs
-    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) / 8
-    scores = scores.masked_fill(torch.ones(17, 17).triu(1).bool(), float("-inf"))
-    out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v.repeat_interleave(2, 2))
-    out.backward(d_out.double())
-    for ours, reference in zip(inputs, exact_inputs):
-        assert relative_error(ours.grad, reference.grad) < 2e-6
+def test_definition_with_documents_and_with_rows_of_different_lengths():
+    *qkv, _ = draw_attention("cpu", f32, 2, 12, 12, 2, 2, 64)
+    # lengths 5, 0, 1, 10 and 8: a document may be empty, single, or span a row's end
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 16, 24])
+    documents = torch.tensor([0] * 5 + [2] + [3] * 10 + [4] * 8).view(2, 12)
+    assert relative_error(attention(*qkv, cu_seqlens), exact(*qkv, documents)) < 1e-6
 
-
-def test_decoding_and_chunks_end_at_the_last_key():
-    torch.manual_seed(0)
-    q = torch.randn(1, 20, 4, 64)
-    k, v = torch.randn(1, 20, 2, 64), torch.randn(1, 20, 2, 64)
-    whole = exact(q, k, v)
-    for start in (19, 13, 1):
-        part = attention(q[:, start:], k, v)
-        assert relative_error(part, whole[:, start:]) < 1e-6
-
-
-def test_rows_of_different_lengths_end_at_their_positions():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 4, 64), torch.randn(3, 20, 2, 64), torch.randn(3, 20, 2, 64)
-    out = attention(q, k, v, positions=torch.tensor([0, 12, 19]))
-    for row, keys in enumerate((1, 13, 20)):
+    q, k, v = qkv[0][:, :1], *qkv[1:]
+    out = attention(q, k, v, positions=torch.tensor([0, 7]))
+    for row, keys in ((0, 1), (1, 8)):
         alone = exact(q[row : row + 1], k[row : row + 1, :keys], v[row : row + 1, :keys])
         assert relative_error(out[row : row + 1], alone) < 1e-6
 
 
-def test_documents_see_themselves_only():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 12, 2, 64) for _ in range(3))
-    # lengths 5, 0, 1, 10 and 8: a document may be empty, single, or span a row's end
-    cu_seqlens = torch.tensor([0, 5, 5, 6, 16, 24])
-    documents = torch.tensor([0] * 5 + [2] + [3] * 10 + [4] * 8).view(2, 12)
-    out = attention(q, k, v, cu_seqlens)
-    assert relative_error(out, exact(q, k, v, documents)) < 1e-6
-    assert not out.isnan().any()
-
-    k2, v2 = k.clone(), v.clone()
-    k2[0, :5], v2[0, :5] = 9.0, -9.0  # another first document
-    changed = attention(q, k2, v2, cu_seqlens)
-    assert torch.equal(changed.flatten(0, 1)[5:], out.flatten(0, 1)[5:])
-    assert not torch.equal(changed[0, :5], out[0, :5])
-
-
-@pytest.mark.parametrize(
-    "shapes",
-    [
+def test_what_does_not_fit_is_named():
+    for q, k, v in (
         [(1, 3, 6, 64), (1, 3, 4, 64), (1, 3, 4, 64)],  # heads not a multiple
         [(1, 3, 4, 64), (1, 3, 2, 64), (1, 3, 4, 64)],  # of keys and of values
         [(2, 3, 4, 64), (1, 3, 2, 64), (1, 3, 2, 64)],  # batches
         [(1, 3, 4, 64), (1, 3, 2, 128), (1, 3, 2, 128)],  # head_dim
-    ],
-)
-def test_shapes_that_do_not_fit_are_named(shapes):
-    q, k, v = (torch.randn(shape) for shape in shapes)
-    with pytest.raises(ValueError, match="shapes of q, k and v do not fit"):
-        attention(q, k, v)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_nothing_in_nothing_out(chip, shape):
-    q = torch.randn(*shape, 4, 64, device=chip, dtype=torch.bfloat16).requires_grad_()
-    k, v = (torch.randn(*shape, 2, 64, device=chip, dtype=torch.bfloat16) for _ in "kv")
-    out = attention(q, k, v)
-    out.sum().backward()
-    assert out.shape == q.grad.shape == q.shape
-
-
-def test_impossible_shapes_are_named():
+    ):
+        with pytest.raises(ValueError, match="shapes of q, k and v do not fit"):
+            attention(torch.randn(q), torch.randn(k), torch.randn(v))
     q, k = torch.randn(1, 3, 2, 64), torch.randn(1, 2, 2, 64)
     with pytest.raises(ValueError, match="3 queries over 2 keys"):
         attention(q, k, k)
@@ -126,90 +98,47 @@ def test_impossible_shapes_are_named():
         attention(q[:, :2], k, k, positions=torch.tensor([1]))
 
 
-# The Triton kernels, forward and backward: on the chip where there is one, else interpreted. Their
-# reference is the definition, in the same dtype and in fp64. What else can go wrong with them, and
-# decoding, is in test_attention_kernels.py.
-
-
-def eager(cu_seqlens=None):
-    return partial(A._definition, cu_seqlens=cu_seqlens)
-
-
-def draw(chip, dtype, batch, queries, keys, heads, kv_heads, head_dim):
-    """q, k, v and the gradient of the output."""
-    torch.manual_seed(0)
-    shapes = [(batch, queries, heads, head_dim), (batch, keys, kv_heads, head_dim)]
-    return [torch.randn(shapes[i], device=chip).to(dtype) for i in (0, 1, 1, 0)]
-
-
-@pytest.fixture
-def poison():
-    """New memory holds NaN: what is read before it is written, or never written, shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+# The kernels, forward and backward
 
 
 @both_chips
 @pytest.mark.parametrize(
-    "dtype, queries, heads, kv_heads, head_dim",
+    "dtype, tokens, heads, kv_heads, head_dim",
     [
-        (torch.float32, 2, 2, 2, 128),
-        (torch.float16, 15, 8, 1, 64),
-        (torch.bfloat16, 63, 4, 1, 128),
-        (torch.bfloat16, 15, 8, 1, 128),
-        (torch.float16, 63, 2, 2, 64),
-        (torch.float16, 127, 2, 2, 128),
-        (torch.bfloat16, 128, 4, 1, 64),
-        (torch.float32, 129, 4, 1, 64),
-        (torch.bfloat16, 129, 8, 1, 64),
+        (bf16, 1, 4, 2, 64),
+        (f32, 1, 4, 2, 64),
+        (f32, 2, 2, 2, 128),
+        (f16, 15, 8, 1, 64),
+        (bf16, 63, 4, 1, 128),
+        (f16, 127, 2, 2, 128),
+        (bf16, 128, 4, 1, 64),
+        (f32, 129, 4, 1, 64),
+        (bf16, 129, 8, 1, 64),
+        (bf16, 1000, 1, 1, 128),
     ],
 )
-def test_kernels_match_fp64(chip, poison, dtype, queries, heads, kv_heads, head_dim):
-    q, k, v, dy = draw(chip, dtype, 1, queries, queries, heads, kv_heads, head_dim)
-    check(attention, eager(), [q, k, v], dy)
-
-
-def test_kernels_match_fp64_over_many_blocks(chip, poison):
-    q, k, v, dy = draw(chip, torch.bfloat16, 1, 1000, 1000, 1, 1, 128)
-    check(attention, eager(), [q, k, v], dy)
-
-
-@both_chips
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_with_one_token(chip, poison, dtype):
-    """The softmax of one score is constant: dq and dk are 0, to rounding."""
-    q, k, v, dy = draw(chip, dtype, 2, 1, 1, 4, 2, 64)
-    out, dq, dk, dv = gradients(attention, [q, k, v], dy)
-    torch.testing.assert_close(out, v.repeat_interleave(2, 2))
-    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
-    assert_as_good(dv, dv, dy.double().unflatten(2, (2, 2)).sum(3))
+def test_kernels_match_fp64(chip, dtype, tokens, heads, kv_heads, head_dim):
+    *qkv, dy = draw_attention(chip, dtype, 1, tokens, tokens, heads, kv_heads, head_dim)
+    check(attention, _definition, qkv, dy)
 
 
 @both_chips
 @pytest.mark.parametrize(
     "dtype, queries, keys",
-    [
-        (torch.bfloat16, 1, 65),
-        (torch.float32, 70, 198),
-        (torch.bfloat16, 70, 100),
-        (torch.bfloat16, 129, 131),
-        (torch.float32, 3, 259),
-    ],
+    [(bf16, 1, 65), (f32, 70, 198), (bf16, 70, 100), (bf16, 129, 131), (f32, 3, 259)],
 )
-def test_kernels_with_more_keys_than_queries(chip, poison, dtype, queries, keys):
+def test_kernels_with_more_keys_than_queries(chip, dtype, queries, keys):
     """A chunk of prompt, against a cache whose tail holds NaN; nothing leaks from there."""
-    q, k, v, dy = draw(chip, dtype, 2, queries, keys, 2, 1, 64)
+    q, k, v, dy = draw_attention(chip, dtype, 2, queries, keys, 2, 1, 64)
     longer = [torch.full((2, keys + 77, 1, 64), torch.nan, device=chip).to(dtype) for _ in "kv"]
     cached = [cache[:, :keys].copy_(x) for cache, x in zip(longer, (k, v))]
-    check(attention, eager(), [q, *cached], dy)
+    check(attention, _definition, [q, *cached], dy)
 
 
 DOCUMENTS = {  # of two rows of 150 tokens
     "empty, single, over the end of a row": [0, 70, 70, 71, 200, 200, 299, 300],
     "many small": [*range(0, 300, 7), 300],
     "single tokens": list(range(301)),
-    "a row each": [0, 150, 300],
     "one": [0, 300],
     "on the borders of blocks": [0, 32, 64, 128, 150, 278, 300],
 }
@@ -217,28 +146,24 @@ DOCUMENTS = {  # of two rows of 150 tokens
 
 @both_chips
 @pytest.mark.parametrize("documents", DOCUMENTS)
-def test_kernels_with_documents(chip, poison, documents):
-    q, k, v, dy = draw(chip, torch.bfloat16, 2, 150, 150, 2, 1, 64)
+def test_kernels_with_documents(chip, documents):
+    q, k, v, dy = draw_attention(chip, bf16, 2, 150, 150, 2, 1, 64)
     dtype = torch.int32 if documents == "one" else torch.int64
     cu_seqlens = torch.tensor(DOCUMENTS[documents], dtype=dtype, device=chip)
-    ours, plain = partial(attention, cu_seqlens=cu_seqlens), eager(cu_seqlens)
-    if documents != "single tokens":
-        check(ours, plain, [q, k, v], dy)
-    else:  # as in test_kernels_with_one_token
-        out, dq, dk, _ = gradients(ours, [q, k, v], dy)
-        torch.testing.assert_close(out, v.repeat_interleave(2, 2))
-        assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+    ours, plain = (partial(f, cu_seqlens=cu_seqlens) for f in (attention, _definition))
+    check(ours, plain, [q, k, v], dy)
 
 
 def check_others_untouched(chip, value, cu_seqlens, document, end=None):
     """With the tokens of one document replaced, up to end, the others are the same bit for bit."""
     length, (begin, after) = cu_seqlens[-1] // 2, document
-    inputs = draw(chip, torch.bfloat16, 2, length, length, 2, 1, 64)
+    inputs = draw_attention(chip, bf16, 2, length, length, 2, 1, 64)
     changed = [x.clone() for x in inputs]
     for x in changed:
         x.flatten(0, 1)[begin : end or after] = value
     function = partial(attention, cu_seqlens=torch.tensor(cu_seqlens, device=chip))
-    old, new = (gradients(function, x[:3], x[3]) for x in (inputs, changed))
+    with poisoned():
+        old, new = (gradients(function, x[:3], x[3]) for x in (inputs, changed))
     for x, y in zip(old, new):
         x, y = x.flatten(0, 1), y.flatten(0, 1)
         assert torch.equal(x[:begin], y[:begin]) and torch.equal(x[after:], y[after:])
@@ -246,8 +171,8 @@ def check_others_untouched(chip, value, cu_seqlens, document, end=None):
 
 
 @pytest.mark.parametrize("document", [(0, 40), (40, 130), (130, 131)])
-def test_a_changed_document_leaves_the_others_bit_equal(chip, document):
-    check_others_untouched(chip, 9.0, [0, 40, 130, 131, 131, 140, 170, 300], document)
+def test_a_changed_document_leaves_the_others_bit_equal(device, document):
+    check_others_untouched(device, 9.0, [0, 40, 130, 131, 131, 140, 170, 300], document)
 
 
 @pytest.mark.parametrize("document", [(0, 128), (128, 256)])
@@ -259,79 +184,190 @@ def test_blocks_of_other_documents_are_skipped(chip, document):
 
 
 @both_chips
-def test_padding_holds_no_nan(chip, poison):
+def test_padding_holds_no_nan(chip):
     """lse of every query is finite; past the last it is infinite as far as the backward reads."""
-    q, k, v, dy = draw(chip, torch.bfloat16, 2, 130, 130, 2, 1, 64)
-    for documents in (None, DOCUMENTS["one"]):
-        starts = ends = None
-        if documents:
-            starts, ends = A._bounds(torch.tensor([0, 3, 3, 260], device=chip), 2, 130)
-        out, lse = torch.ops.nanolucie.attention(q, k, v, starts, ends)
-        assert out.isfinite().all() and lse[:, :, :130].isfinite().all()
+    q, k, v, dy = draw_attention(chip, bf16, 2, 130, 130, 2, 1, 64)
+    bounds = A._bounds(torch.tensor([0, 3, 3, 260], device=chip), 2, 130)
+    for starts, ends in ((None, None), bounds):
+        with poisoned():
+            out, lse = torch.ops.nanolucie.attention(q, k, v, starts, ends)
+            saved = out, lse, starts, ends
+            d_qkv = torch.ops.nanolucie.attention_backward(dy, q, k, v, *saved)
+        assert all(x.isfinite().all() for x in (out, lse[:, :, :130], *d_qkv))
         assert lse[:, :, 130:258].isposinf().all()
-        saved = out, lse, starts, ends
-        for gradient in torch.ops.nanolucie.attention_backward(dy, q, k, v, *saved):
-            assert gradient.isfinite().all()
 
 
 @both_chips
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_with_large_scores(chip, poison, dtype):
-    q, k, v, dy = draw(chip, dtype, 1, 130, 130, 2, 1, 64)
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_kernels_with_large_scores(chip, dtype):
+    q, k, v, dy = draw_attention(chip, dtype, 1, 130, 130, 2, 1, 64)
     q *= 1e4
-    exact_out = eager()(q.double(), k.double(), v.double())
     ours = gradients(attention, [q, k, v], dy)
-    assert_as_good(ours[0], eager()(q, k, v), exact_out)
+    exact_out = _definition(q.double(), k.double(), v.double())
+    assert_as_good(ours[0], _definition(q, k, v), exact_out)
     assert all(x.isfinite().all() for x in ours)
-
-
-@both_chips
-@every_layout
-def test_kernels_take_any_layout(chip, poison, shift):
-    q, k, v, dy = all_laid_out(draw(chip, torch.bfloat16, 2, 20, 20, 4, 2, 64), shift)
-    before = dy.clone()
-    ours = gradients(attention, [q, k, v], dy)
-    assert torch.equal(dy, before)
-    plain = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, dy)]
-    assert all(map(torch.equal, ours, gradients(attention, plain[:3], plain[3])))
 
 
 @both_chips
 @pytest.mark.parametrize("columns", [512, 515])
 def test_kernels_take_slices_of_a_packed_product(chip, columns):
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 40, columns, device=chip).bfloat16()
-    dy = torch.randn(2, 40, 4, 64, device=chip).bfloat16()
+    qkv, dy = draw(chip, bf16, (2, 40, columns), (2, 40, 4, 64))
 
     def packed(attend):
         return lambda qkv: attend(*qkv[..., -512:].unflatten(-1, (8, 64)).split([4, 2, 2], 2))
 
-    check(packed(attention), packed(eager()), [qkv], dy)
+    check(packed(attention), packed(_definition), [qkv], dy)
+
+
+@pytest.mark.parametrize("strides", [(7, 3), (0, 0), (64, 1)])
+def test_strides_of_single_rows_mean_nothing(chip, strides):
+    near = draw_attention(chip, bf16, 1, 1, 1, 2, 2, 64)
+    odd = [x.as_strided(x.shape, (*strides, 64, 1)) for x in near]
+    expected = gradients(attention, near[:3], near[3])
+    assert all(map(torch.equal, gradients(attention, odd[:3], odd[3]), expected))
+    assert torch.equal(attention(*odd[:3]), attention(*near[:3]))  # decoding
+
+
+# Decoding
+
+
+def check_decoding(chip, dtype, keys, *heads):
+    """One query against slices of a cache that holds NaN behind them."""
+    check_ragged_decoding(chip, dtype, [keys - 1] * 2, *heads, ragged=False)
+
+
+def check_ragged_decoding(chip, dtype, positions, *heads, ragged=True):
+    """Rows of several lengths; what lies behind them in the cache is NaN."""
+    keys = max(positions) + 1
+    q, k, v, _ = draw_attention(chip, dtype, len(positions), 1, keys, *heads)
+    cache = torch.full((2, len(q), keys + 70, *k.shape[2:]), torch.nan, device=chip).to(dtype)
+    for row, position in enumerate(positions):
+        cache[0, row, : position + 1] = k[row, : position + 1]
+        cache[1, row, : position + 1] = v[row, : position + 1]
+    at = torch.tensor(positions, device=chip) if ragged else None
+    plain = partial(_definition, positions=at)
+    with poisoned():
+        ours = attention(q, *(cache if ragged else cache[:, :, :keys]), positions=at)
+    assert_as_good(ours, plain(q, k, v), plain(q.double(), k.double(), v.double()))
 
 
 @both_chips
-@pytest.mark.parametrize("strides", [(7, 3), (0, 0), (64, 1)])
-def test_strides_of_single_rows_mean_nothing(chip, strides):
-    q, k, v, dy = draw(chip, torch.bfloat16, 1, 1, 1, 2, 2, 64)
-    odd = [x.as_strided(x.shape, (*strides, 64, 1)) for x in (q, k, v, dy)]
-    expected = gradients(attention, [q, k, v], dy)
-    assert all(map(torch.equal, gradients(attention, odd[:3], odd[3]), expected))
-    assert torch.equal(attention(*odd[:3]), attention(q, k, v))  # decoding
+@pytest.mark.parametrize(
+    "dtype, keys, heads, kv_heads, head_dim",
+    [(f32, 1, 4, 4, 64), (bf16, 63, 4, 1, 128), (f16, 64, 8, 1, 64), (bf16, 65, 4, 4, 64),
+     (f32, 1000, 4, 1, 128), (bf16, 1000, 8, 1, 64)],
+)  # fmt: skip
+def test_decoding_matches_fp64(chip, dtype, keys, heads, kv_heads, head_dim):
+    check_decoding(chip, dtype, keys, heads, kv_heads, head_dim)
 
 
-def test_backward_twice_from_one_graph(chip):
-    inputs = [x.requires_grad_() for x in draw(chip, torch.bfloat16, 1, 70, 70, 4, 1, 64)[:3]]
-    total = attention(*inputs).sum()
-    first = torch.autograd.grad(total, inputs, retain_graph=True)
-    assert all(map(torch.equal, first, torch.autograd.grad(total, inputs)))
-    total = attention(*inputs).sum()
-    total.backward()
-    assert all(map(torch.equal, first, (x.grad for x in inputs)))
+@pytest.mark.parametrize(
+    "dtype, heads", [(bf16, (4, 1, 128)), (f16, (8, 1, 64)), (f32, (2, 2, 64))]
+)
+def test_ragged_decoding_matches_fp64(chip, dtype, heads):
+    check_ragged_decoding(chip, dtype, [0, 999, 64, 127, 128], *heads)
 
 
-def test_kernels_repeat_themselves(chip):
-    q, k, v, dy = draw(chip, torch.bfloat16, 2, 70, 70, 2, 1, 64)
-    function = partial(attention, cu_seqlens=torch.tensor([0, 60, 140], device=chip))
-    runs = [gradients(function, [q, k, v], dy) for _ in range(5)]
-    for run in runs[1:]:
-        assert all(map(torch.equal, run, runs[0]))
+def test_a_row_does_not_depend_on_the_others(chip):
+    """Nor on the room of the cache, as long as the keys are split alike."""
+    q, k, v, _ = draw_attention(chip, bf16, 3, 1, 700, 4, 2, 64)
+    out = attention(q, k, v, positions=torch.tensor([10, 300, 699], device=chip))
+    k[1:], v[1:] = torch.nan, torch.nan
+    again = attention(q, k, v, positions=torch.tensor([10, 5, 6], device=chip))
+    assert torch.equal(out[0], again[0])
+
+
+class Spy:
+    """Stands in for a kernel: keeps its grids and arguments."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.calls.append((grid, arguments))
+
+
+@both_chips
+def test_no_split_of_the_keys_is_empty(chip, monkeypatch):
+    spy = Spy()
+    monkeypatch.setattr(A, "_attention_decode", spy)
+    monkeypatch.setattr(A, "_attention_combine", Spy())
+    monkeypatch.setattr(A, "_rows", lambda x: x)
+    lengths = [*range(1, 400, 7), 1000, 4096, 32_000]
+    for batch, kv_heads in ((1, 1), (1, 8), (7, 8), (100, 8)):
+        for keys in lengths:
+            kv = torch.empty(1, 1, kv_heads, 64, device=chip).expand(batch, keys, kv_heads, 64)
+            attention(kv[:, :1], kv, kv)
+    for (kv_heads, splits, batch), arguments in spy.calls:
+        keys, per_split = arguments[-3:-1]
+        assert (splits - 1) * per_split < keys <= splits * per_split
+        assert per_split % A.DECODE_BLOCK == 0 and splits <= A.MOST_SPLITS
+        programs, multiprocessors = kv_heads * splits * batch, gpu().multiprocessors
+        assert splits == 1 or programs <= 2 * multiprocessors
+        if keys >= 4096 and batch == 1:  # the chip is not left idle
+            assert programs > multiprocessors / 8
+    assert len(spy.calls) == 4 * len(lengths)
+
+
+# The choice between kernels and definition, and of blocks
+
+
+@pytest.mark.parametrize(
+    "why, change",
+    [
+        ("head_dim 64 and 128, not 32", lambda *qkv: [x[..., :32] for x in qkv]),
+        ("torch.float32, torch.bfloat16 and", lambda q, k, v: (q.float(), k, v)),
+        ("no kernel for torch.float64", lambda *qkv: [x.double() for x in qkv]),
+    ],
+)
+def test_what_is_not_offered_is_said_once(chip, monkeypatch, capsys, why, change):
+    inputs = change(*draw_attention(chip, bf16, 1, 3, 3, 2, 1, 64)[:3])
+    with pytest.raises(ValueError, match=why):
+        attention(*inputs)
+    kernels.use("auto")
+    monkeypatch.setattr(A, "runs_triton", lambda x: True)  # as for CUDA tensors
+    kernels.launch.say_once.cache_clear()
+    for _ in range(2):
+        if len({x.dtype for x in inputs}) == 1:
+            assert torch.equal(attention(*inputs), _definition(*inputs))
+        else:  # nor does torch
+            with pytest.raises(RuntimeError, match="dtype"):
+                attention(*inputs)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and why in said and "torch's own operation is used" in said
+
+
+def test_launch_tables_fit_the_kernels():
+    assert A.LAUNCH.keys() == kernels.launch.CLASSES.keys()
+    for table in A.LAUNCH.values():
+        assert table.keys() == {"forward", "dq", "dkdv"}
+        for kernel, (block_m, block_n, warps, stages) in [*table.items(), ("dq", A.FP32)]:
+            assert all(x >= 16 and x & (x - 1) == 0 for x in (block_m, block_n))
+            # Queries are padded to PADDING; keys are aligned to it where there are more of them.
+            assert A.PADDING.value % block_m == A.PADDING.value % block_n == 0
+            assert kernel != "dq" or block_m % block_n == 0
+            assert warps in (4, 8) and stages >= 1
+
+
+# Offsets past int32
+
+
+def far_tokens(x):
+    """x `[1, 129, 1, 64]` with its tokens 2^24 elements apart: the last is past int32."""
+    huge = torch.empty(2**31 + 64, dtype=bf16)
+    return huge.as_strided(x.shape, (2**31, 2**24, 64, 1)).copy_(x)
+
+
+def run_far(chip, far, shape):
+    """(results of decoding and of attention) of tensors near and far apart."""
+    near = draw_attention(chip, bf16, *shape, 1, 1, 64)
+    for q, k, v, dy in (near, map(far, near)):
+        yield [attention(q[:, -1:], k, v), *gradients(attention, [q, k, v], dy)]
+
+
+@interpreted
+@both_chips
+@pytest.mark.parametrize("far, shape", [(far_apart, (3, 3, 3)), (far_tokens, (1, 129, 129))])
+def test_rows_past_int32(chip, far, shape):
+    near, far = run_far(chip, far, shape)
+    assert all(map(torch.equal, near, far))

@@ -1,0 +1,236 @@
+"""Deliberate faults in the kernels, each of which a check of the other test files must notice."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import torch
+from kernel_checks import OPS, check, far_apart, interpreted
+from test_attention import (
+    check_decoding,
+    check_others_untouched,
+    check_ragged_decoding,
+    far_tokens,
+    run_far,
+)
+from test_linear_cross_entropy import check_kernel_alone, launch_far, rows_of_logits
+from test_rope import FAR_BY, check_unknown_positions, run_rope_far
+
+import kernels.launch
+from gpuless.interpreter import MemoryFault
+from kernels import attention
+from kernels.attention import _definition
+
+bf16 = torch.bfloat16
+WRONG, FAULT = AssertionError, MemoryFault
+
+
+# The checks
+
+
+def compare(name, *size):
+    return lambda chip: OPS[name].make(chip, bf16, *size).check()
+
+
+def run_far_apart(name):
+    def run(chip):
+        case = OPS[name].make(chip, bf16, *OPS[name].few)
+        case.results(case.ours, [far_apart(x) if len(x) == 3 else x for x in case.inputs], case.dys)
+
+    return run
+
+
+def run_rope_far_by(what):
+    return lambda chip: list(run_rope_far(chip, FAR_BY[what]))
+
+
+def attend(chip):
+    case = OPS["attention"].make(chip, bf16, 1, 300)
+    case.check()
+    cu_seqlens = torch.tensor([0, 90, 91, 260, 300], device=chip)
+    functions = [partial(f, cu_seqlens=cu_seqlens) for f in (attention, _definition)]
+    check(*functions, case.inputs, *case.dys)
+
+
+def attend_with_nan_in_others(chip):
+    for document in ((0, 128), (128, 256)):
+        check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], document)
+
+
+def attend_far(chip):
+    list(run_far(chip, far_apart, (3, 3, 3)))
+    list(run_far(chip, far_tokens, (1, 129, 129)))
+
+
+def decode(chip):
+    for keys in (70, 129, 300):
+        check_decoding(chip, bf16, keys, 4, 2, 64)
+
+
+def decode_ragged(chip):
+    check_ragged_decoding(chip, bf16, [40, 299, 131], 4, 2, 64)
+
+
+# The faults: (file, check, [(how it shows, what is replaced, by what), ...])
+
+MUTANTS = [
+    ("rms_norm", compare("rms_norm", 70, 100), [
+        (FAULT, "(column < columns)\n    x = ", "(column >= 0)\n    x = "),
+        (FAULT, "(row < rows) & (column < columns)\n        x", "(column < columns)\n        x"),
+        (FAULT, "partial_ptr + program * columns", "partial_ptr"),
+        (WRONG, "tl.sum(g * n,", "tl.sum(g,"),
+    ]),
+    ("rms_norm", run_far_apart("rms_norm"), [
+        (FAULT, "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS"),
+        (FAULT, "[:, None].to(tl.int64)", "[:, None]"),
+    ]),
+    ("rope", compare("rope", 1, 3, 5, 3, 12), [
+        (FAULT, " & (kv_head < kv_heads)", ""),
+        (FAULT, "[:, None] & (column < half)", "[:, None] & (column >= 0)"),
+        (WRONG, "if INVERSE:", "if False:"),
+        (WRONG, "kv_head * k_head", "kv_head * 0 * k_head"),
+    ]),
+    ("rope", check_unknown_positions, [
+        (FAULT, "(position >= 0) & (position < length)", "position >= 0"),
+    ]),
+    ("rope", run_rope_far_by("tokens"), [
+        (FAULT, "tl.program_id(0).to(tl.int64) * TOKENS", "tl.program_id(0) * TOKENS"),
+    ]),
+    ("rope", run_rope_far_by("samples"), [
+        (FAULT, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
+    ]),
+    ("rope", run_rope_far_by("heads"), [
+        (FAULT, "[None, :, None].to(tl.int64)", "[None, :, None]"),
+    ]),
+    ("swiglu", compare("swiglu", 3, 100), [
+        (FAULT, "inside = column < columns", "inside = column >= 0"),
+        (FAULT, "rows * triton.cdiv", "(rows + 1) * triton.cdiv"),
+        (WRONG, "(1 + gate * (1 - sigmoid))", "(1 + gate)"),
+    ]),
+    ("swiglu", run_far_apart("swiglu"), [
+        (FAULT, "(program // blocks).to(tl.int64)", "program // blocks"),
+    ]),
+    ("linear_cross_entropy", lambda chip: check_kernel_alone(*rows_of_logits(chip)), [
+        (FAULT, "column < columns).to", "column >= 0).to"),
+        (FAULT, "(target >= 0) & (target < columns)", "target < columns"),
+        (WRONG, "total * tl.exp(before - largest)", "total"),
+        (WRONG, "target == IGNORE", "target == 211"),
+        (WRONG, "tl.where(column == hot, 1.0, 0.0)", "0.0"),
+    ]),
+    ("linear_cross_entropy", launch_far, [
+        (FAULT, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    ]),
+    ("int4_linear", compare("int4_linear", 3, 3, 1152), [
+        (FAULT, "tl.minimum(n, N - 1)", "n"),
+        (FAULT, "tl.minimum(first + split, groups - 1)", "first + split"),
+        (WRONG, ", mask=inside[:, None], other=0.0", ""),  # the last group again
+        (FAULT, "mask=present, other=0.0", ""),
+        (FAULT, "& (n < N)[:, None]", ""),
+        (WRONG, "& 15) - 8", "& 15) - 7"),
+        (WRONG, "t * QUARTER, mask", "(3 - t) * QUARTER, mask"),
+        (WRONG, "tl.sum(acc, 0) * 64", "tl.max(acc, 0) * 64"),  # the share of one warp
+    ]),
+    ("int4_linear", run_far_apart("int4_linear"), [
+        (FAULT, "tl.minimum(n, N - 1).to(tl.int64)", "tl.minimum(n, N - 1)"),
+    ]),
+    ("attention_forward", attend, [
+        (WRONG, "m[:, None] >= (n + BLOCK_M - BLOCK_N)[", "m[:, None] >= (0 * n)["),
+        (WRONG, "m[:, None] >= (n + BLOCK_M - block * BLOCK_N)[", "m[:, None] >= (0 * n)["),
+        (WRONG, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
+        (WRONG, "tl.load(starts + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
+        (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
+        (WRONG, "acc * shrink[:, None], new_max", "acc, new_max"),
+        (WRONG, "tl.maximum(row_max, tl.max(scores, 1))", "tl.max(scores, 1)"),
+        (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
+        (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
+        (FAULT, "mask=inside[:, None])\n", "mask=inside[:, None] | True)\n"),
+        (WRONG, "mask = last & (queries", "mask = (tail < 0) & (queries"),  # lse not padded
+        (FAULT, "mask = last & (queries", "mask = (queries"),  # padded by every program
+        (WRONG, "(queries // PADDING + 2) * PADDING", "queries"),
+    ]),
+    ("attention_forward", attend_with_nan_in_others, [
+        (WRONG, "lowest = tl.load(starts + first_m)", "lowest = first_m * 0"),
+    ]),
+    ("attention_backward", attend, [
+        (WRONG, "(row + offset)[:, None] >= key[None, :]", "key[None, :] >= -10000"),
+        (WRONG, "key[None, :] >= first_key[:, None]", "key[None, :] >= -10000"),
+        (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
+        (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
+        (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
+        (FAULT, "dq.to(dq_table.dtype.element_ty), mask=inside[:, None]",
+         "dq.to(dq_table.dtype.element_ty)"),
+        (WRONG, "last & (tail >= 0)", "last & (tail < 0)"),  # delta not padded
+        (WRONG, "(row + offset)[None, :] >= key[:, None]", "key[:, None] >= 0"),
+        (WRONG, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"),
+        (WRONG, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
+        (WRONG, "tl.range(0, end - diagonal", "tl.range(BLOCK_M, end - diagonal"),
+        (FAULT, "dv.to(dv_table.dtype.element_ty), mask=inside[:, None]",
+         "dv.to(dv_table.dtype.element_ty)"),
+    ]),
+    ("attention_backward", attend_with_nan_in_others, [
+        (WRONG, "lowest = tl.load(starts + first_m)", "lowest = 0"),
+        (WRONG, "end = tl.load(ends", "end += 0 * tl.load(ends"),
+    ]),
+    ("attention_decode", decode, [
+        (WRONG, "kv_head * GROUP + member", "kv_head + member * KV_HEADS"),
+        (WRONG, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"),
+        (FAULT, "seen = start + n < count", "seen = start + n < count + 64"),
+        (WRONG, "acc * shrink[:, None]", "acc"),
+        (WRONG, "tl.range(0, count,", "tl.range(0, count - BLOCK_N,"),
+        (FAULT, "inside = member < GROUP", "inside = member >= 0"),
+        (WRONG, "rows * weight[:, None]", "rows"),
+        (FAULT, "inside = split < splits", "inside = split >= 0"),
+    ]),
+    ("attention_decode", decode_ragged, [
+        (FAULT, "tl.load(positions + batch) + 1", "tl.load(positions + batch) * 0 + 2000"),
+        (WRONG, "tl.load(positions + batch) + 1", "tl.load(positions + batch)"),
+        (WRONG, "tl.load(positions + batch)", "tl.load(positions)"),
+        (WRONG, "tl.where(row_sum > 0, row_sum, 1)[:, None]", "row_sum[:, None]"),
+    ]),
+]  # fmt: skip
+# Pointers have offsets and edges to get wrong, descriptors have not.
+WITH_POINTERS = [
+    ("attention_forward", attend_far, [
+        (FAULT, "table += batch.to(tl.int64)", "table += batch"),
+        (FAULT, "row.to(tl.int64) * stride", "row * stride"),
+    ]),
+    ("attention_forward", attend, [
+        (FAULT, "(row + r >= 0) & (row + r < rows)", "row + r >= 0"),
+        (FAULT, "(row + r >= 0) & (row + r < rows)", "row + r < rows"),
+    ]),
+    ("attention_decode", attend_far, [
+        (FAULT, "k_table += batch.to(tl.int64)", "k_table += batch"),
+        (FAULT, "v_table += first.to(tl.int64)", "v_table += first"),
+    ]),
+]  # fmt: skip
+EACH = [
+    pytest.param(chip, module, check, *fault, id=f"{module}: {' '.join(fault[2].split())}")
+    for chip, mutants in ((90, MUTANTS), (80, WITH_POINTERS))
+    for module, check, faults in mutants
+    for fault in faults
+]
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("chip, module, attempt, error, old, new", EACH, indirect=["chip"])
+def test_broken_kernels_are_caught(chip, monkeypatch, tmp_path, module, attempt, error, old, new):
+    """What kernels/MODULE.py defines, with old replaced by new, takes the place of our own."""
+    source = Path(kernels.launch.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    assert old in source
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new).replace("nanolucie::", "mutant::"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    ours = sys.modules["kernels.attention" if "attention" in module else f"kernels.{module}"]
+    for name, value in vars(broken).items():
+        kernel = type(value).__name__ == "InterpretedFunction"
+        function = isinstance(value, FunctionType) and value.__module__ == "mutant"
+        if (kernel or function) and hasattr(ours, name):
+            monkeypatch.setattr(ours, name, value)
+    with pytest.raises(error):
+        attempt(chip)
