@@ -16,10 +16,9 @@ held out by --validation go to OUT.valid; --split_by language makes streams OUT.
 OUT.csv and OUT.valid.csv are mixtures of them to train on, every token as often as any other.
 
 The same command, given again, skips the input files that are finished. The bytes written are the
-same for any number of processes. What other inputs or options gave is replaced only with
---overwrite. Memory: four batches for each process, a batch being 256 kB of text or one document;
-the column of a .parquet's row group; the window of a .zst (up to 2 GB); at the end 40 bytes for
-each document of a stream.
+same for any number of processes. What is there is replaced only with --overwrite. Memory: for each
+process four batches of 256 kB or one document, the row group of a .parquet, the window of a .zst
+(up to 2 GB); at the end 40 bytes for each document of a stream.
 
 `vocabulary` learns a byte-level BPE from the texts, whole or each in a share of the bytes, as in
 `vocabulary french/ english/ --shares 0.6 0.4`.
@@ -100,7 +99,6 @@ ROWS = 64  # of a table, made Python objects at a time
 BATCH_BYTES = 1 << 18  # bytes handed to a process at a time
 OVERHEAD = 512  # bytes of memory that a document takes besides its text
 IN_FLIGHT = 4  # batches read in advance, for each process
-BUFFERED = 1 << 24  # bytes of tokens kept before they are written
 SAVE_EVERY = 5.0  # seconds after which a finished input file is worth noting down
 CHUNK = 1 << 20  # tokens looked at together
 OTHER = "other inputs or options: choose another --out, or give --overwrite"
@@ -121,9 +119,6 @@ class Options:
     validation: float = 0.0  # share of the text held out; a document's text alone decides
     min_characters: int = 0  # shorter documents are left out
     split_length: int | None = None  # documents of more tokens, <s> and </s> included, are apart
-
-
-DEFAULTS = Options()
 
 
 # --- finding files -------------------------------------------------------------------------------
@@ -161,25 +156,15 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
 def _find_local(given: str) -> list[Path]:
     files: list[Path] = []
     for name in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)):
-        if os.path.isdir(name):
-            files += _data_among(sorted(_files_in(name)), name)
+        if os.path.isdir(name):  # a pattern matches nothing hidden, and follows links
+            inside = map(Path, glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
+            # Of several ways to a file, through links in a circle perhaps, the shortest.
+            ways = sorted(inside, key=lambda path: (len(path.parts), path), reverse=True)
+            once = {os.path.realpath(path): path for path in ways if path.is_file()}
+            files += _data_among(sorted(once.values()), name)
         elif os.path.isfile(name):  # no pipe, and no link to nowhere
             files.append(Path(name))
     return files
-
-
-def _files_in(folder: str) -> Iterator[Path]:
-    """The files in a folder, and in folders that it links to, but for hidden ones."""
-    seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:  # a link back to where it came from
-            folders.clear()
-            continue
-        seen.add(real)
-        # Sorted, so that of two ways to one folder the same is taken everywhere.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(here, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
 
 
 def _data_among(files: list[Any], folder: str) -> list[Any]:
@@ -216,15 +201,6 @@ def _find_remote(address: str) -> list[str]:
             found = [file for file in store.find(path) if "/." not in file[start:]]
             found = _data_among(sorted(found), address)
         return [store.unstrip_protocol(file) for file in sorted(found)]
-
-
-def version_of(source: Source) -> tuple[int | None, int | str]:
-    """Bytes of a file, as stored, and what changes with its content: a time or a checksum."""
-    if isinstance(source, Path):
-        return size_of(source), source.stat().st_mtime_ns
-    with store_errors(source):
-        store, path = open_store(source)
-        return size_of(source), store.ukey(path)
 
 
 # --- reading files -------------------------------------------------------------------------------
@@ -455,7 +431,8 @@ def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Rec
             batch.validate(full=True)  # or else pyarrow reads where a damaged file points
             for row in batch.to_pylist():
                 number += 1
-                yield Record(number, row, len(row[columns[0]] or ""))
+                text = row[columns[0]]
+                yield Record(number, row, len(text) if isinstance(text, str | bytes) else 0)
 
 
 # --- what is done to a document ------------------------------------------------------------------
@@ -655,7 +632,6 @@ class StreamWriter:
         self.errors: list[str] = []
         self.sizes: Counter[str] = Counter()  # bytes of the text of each stream, by its suffix
         self.stored: Counter[str] = Counter()  # bytes of tokens in its file
-        self.buffers: defaultdict[str, bytearray] = defaultdict(bytearray)  # what goes there next
         self.report: dict = {}  # once all is done
         known = read_json(self.folder / "progress.json")
         found = {*os.listdir(self.folder)} if self.folder.exists() else set()
@@ -692,29 +668,23 @@ class StreamWriter:
         """
         self.counts.update(result.counts)
         self.errors += result.errors[: ERRORS - len(self.errors)]
-        start = 0
+        parts, start = defaultdict(list), 0
         for suffix, size, length in result.documents:
-            there = self.out.with_name(f"{self.out.name}{suffix}.bin")
-            if suffix not in self.sizes and not self.overwrite and there.exists():
-                raise DataError(f"{there}: was made from {OTHER}")
-            self.buffers[suffix] += result.tokens[start : start + length].tobytes()
+            parts[suffix].append(result.tokens[start : start + length])
             self.sizes[suffix] += size
             start += length
-        if len(self.sizes) > STREAMS:
-            raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
-        if sum(map(len, self.buffers.values())) > BUFFERED:
-            self.write()
-
-    def write(self) -> None:
-        for suffix, content in self.buffers.items():
+        for suffix, tokens in parts.items():
+            there = self.out.with_name(self.file(suffix).name)
+            if suffix not in self.stored and there.exists() and not self.overwrite:
+                raise DataError(f"{there}: was made from {OTHER}")
             with open(self.file(suffix), "ab" if suffix in self.stored else "wb") as f:
-                f.write(content)
-            self.stored[suffix] += len(content)
-        self.buffers.clear()
+                f.write(np.concatenate(tokens).tobytes())
+                self.stored[suffix] = f.tell()
+        if len(self.stored) > STREAMS:
+            raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
 
     def save(self) -> None:
         """Note down how far the run is, once what is counted is on disk."""
-        self.write()
         for suffix in self.stored:
             with open(self.file(suffix), "ab") as f:
                 os.fsync(f.fileno())
@@ -789,7 +759,7 @@ def tokenize(
     files: list[Source],
     tokenizer: Tokenizer,
     out: str | Path,
-    options: Options = DEFAULTS,
+    options: Options | None = None,
     processes: int = 1,
     on_error: str = "stop",
     overwrite: bool = False,
@@ -801,6 +771,7 @@ def tokenize(
     fails, where another process writes to `out`, and where the results of other inputs or options
     would be lost, unless `overwrite`.
     """
+    options = options or Options()
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
     out = Path(out)
@@ -837,7 +808,15 @@ def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> st
     """A digest of all that the streams depend on."""
     bpe = tokenizer.bpe
     ranks = bpe.source if isinstance(bpe, LucieBPE) else repr(bpe.ranks).encode()
-    versions = [(str(file), version_of(file)) for file in files]
+    versions = []
+    for file in files:  # what changes with its content: a time or a checksum
+        if isinstance(file, Path):
+            version = file.stat().st_mtime_ns
+        else:
+            with store_errors(file):
+                store, path = open_store(file)
+                version = store.ukey(path)
+        versions.append((str(file), size_of(file), version))
     known = ("format 3", hashlib.sha256(ranks).hexdigest(), options, versions)
     return hashlib.sha256(ascii(known).encode()).hexdigest()
 

@@ -172,7 +172,7 @@ def test_what_is_no_vocabulary_or_another_is_refused_in_one_line(tmp_path, train
         (changed(normalizer={"type": "NFKC"}), "other rules or merges"),
         (changed(pre_tokenizer=None), "other rules or merges"),
         (changed(model=model | {"merges": model["merges"][:-1]}), "other rules or merges"),
-        (changed(model=model | {"vocab": model["vocab"] | {"☃": 1000}}), "but not one"),
+        (changed(model=model | {"vocab": model["vocab"] | {"☃": 1000}}), "for no byte"),
         (changed(model=model | {"vocab": model["vocab"] | {"aaaa": 1005}}), "without gaps"),
         (changed(model=model | {"byte_fallback": True}), "Lucie's form"),
     ]
