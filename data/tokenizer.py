@@ -30,8 +30,6 @@ from data.dataset import BOS, EOS, DataError, token_dtype
 from data.lucie_tokenizer import (
     SPECIAL_TOKENS,
     LucieBPE,
-    added_tokens,
-    bos_template,
     last_merge,
     nfc,
 )
@@ -325,6 +323,29 @@ def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
             "vocab": vocab,
             "merges": merges,
         },
+    }
+
+
+def added_tokens() -> list[dict]:
+    """The special tokens as a tokenizer.json lists them."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
+    ]
+
+
+def bos_template() -> dict:
+    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
+
+    def text(name: str, number: int) -> list[dict]:
+        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
+        return [bos, {"Sequence": {"id": name, "type_id": number}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
     }
 
 

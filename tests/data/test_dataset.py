@@ -151,21 +151,6 @@ def test_the_samples_of_the_published_mixtures_are_what_they_were(name, monkeypa
     assert max(bounds(dataset.huffman(mixture.weights), 0.0)) < 1.25
 
 
-def test_the_samples_of_the_demo_are_what_they_were(tmp_path, monkeypatch):
-    weights = dict(en=0.332, fr=0.324, code=0.147, de=0.069, es=0.066, it=0.038, parallel=0.025)
-    sizes = (650_498, 600_831, 1_022_765, 163_335, 181_122, 139_123, 103_223)
-    for name, tokens in zip(weights, sizes):
-        index = HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", tokens, 0, 0, 1)
-        (tmp_path / f"{name}.idx").write_bytes(index)
-        (tmp_path / f"{name}.bin").write_bytes(bytes(2 * tokens))
-    write_weights(tmp_path / "m.csv", weights)
-    mixture = Mixture(tmp_path / "m.csv", 256, 42, 4096)
-    expected = {0: (0, 0, 1226), 1: (4, 0, 421), 2: (1, 0, 1264), 3: (0, 0, 1272), 7: (3, 0, 42)}
-    expected |= {100: (2, 0, 3094), 1025: (2, 0, 720), 5000: (2, 0, 874)}
-    expected |= {20_000: (0, 2, 1344), 123_456: (0, 16, 450)}
-    assert {i: mixture.locate(i) for i in expected} == expected
-
-
 def resident_kilobytes():
     """What is resident now: the maximum would hide a leak below an earlier peak."""
     with open("/proc/self/statm") as f:

