@@ -75,8 +75,6 @@ Pick = Callable[[Any, Sequence], Any]  # see `deck`
 
 def documents(source: str, split: str, seed: int = 42) -> Iterator[str]:
     """All documents of one source ("train" or "valid"), the same ones at every call."""
-    if source not in SOURCES or split not in ("train", "valid"):
-        raise ValueError(f"no demo text for source {source!r}, split {split!r}")
     size = 1000 * (TRAIN_KILOBYTES[source] if split == "train" else VALID_KILOBYTES)
     rng = Random(f"{source}-{split}-{seed}")
     if source == "en":
@@ -445,14 +443,10 @@ def prepare(out: Path) -> None:
         options = Options(split_by=("source",))
         ranks = tokenizer.load(out / "ranks.tiktoken")
         tokenize([file], ranks, out / split, options, overwrite=True)
-    for name, weights in MIXTURES.items():
-        _write_mixture(out / f"{name}.csv", weights, "train")
-    _write_mixture(out / "validation.csv", PUBLISHED, "valid")
-
-
-def _write_mixture(file: Path, weights: dict[str, float], split: str) -> None:
-    rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
-    write_mixture(file, rows)
+    for name, weights in (MIXTURES | {"validation": PUBLISHED}).items():
+        split = "valid" if name == "validation" else "train"
+        rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
+        write_mixture(out / f"{name}.csv", rows)
 
 
 def main(argv: list[str]) -> None:

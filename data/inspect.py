@@ -140,12 +140,9 @@ def print_shares(sources: list[Source], samples: int, seq_len: int) -> None:
     for source in sources:
         if (source.epochs(seq_len) or 0) > SEEN_TOO_OFTEN:
             print(f"warning: {source.name} is seen {source.epochs(seq_len):,.1f} times")
-    missing = [source.name for source in sources if not source.on_disk]
-    if len(missing) == len(sources):
-        print("no source has files on disk; sizes are the CSV's")
-    elif missing:
-        print(f"without files, {len(missing)} of {len(sources)}: {', '.join(missing)}")
-        print("--partial shows the mixture of the others; train.py --partial trains on it")
+    missing = sum(not source.on_disk for source in sources)
+    if missing:
+        print(f"{missing} sources lack files: --partial shows the mixture of the others")
 
 
 def draw_shares(sources: list[Source], path: Path, title: str) -> None:
@@ -198,12 +195,9 @@ def print_counts(rows: list[dict]) -> None:
     """Documents and tokens of the stream of each row of a mixture."""
     width = max(len(row["name"]) for row in rows) + 2
     print(f"{'source':<{width}}{'documents':>17}{'tokens':>20}")
-    streams = {row["name"]: TokenStream(row["path"]) for row in rows}
-    for name, stream in streams.items():
-        print(f"{name:<{width}}{stream.documents:>17,}{stream.tokens:>20,}")
-    documents = sum(stream.documents for stream in streams.values())
-    tokens = sum(stream.tokens for stream in streams.values())
-    print(f"{'all':<{width}}{documents:>17,}{tokens:>20,}")
+    for row in rows:
+        stream = TokenStream(row["path"])
+        print(f"{row['name']:<{width}}{stream.documents:>17,}{stream.tokens:>20,}")
 
 
 def index_faults(stream: TokenStream) -> Iterator[str]:

@@ -646,20 +646,6 @@ def test_any_text_comes_out_clean_and_loses_only_what_the_rules_name(text):
         assert cleaned == unicodedata.normalize("NFC", kept.replace("\r\n", "\n"))
 
 
-def test_no_more_is_read_in_advance_than_four_batches_for_each_process():
-    handed, work = [], partial(prepare.to_documents, tokenizer=OURS, options=Options(), tails=False)
-
-    def batches():
-        for number in range(30):
-            handed.append(number)
-            yield [("x", prepare.Record(1, b'{"text": "a"}', 1))], number
-
-    for taken, (result, number) in enumerate(prepare.process(batches(), work, 2)):
-        if number is not None:
-            assert len(handed) - taken <= 9 and number == taken
-            assert result.tokens.tolist() == [0, ord("a") + 4, 1]
-
-
 def test_a_process_that_dies_is_one_line():
     with pytest.raises(DataError, match=r"^a process died, .* try --processes 1$"):
         list(prepare.process([(3, None)], os._exit, 2))

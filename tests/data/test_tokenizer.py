@@ -77,13 +77,6 @@ def test_a_stream_continues_what_was_shown(trained):
     pair_of(trained.bpe).check_streams()
 
 
-def test_a_stream_shows_every_character_at_once_and_never_half_of_one():
-    ours = Tokenizer(ByteLevelBPE(BYTES))
-    assert list(ours.stream(ours.encode("aé🙂"))) == ["a", "é", "🙂"]
-    emoji = ours.encode_ordinary("🙂")
-    assert list(ours.stream(emoji[2:], after=emoji[:2])) == ["🙂"]
-
-
 # --- files ---------------------------------------------------------------------------------------
 
 
