@@ -4,7 +4,6 @@ tests/test_generate.py tries the streams of a real command: a closed input, a cl
 """
 
 import io
-import os
 import re
 import sys
 
@@ -79,24 +78,6 @@ def test_an_expected_error_is_one_line_and_an_exit_code(monkeypatch, capsys, res
     with pytest.raises(SystemExit) as end:
         run_cli(ending(result), OurError)
     assert (end.value.code, capsys.readouterr().err) == (code, line)
-
-
-def test_a_broken_pipe_is_silent_only_where_it_is_stdouts(monkeypatch, capsys):
-    class Closed(io.StringIO):
-        def flush(self):
-            raise BrokenPipeError(32, "Broken pipe")
-
-        def fileno(self):
-            return os.open(os.devnull, os.O_WRONLY)
-
-    monkeypatch.setattr(sys, "argv", ["tool.py", "--an=option"])
-    with pytest.raises(SystemExit) as end:
-        run_cli(ending(BrokenPipeError(32, "Broken pipe")))
-    assert (end.value.code, capsys.readouterr().err) == (2, "tool.py: Broken pipe\n")
-    monkeypatch.setattr(sys, "stdout", Closed())
-    with pytest.raises(SystemExit) as end:
-        run_cli(ending(BrokenPipeError(32, "Broken pipe")))
-    assert (end.value.code, capsys.readouterr().err) == (1, "")
 
 
 @pytest.mark.parametrize(

@@ -280,26 +280,6 @@ def test_ids_are_stored_in_two_bytes_where_they_fit():
     assert [dataset.token_dtype(n) for n in (97, 65_535, 65_536)] == [np.uint16] * 2 + [np.int32]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("code, dtype, vocab_size", [(8, np.uint16, 65_024), (4, np.int32, 2**17)])
-def test_megatron_writes_what_we_read_and_reads_what_we_write(tmp_path, code, dtype, vocab_size):
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    documents = random_documents(vocab_size)
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype)
-    for document in documents:
-        builder.add_document([*chain(*document)], [len(sequence) for sequence in document])
-    builder.finalize(str(tmp_path / "m.idx"))
-    write_from_the_description(tmp_path / "d", documents, code, dtype)
-    for kind in ("bin", "idx"):
-        assert (tmp_path / f"m.{kind}").read_bytes() == (tmp_path / f"d.{kind}").read_bytes()
-    whole = [[*chain(*document)] for document in documents]
-    write_stream(tmp_path / "ours", whole, vocab_size)
-    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
-    assert theirs.index.dtype == dtype and megatron.DType.optimal_dtype(vocab_size) == dtype
-    assert [theirs[k].tolist() for k in range(len(theirs))] == whole
-    assert theirs.document_indices.tolist() == list(range(31))
-
-
 # --- streams in an object store
 
 

@@ -151,7 +151,7 @@ def test_neither_the_bytes_nor_what_is_held_out_depend_on_how_it_is_read(tmp_pat
 def killed_at(moment, monkeypatch, *args, **options):
     """Whether run(...) reaches the change of a file that has this number, where it is killed.
 
-    It runs in a fork of this process. Of what is being written then, the file holds half.
+    It runs in a fork of this process.
     """
     left = moment
 
@@ -162,13 +162,8 @@ def killed_at(moment, monkeypatch, *args, **options):
             os._exit(9)
         return call(*args, **kwargs)
 
-    class HalfWritten(io.FileIO):
-        def write(self, data):
-            half = super().write(data[: len(data) // 2])
-            return half + counted(super().write, data[half:])
-
     def counted_open(file, mode, *args):
-        return open(file, mode, *args) if "r" in mode else HalfWritten(file, mode)
+        return open(file, mode, *args) if "r" in mode else counted(open, file, mode)
 
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -357,22 +352,6 @@ def test_a_value_that_cannot_be_part_of_a_name_is_an_error(tmp_path):
     write(file, "\n".join(json.dumps({"text": "x", "language": str(n)}) for n in range(1001)))
     with pytest.raises(DataError, match="over 1,000 streams: the fields to split by"):
         run(file, tmp_path / "x", split_by=("language",))
-
-
-@pytest.mark.parametrize("files, share", [(1, 0.1), (3, 0.02)])
-def test_of_few_documents_the_tails_are_held_out(tmp_path, capsys, files, share):
-    lines = [f"This is line {n}." + "\n" * (n % 7 == 0) for n in range(4000)]
-    texts = ["\n".join(lines[n:]) for n in range(files)]
-    for name, text in enumerate(texts):
-        write(tmp_path / f"in/{name}.txt", text)
-    report = run(tmp_path / "in", tmp_path / "x", validation=share)
-    assert report["held_out"] == "the tail of each document"
-    assert f"{files} documents are few; the tail of each is held out" in capsys.readouterr().err
-    train, valid = texts_of(tmp_path / "x"), texts_of(tmp_path / "x.valid")
-    assert [head + tail for head, tail in zip(train, valid, strict=True)] == texts
-    for head, tail in zip(train, valid):
-        assert head.endswith("\n\n")
-        assert 0 <= len(tail) - round(share * len(head + tail)) < 250  # a paragraph
 
 
 @given(st.text(" \nab", min_size=2), st.floats(0.001, 0.5))
