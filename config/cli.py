@@ -220,9 +220,6 @@ class LogFile:
             self._line = "\r" + self._line
         return len(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
-
     def finish(self) -> None:
         """Write what has not ended with a line break."""
         self._stream.write(self._line.rpartition("\r")[2])

@@ -45,8 +45,7 @@ LANGUAGES = ("en", "fr", "de", "es", "it")
 SOURCES = ("en", "fr", "code", "de", "es", "it", "parallel", "facts", "arithmetic")
 TABLES = Path(__file__).parent / "demo"
 TRAIN_KILOBYTES = dict(zip(SOURCES, (2400, 2400, 3000, 700, 700, 500, 400, 1000, 400), strict=True))
-VALID_KILOBYTES = 40
-VOCAB_SIZE = 4096
+VALID_KILOBYTES, VOCAB_SIZE = 40, 4096
 # Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
 # mathematics, science, encyclopedia and dialogue of the real one, and more of the rarest language.
 PUBLISHED = {

@@ -897,8 +897,7 @@ def _finish(writer: StreamWriter, options: Options, dtype: np.dtype) -> None:
     }
     if not counts["out"]:
         writer.discard()
-        read, left_out = report["documents_in"], _listed(report["left_out"])
-        raise DataError(f"{writer.out}: of {read:,} documents none was kept ({left_out})")
+        raise DataError(f"{writer.out}: no document was kept; left out: {_left_out(report)}")
     report["streams"] = streams = writer.index(options.split_by, dtype)
     for held_out, suffix in ((False, ".csv"), (True, ".valid.csv")):
         rows = []
@@ -912,8 +911,8 @@ def _finish(writer: StreamWriter, options: Options, dtype: np.dtype) -> None:
     writer.save()
 
 
-def _listed(left_out: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
+def _left_out(report: dict) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in report["left_out"].items())
 
 
 # --- a vocabulary --------------------------------------------------------------------------------
@@ -1019,8 +1018,8 @@ def _tokens(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
-    left_out = _listed(report["left_out"])
-    print(f"documents {report['documents']:,} of {report['documents_in']:,}; left out: {left_out}")
+    read = f"{report['documents']:,} of {report['documents_in']:,}"
+    print(f"documents {read}; left out: {_left_out(report)}")
     for error in report["errors"]:
         print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
     size = tqdm.format_sizeof(sum(stream["bytes"] for stream in report["streams"].values()))

@@ -687,7 +687,7 @@ SHARES = ("vocabulary", "{0}/fr.jsonl.gz", "{0}/en.jsonl.gz", "--out={0}/y", "--
         ((*TOKENS, "--split_length=0"), "--processes and --split_length are 1 or more"),
         (
             ("tokens", "{0}/blank.md", *TOKENS[2:]),
-            "y: of 1 documents none was kept (error 0, ",
+            "y: no document was kept; left out: error 0, ",
         ),
         ((*SHARES, "0.5", "--out={0}/src"), "src: is a folder"),
         (SHARES, "--shares has a number over 0 for each of the inputs"),
