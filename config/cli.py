@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
 
@@ -26,21 +27,19 @@ def _int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        number = _float(text)  # 2e6 samples
-    if not number.is_integer():
-        raise ValueError(text)
+        if not (number := float(text)).is_integer():  # 2e6 samples
+            raise
     return int(number)
 
 
 def _float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
+    if not math.isfinite(number := float(text)):
         raise ValueError(text)
     return number
 
 
 def _bool(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+    return ("false", "true").index(text.lower()) == 1
 
 
 KINDS = {
@@ -58,7 +57,7 @@ def from_text(kind: type) -> Callable[[str], object]:
     def value_of(text: str) -> object:
         try:
             return read(text)
-        except (ValueError, KeyError):
+        except ValueError:
             raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}") from None
 
     return value_of
@@ -96,14 +95,13 @@ class Parser(argparse.ArgumentParser):
         for arg in unknown:
             name = arg.partition("=")[0]
             if arg.startswith("--"):
-                names = [n for n in self._option_names() if n.startswith("--")]
-                self.error(f"no option is called {name}{nearest(name, names)}")
+                self.error(f"no option is called {name}{nearest(name, self._option_names())}")
             self.error(f"unexpected argument {arg!r}")
         return known
 
     def _option_names(self) -> list[str]:
         """Of this parser and of its commands."""
-        names = list(self._option_string_actions)
+        names = [name for name in self._option_string_actions if name.startswith("--")]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 names += [n for parser in action.choices.values() for n in parser._option_names()]
@@ -178,15 +176,14 @@ def lock(path: Path) -> IO | None:
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path.with_name(f".{path.name}.lock"), "a")
-    try:
+    with suppress(ImportError, OSError):
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except (ImportError, OSError):
-        pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
     return file
 
 
@@ -222,9 +219,6 @@ class LogFile:
                 self._line, self._written = "", time.monotonic()
             self._line = "\r" + self._line
         return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
 
     def finish(self) -> None:
         """Write what has not ended with a line break."""

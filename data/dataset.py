@@ -20,10 +20,8 @@ import csv
 import hashlib
 import heapq
 import struct
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,30 +54,18 @@ class Mixture:
     instead, the weight of a source is epochs * tokens. `mixture[i]` is sample i: int64
     `[seq_len + 1]` tokens, of which the first seq_len are input and the last seq_len targets.
 
-    Two columns are optional. A source whose `order` is `file` is read from its first sample to its
-    last, epoch after epoch; `shuffled`, or nothing, is the permutation. Rows of one `series`, such
-    as the years of a web corpus, take turns in the order of the CSV: all samples of the first come
-    before any of the second. A series as a whole is drawn like one source; the length of a row's
-    turn follows from its weight and from `samples`, those of the run.
-
     A source without files raises DataError; if partial, it is left out, `missing` names it, and the
     weights of the others are scaled up.
 
-    Of the first n samples, whatever n is, the number taken from a source or a series differs from
-    its exact share weight * n by at most `deviation()`: 1.24 samples for Lucie's 140 sources.
+    Of the first n samples, whatever n is, the number taken from a source differs from its exact
+    share weight * n by at most 1.24 samples for Lucie's 140 sources (see `huffman`).
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        seq_len: int,
-        seed: int,
-        vocab_size: int,
-        partial: bool = False,
-        samples: int = 0,
+        self, path: str | Path, seq_len: int, seed: int, vocab_size: int, partial: bool = False
     ) -> None:
         self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
-        self.names, self.streams, self.weights, self.in_file_order = [], [], [], []
+        self.names, self.streams, self.weights = [], [], []
         rows, self.missing = present_rows(path, partial)
         for row in rows:
             stream = TokenStream(row["path"])
@@ -91,19 +77,12 @@ class Mixture:
                 )
             self.names.append(row["name"])
             self.streams.append(stream)
-            self.in_file_order.append(row["order"] == "file")
             weight = row["weight"]
             self.weights.append(row["epochs"] * stream.tokens if weight is None else weight)
         total = sum(self.weights)
         self.weights = [weight / total for weight in self.weights]
         self.lengths = [(stream.tokens - 1) // seq_len for stream in self.streams]
-        self._leaves = series_of([row["series"] for row in rows])
-        if len(self._leaves) < len(rows) and samples < 1:
-            raise DataError(
-                f"{path}: the turns of its series depend on --samples, those of the run"
-            )
-        self._tree = huffman([sum(self.weights[k] for k in leaf) for leaf in self._leaves])
-        self._starts = turns(self._leaves, self.weights, drawn(self._tree, samples))
+        self._tree = huffman(self.weights)
 
     def __getitem__(self, i: int) -> np.ndarray:
         sample = self.locate(i)
@@ -112,30 +91,16 @@ class Mixture:
 
     def locate(self, i: int) -> Sample:
         """Where sample i comes from."""
-        leaf, rank = descend(self._tree, i)
-        starts = self._starts[leaf]
-        turn = bisect_right(starts, rank) - 1
-        source = self._leaves[leaf][turn]
-        epoch, position = divmod(rank - starts[turn], self.lengths[source])
-        if self.in_file_order[source]:
-            return Sample(source, epoch, position)
+        source, rank = descend(self._tree, i)
+        epoch, position = divmod(rank, self.lengths[source])
         key = f"{self.seed} {self.names[source]} {epoch}"
         return Sample(source, epoch, permute(position, self.lengths[source], key))
 
     def fingerprint(self) -> str:
-        """A digest of what decides the samples: names, weights, sizes, orders and turns."""
-        parts = [
-            (name, weight, stream.tokens) + (("file",) if in_file_order else ())
-            for name, weight, stream, in_file_order in zip(
-                self.names, self.weights, self.streams, self.in_file_order
-            )
-        ]
-        parts += [turn for turn in zip(self._leaves, self._starts) if len(turn[0]) > 1]
+        """A digest of what decides the samples: names, weights and sizes of the sources."""
+        sizes = [stream.tokens for stream in self.streams]
+        parts = list(zip(self.names, self.weights, sizes))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def deviation(self) -> float:
-        """Bound on |samples taken from a source or series - weight * n|, over all of them and n."""
-        return max(_deviations(self._tree, 0.0).values())
 
 
 def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], list[str]]:
@@ -144,31 +109,23 @@ def present_rows(path: str | Path, partial: bool = False) -> tuple[list[dict], l
     Raises DataError if there are others and not partial, or if nothing is there.
     """
     rows = read_rows(path)
-    files = [file for row in rows for file in stream_files(row["path"])]
-    absent = [file for file in files if size_of(file) is None]
-    present = [row for row in rows if not {*stream_files(row["path"])} & {*absent}]
-    missing = [row["name"] for row in rows if row not in present]
-    if not missing or (partial and present):
-        return present, missing
-    hint = "python -m data.prepare makes them"
-    if len(missing) > 5:
-        hint += f", python -m data.inspect shares {path} names all"
-    if present:
-        hint += "; --partial does without"
-    if len(absent) == 1:
-        raise DataError(f"{absent[0]}: no such file ({hint})")
-    names = ", ".join(missing[:5])
-    if len(missing) > 5:
-        names += f" and {len(missing) - 5} more"
-    raise DataError(f"{path}: {len(missing)} of {len(rows)} sources lack files: {names} ({hint})")
+    absent = [row for row in rows if any(size_of(f) is None for f in stream_files(row["path"]))]
+    if not absent or (partial and len(absent) < len(rows)):
+        return [row for row in rows if row not in absent], [row["name"] for row in absent]
+    names = ", ".join(row["name"] for row in absent[:5])
+    if len(absent) > 5:
+        names += f" and {len(absent) - 5} more (python -m data.inspect shares {path} names all)"
+    raise DataError(
+        f"{path}: {len(absent)} of {len(rows)} sources lack files: {names} "
+        "(python -m data.prepare makes .bin and .idx, --partial does without)"
+    )
 
 
 def read_rows(path: str | Path) -> list[dict]:
     """The sources of a mixture with a weight or epochs over 0.
 
     A row has name; path, found from the CSV's folder, or the address in an object store; weight or
-    else epochs as a number, the other one None; order, `shuffled` or `file`; series, "" for none;
-    and what else the CSV has, as text.
+    else epochs as a number, the other one None; and what else the CSV has, as text.
     """
     path = Path(path)
     try:
@@ -191,16 +148,12 @@ def read_rows(path: str | Path) -> list[dict]:
             value = -1.0
         if not 0 <= value < float("inf") or not row["path"]:
             raise DataError(f"{path}, line {line}: needs a path and a {kind} of 0 or more")
-        order = row.get("order") or "shuffled"
-        if order not in ("shuffled", "file"):
-            raise DataError(f"{path}, line {line}: order is shuffled or file, not {order}")
         if value:
             place = row["path"] if "://" in row["path"] else path.parent / row["path"]
-            row |= {"path": place, "order": order, "series": row.get("series") or ""}
-            out.append({"weight": None, "epochs": None} | row | {kind: value})
+            out.append(row | {"path": place, "weight": None, "epochs": None, kind: value})
     if len({row["name"] for row in out}) < len(out) or not out:
         raise DataError(f"{path}: needs at least one source, each with a name of its own")
-    return [row | {"epochs" if kind == "weight" else "weight": None} for row in out]
+    return out
 
 
 # --- 1. which source -----------------------------------------------------------------------------
@@ -224,8 +177,8 @@ def huffman(weights: list[float]) -> Node | Leaf:
     """The Huffman tree of the sources: the two lightest trees are joined until one is left.
 
     Sources sampled often are near the root, which makes look-ups short, and siblings are of similar
-    weight, which makes shares exact: a node passes on to a branch only the share p of its own
-    deviation, so the halves of halves sum to about one sample.
+    weight, which makes shares exact: a branch with the share p takes p times the deviation of its
+    node and adds 1/2 for rounding, so the halves of halves sum to about one sample.
     """
     heap = [(weight, order, Leaf(weight, order)) for order, weight in enumerate(weights)]
     heapq.heapify(heap)
@@ -256,34 +209,6 @@ def drawn(tree: Node | Leaf, n: int) -> dict[int, int]:
         return {tree.source: n}
     left = int(tree.p * n + 0.5)
     return drawn(tree.left, left) | drawn(tree.right, n - left)
-
-
-def series_of(names: list[str]) -> list[list[int]]:
-    """The rows of each series, given the series of every row; a row of none ("") is alone."""
-    leaves: dict[str | int, list[int]] = {}
-    for row, name in enumerate(names):
-        leaves.setdefault(name or row, []).append(row)
-    return list(leaves.values())
-
-
-def turns(leaves: list[list[int]], weights: list[float], counts: dict[int, int]) -> list[list[int]]:
-    """Where the turn of each row of a series begins, counted in samples of the series.
-
-    counts: samples of each series in the whole run. Past them the last row goes on.
-    """
-    starts = []
-    for leaf, rows in enumerate(leaves):
-        shares = list(accumulate((weights[row] for row in rows), initial=0.0))
-        starts.append([int(counts[leaf] * share / shares[-1] + 0.5) for share in shares[:-1]])
-    return starts
-
-
-def _deviations(tree: Node | Leaf, at_node: float) -> dict[int, float]:
-    """Bound per source. A child with share p: p * (deviation of its parent) + 1/2 for rounding."""
-    if type(tree) is Leaf:
-        return {tree.source: at_node}
-    left = _deviations(tree.left, tree.p * at_node + 0.5)
-    return left | _deviations(tree.right, (1 - tree.p) * at_node + 0.5)
 
 
 # --- 2. which place in the source ----------------------------------------------------------------

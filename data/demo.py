@@ -45,8 +45,7 @@ LANGUAGES = ("en", "fr", "de", "es", "it")
 SOURCES = ("en", "fr", "code", "de", "es", "it", "parallel", "facts", "arithmetic")
 TABLES = Path(__file__).parent / "demo"
 TRAIN_KILOBYTES = dict(zip(SOURCES, (2400, 2400, 3000, 700, 700, 500, 400, 1000, 400), strict=True))
-VALID_KILOBYTES = 40
-VOCAB_SIZE = 4096
+VALID_KILOBYTES, VOCAB_SIZE = 40, 4096
 # Lucie's shares of the main phase by language; then, for the annealing phase, facts in place of the
 # mathematics, science, encyclopedia and dialogue of the real one, and more of the rarest language.
 PUBLISHED = {
@@ -75,8 +74,6 @@ Pick = Callable[[Any, Sequence], Any]  # see `deck`
 
 def documents(source: str, split: str, seed: int = 42) -> Iterator[str]:
     """All documents of one source ("train" or "valid"), the same ones at every call."""
-    if source not in SOURCES or split not in ("train", "valid"):
-        raise ValueError(f"no demo text for source {source!r}, split {split!r}")
     size = 1000 * (TRAIN_KILOBYTES[source] if split == "train" else VALID_KILOBYTES)
     rng = Random(f"{source}-{split}-{seed}")
     if source == "en":
@@ -445,14 +442,10 @@ def prepare(out: Path) -> None:
         options = Options(split_by=("source",))
         ranks = tokenizer.load(out / "ranks.tiktoken")
         tokenize([file], ranks, out / split, options, overwrite=True)
-    for name, weights in MIXTURES.items():
-        _write_mixture(out / f"{name}.csv", weights, "train")
-    _write_mixture(out / "validation.csv", PUBLISHED, "valid")
-
-
-def _write_mixture(file: Path, weights: dict[str, float], split: str) -> None:
-    rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
-    write_mixture(file, rows)
+    for name, weights in (MIXTURES | {"validation": PUBLISHED}).items():
+        split = "valid" if name == "validation" else "train"
+        rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
+        write_mixture(out / f"{name}.csv", rows)
 
 
 def main(argv: list[str]) -> None:

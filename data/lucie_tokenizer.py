@@ -36,6 +36,7 @@ of one release of the Oniguruma regex library. Ids must not depend on the Python
 unicode.json has both as ranges of code points in hexadecimal, ends included.
 """
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -52,6 +53,10 @@ from data.dataset import BOS, EOS, DataError
 SPECIAL_TOKENS = {"<s>": BOS, "</s>": EOS, "<unk>": 2, "<pad>": 3}
 SPACE = "\u2581"  # what a space is in the vocabulary
 BLANKS = (" ", "\xa0")  # become SPACE; vocabulary entries with one of them are never met
+OPENERS = "\n\t([{/<'’\"«“‘‚‹—–―"  # a space is put after each, and taken out again
+OPEN_SPACE = re.compile(f"([{re.escape(OPENERS)}]) ")
+# Of what the released tokenizer.json says besides its vocabulary and its merges: `_model`.
+RULES = "6cf6ba3d565576910af54b9f8af0322870cdc52467b4c5f4e7abd2640359ef63"
 
 
 def _regex_class(ranges: list[str]) -> str:
@@ -89,16 +94,13 @@ class LucieBPE:
     """Lucie's tokenizer, from the content of its tokenizer.json, which `source` keeps.
 
     Ids and texts are those of version 0.23 of the `tokenizers` library. Raises DataError for
-    a tokenizer.json that is no BPE with byte fallback or has other rules than Lucie's; the
-    vocabulary and the openers may be any.
+    a tokenizer.json with other rules than Lucie's; the vocabulary may be any.
     """
 
     def __init__(self, source: bytes) -> None:
         self.source = source
         try:
-            released = json.loads(source)
-            vocab, merges = _model(released)
-            self.openers = _openers(released)
+            vocab, merges = _model(json.loads(source))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise DataError("not a tokenizer.json, or not one of Lucie's form") from None
         self.vocab_size = len(vocab)
@@ -132,7 +134,7 @@ class LucieBPE:
 
         # One regex for each opener: a class of all would be tried at every character.
         follows = f"(?=[ {WORD}])"
-        self.open = [(c, re.compile(re.escape(c) + follows)) for c in self.openers]
+        self.open = [(c, re.compile(re.escape(c) + follows)) for c in OPENERS]
 
     def normalize(self, text: str) -> str:
         """The text as BPE sees it, with spaces where the vocabulary has U+2581."""
@@ -157,7 +159,7 @@ class LucieBPE:
         return self.spelt[np.repeat(self.starts[ranks], lengths) + place]
 
     def decoder(self) -> "LucieDecoder":
-        return LucieDecoder(self.tokens, self.byte_of, self.openers)
+        return LucieDecoder(self.tokens, self.byte_of)
 
 
 class LucieDecoder:
@@ -168,11 +170,9 @@ class LucieDecoder:
     or run, loses its spaces, and a space is dropped after an opener.
     """
 
-    def __init__(self, tokens: list[str], byte_of: dict[int, bytes], openers: str) -> None:
-        self.tokens, self.byte_of, self.openers = tokens, byte_of, openers
-        self.open_space = re.compile(f"([{re.escape(openers)}]) ")
-        self.first = True
-        self.run = bytearray()
+    def __init__(self, tokens: list[str], byte_of: dict[int, bytes]) -> None:
+        self.tokens, self.byte_of = tokens, byte_of
+        self.first, self.run = True, bytearray()
         self.opened = False  # whether the character before is an opener
 
     def feed(self, token: int) -> str:
@@ -195,10 +195,10 @@ class LucieDecoder:
         self.first = False
         if not text:
             return ""
-        opened, self.opened = self.opened, text[-1] in self.openers
+        opened, self.opened = self.opened, text[-1] in OPENERS
         if opened and text[0] == " ":
             text = text[1:]
-        return self.open_space.sub(r"\1", text) if text.rfind(" ") > 0 else text
+        return OPEN_SPACE.sub(r"\1", text) if text.rfind(" ") > 0 else text
 
 
 def last_merge(parts: Sequence, merges: Mapping[tuple, int]) -> tuple | None:
@@ -253,97 +253,26 @@ def _pieces(tokens: Iterable[str]) -> str:
 
 
 def _model(released: dict) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Vocabulary and merges with their ranks. Raises ValueError where an option is another."""
-    options = dict(released["model"])
-    vocab, merges = options.pop("vocab"), options.pop("merges")
-    options.pop("ignore_merges", None)
-    expected = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": "<unk>",
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-    }
-    # Lists of two since tokenizers 0.20, "a b" before.
+    """Vocabulary and merges with their ranks. Raises ValueError where anything else is another."""
+    rules = dict(released["model"])
+    vocab, merges = rules.pop("vocab"), rules.pop("merges")
+    # What newer versions of tokenizers write differently, or add.
+    same = not rules.pop("ignore_merges", False)
+    decoders = [dict(step) for step in released["decoder"]["decoders"]]
+    for step in decoders:
+        same &= step.pop("split", True) and step.pop("add_prefix_space", True)
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+    rules = [rules, decoders, *(released[part] for part in parts)]
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-    parts = {part for pair in pairs for part in (*pair, "".join(pair))}
+    tokens = {part for pair in pairs for part in (*pair, "".join(pair))}
     if (
-        options != expected
-        or released["model"].get("ignore_merges")
+        not same
+        or digest != RULES
         or sorted(vocab.values()) != list(range(len(vocab)))
         or {token: vocab.get(token) for token in SPECIAL_TOKENS} != SPECIAL_TOKENS
         or any(len(pair) != 2 for pair in pairs)
-        or not parts | {f"<0x{b:02X}>" for b in range(256)} <= vocab.keys()
+        or not tokens | {f"<0x{b:02X}>" for b in range(256)} <= vocab.keys()
     ):
         raise ValueError
     return vocab, {pair: rank for rank, pair in enumerate(pairs)}
-
-
-def _openers(released: dict) -> str:
-    """The characters after which a space is put. Raises ValueError if other rules are there."""
-    steps = released["decoder"]["decoders"]
-    openers = "".join(step["content"] for step in steps if step["type"] == "Replace")
-    # Written by newer versions of tokenizers, with another name for the same.
-    metaspace = next(step for step in steps if step["type"] == "Metaspace")
-    scheme = metaspace.pop("split", True), metaspace.pop("add_prefix_space", True)
-    expected = rules(openers)
-    if scheme != (True, True) or any(released[key] != expected[key] for key in expected):
-        raise ValueError
-    return openers
-
-
-def rules(openers: str) -> dict:
-    """All of tokenizer.json that is neither vocabulary nor merges, as this file implements it."""
-
-    def replace(kind: str, pattern: str, content: str) -> dict:
-        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-    return {
-        "added_tokens": added_tokens(),
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "NFC"},
-                replace("Regex", r"[\r\x00]", ""),
-                *(replace("Regex", re.escape(c) + r"(?=[ \w])", f"{c} ") for c in openers),
-                {"type": "Prepend", "prepend": " "},
-                replace("Regex", r"[ \u00A0]", SPACE),
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": bos_template(),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "ByteFallback"},
-                {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always"},
-                {"type": "Fuse"},
-                *(replace("String", f"{c} ", c) for c in openers),
-            ],
-        },
-    }
-
-
-def added_tokens() -> list[dict]:
-    """The special tokens as a tokenizer.json lists them."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
-    ]
-
-
-def bos_template() -> dict:
-    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
-
-    def text(name: str, number: int) -> list[dict]:
-        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
-        return [bos, {"Sequence": {"id": name, "type_id": number}}]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": text("A", 0),
-        "pair": text("A", 0) + text("B", 1),
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
-    }

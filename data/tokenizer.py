@@ -30,13 +30,9 @@ from data.dataset import BOS, EOS, DataError, token_dtype
 from data.lucie_tokenizer import (
     SPECIAL_TOKENS,
     LucieBPE,
-    added_tokens,
-    bos_template,
     last_merge,
     nfc,
 )
-
-__all__ = ["BOS", "EOS", "SPECIAL_TOKENS", "ByteLevelBPE", "LucieBPE", "Tokenizer", "load"]
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
@@ -84,8 +80,7 @@ class ByteDecoder:
     """Ids to text, one by one; the bytes of a character that is not complete are held back."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
-        self.pending = b""
+        self.encoding, self.pending = encoding, b""
 
     def feed(self, token: int) -> str:
         given = self.pending + self.encoding.decode_single_token_bytes(token)
@@ -205,10 +200,11 @@ def _bpe_of(content: bytes) -> ByteLevelBPE | LucieBPE:
         return ByteLevelBPE(_ranks_of_lines(content))
     try:
         written = json.loads(content)
-        byte_fallback = written["model"]["byte_fallback"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if written["model"]["byte_fallback"]:
+            return LucieBPE(content)
+        return ByteLevelBPE(_ranks_of_json(written))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError("not the tokenizer.json of a BPE, or cut short") from None
-    return LucieBPE(content) if byte_fallback else ByteLevelBPE(_ranks_of_json(written))
 
 
 def _ranks_of_lines(content: bytes) -> dict[bytes, int]:
@@ -223,24 +219,20 @@ def _ranks_of_lines(content: bytes) -> dict[bytes, int]:
 
 def _ranks_of_json(written: dict) -> dict[bytes, int]:
     """The ranks of a tokenizer.json of to_tokenizer_json, also if `tokenizers` wrote it again."""
-    other = "a byte-level tokenizer.json, but not one written here: other rules or merges"
     byte_of = {char: byte for byte, char in byte_characters().items()}
-    try:
-        ranks = {
-            bytes(byte_of[c] for c in token): i
-            for token, i in written["model"]["vocab"].items()
-            if token not in SPECIAL_TOKENS
-        }
-        _check(ranks)
-        expected = to_tokenizer_json(ByteLevelBPE(ranks))
-        # Lists of two since tokenizers 0.20, "a b" before; and what does not touch ids.
-        merges = [m.split(" ") if isinstance(m, str) else m for m in written["model"]["merges"]]
-        same = {"model": {"ignore_merges": False} | written["model"] | {"merges": merges}}
-        same |= {key: expected[key] for key in ("version", "truncation", "padding")}
-        if written | same != expected:
-            raise DataError(other)
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(other) from None
+    vocab, merges = written["model"]["vocab"], written["model"]["merges"]
+    # Lists of two since tokenizers 0.20, "a b" before.
+    merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    tokens = [token for token in vocab if token not in SPECIAL_TOKENS]
+    if not {*"".join(tokens)} <= byte_of.keys():
+        raise DataError("a byte-level tokenizer.json with characters that stand for no byte")
+    ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in tokens}
+    _check(ranks)
+    expected = to_tokenizer_json(ByteLevelBPE(ranks))
+    rules = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    same = all(written[key] == expected[key] for key in rules)
+    if not same or merges != expected["model"]["merges"]:
+        raise DataError("a byte-level tokenizer.json with other rules or merges than ours")
     return ranks
 
 
@@ -331,6 +323,29 @@ def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
             "vocab": vocab,
             "merges": merges,
         },
+    }
+
+
+def added_tokens() -> list[dict]:
+    """The special tokens as a tokenizer.json lists them."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
+    ]
+
+
+def bos_template() -> dict:
+    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
+
+    def text(name: str, number: int) -> list[dict]:
+        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
+        return [bos, {"Sequence": {"id": name, "type_id": number}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": text("A", 0) + text("B", 1),
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
     }
 
 

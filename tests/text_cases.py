@@ -111,11 +111,9 @@ class Pair:
 
 @cache
 def lucie_json() -> dict:
-    """A tokenizer.json of Lucie's form with about 1,700 tokens, its rules written out here.
+    """A tokenizer.json of Lucie's form with 1,500 tokens, its rules written out here.
 
-    The tokenizers library learns it. Then come merges that learning does not give and a file may
-    hold: tokens that another merge always forestalls, second pairs for a token, and blanks.
-    Callers share it: whoever changes it changes a copy.
+    The tokenizers library learns it. Callers share it: whoever changes it changes a copy.
     """
     import tokenizers
     from tokenizers import Regex, decoders, normalizers
@@ -144,20 +142,8 @@ def lucie_json() -> dict:
     metaspace = written["decoder"]["decoders"][1]
     metaspace["add_prefix_space"] = metaspace.pop("split")
     del written["model"]["ignore_merges"]
-
-    rng = random.Random(1)
+    # No text holds such a token once its blanks are "▁"; the released file has them too.
     vocab, merges = written["model"]["vocab"], written["model"]["merges"]
-    tokens = [a + b for a, b in merges]
-    letters = [t for t in tokens if t.lstrip("▁").isalpha()]
-    more = [[t[:n], t[n:]] for t in tokens for n in range(1, len(t))]
-    more = [pair for pair in more if pair not in merges and set(pair) <= vocab.keys()]
-    tails = [t for t in letters if "▁" not in t]
-    more += [[rng.choice(letters), rng.choice(tails)] for _ in range(200)]
-    for pair in more:
-        if pair not in merges:
-            merges.append(pair)
-            vocab.setdefault("".join(pair), len(vocab))
-    # The released file has such too; no text holds them once its blanks are "▁".
     for token in (" ", "\xa0", "e\xa0"):
         vocab[token] = len(vocab)
     merges.append(["e", "\xa0"])

@@ -5,15 +5,13 @@ import random
 import struct
 import subprocess
 import sys
-import time
-from collections import Counter
-from itertools import chain, groupby
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_stream, write_weights
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import dataset
@@ -35,6 +33,14 @@ def counts_at(tree, n):
     return counts_at(tree.left, left) | counts_at(tree.right, n - left)
 
 
+def bounds(tree, at_node):
+    """How far each source may be from its share: a part of its parent's deviation, and a half."""
+    if type(tree) is Leaf:
+        return [at_node]
+    left = bounds(tree.left, tree.p * at_node + 0.5)
+    return left + bounds(tree.right, (1 - tree.p) * at_node + 0.5)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_shares_of_140_sources_hold_at_every_prefix(seed):
     rng = random.Random(seed)
@@ -47,7 +53,7 @@ def test_shares_of_140_sources_hold_at_every_prefix(seed):
             assert np.abs(count - np.rint(exact)).max() <= 1
             worst = max(worst, np.abs(count - exact).max())
     print(f"largest deviation from the exact share: {worst:.3f} samples")
-    assert worst <= max(dataset._deviations(tree, 0.0).values())
+    assert worst <= max(bounds(tree, 0.0)) < 1.5
 
 
 @given(st.lists(st.floats(1e-8, 1), min_size=1, max_size=30), st.integers(0, 2**40))
@@ -80,7 +86,7 @@ def mixture_of(folder, name="mixture", **options):
 def test_each_epoch_reads_every_sample_once_and_samples_tile_the_stream(tiny_data):
     for name, count in (("b", 7 * 20), ("c", 7 * 20 + 1)):  # the last token is only a target
         write_stream(tiny_data / name, [np.arange(count) % 97], 97)
-    rows = "name,path,epochs,order\na,a,4,\nb,b,3.5,shuffled\nc,c,20,file\n"
+    rows = "name,path,epochs\na,a,4\nb,b,3.5\nc,c,20\n"
     # Excel begins a file with a byte order mark.
     (tiny_data / "m.csv").write_text(rows, encoding="utf-8-sig")
     mixture = mixture_of(tiny_data, "m")
@@ -99,26 +105,30 @@ def test_each_epoch_reads_every_sample_once_and_samples_tile_the_stream(tiny_dat
         assert len(epochs) >= 3
         assert all(sorted(order) == list(range(length)) for order in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
-        if mixture.names[source] == "c":
-            assert all(order == list(range(len(order))) for order in epochs)
-        else:
-            assert epochs[0] != epochs[1] != epochs[2]
+        assert epochs[0] != epochs[1] != epochs[2]
         joined = np.concatenate([inputs[source, p] for p in range(length)])
         assert np.array_equal(joined, raw[source][: 7 * length])  # no token is skipped or repeated
         assert len(raw[source]) - 7 * length <= 7
-    (tiny_data / "m.csv").write_text(rows.replace("file", "shuffled"))
+    (tiny_data / "m.csv").write_text(rows.replace("20", "21"))
     assert mixture_of(tiny_data, "m").fingerprint() != mixture.fingerprint()
 
 
 # A run that is resumed must read the samples that it would have read, so these never change.
 PUBLISHED = {
     "pretraining": (
+        4096,
         {0: (4, 0, 18186371), 1: (36, 0, 1548941), 762_000_000: (25, 1, 4863831)},
         "1d623d3bd3c19aceedfe5df21e383d56f35e52ff2790e1709d33f78a139c5d81",
     ),
-    "pretraining_by_year": (
-        {0: (43, 0, 1051895), 1: (21, 0, 3687447), 762_000_000: (16, 0, 625375)},
-        "9ecd77c663ad9d921e84a8477eb8a9d612cbd627cabe169ab1c47814a961eaff",
+    "extension": (  # one source is too small for samples of 32,000
+        1024,
+        {0: (4, 0, 1134017), 1: (18, 0, 10670737), 40_000: (28, 0, 10851058)},
+        "d5056ac8761722d19c9afed6bd8ff25bc51fe7c192441f3e425d1e40961b1fc9",
+    ),
+    "annealing": (  # a billion tokens where no size is published
+        32_000,
+        {0: (0, 0, 20265), 1: (12, 0, 28860), 40_000: (0, 0, 16073)},
+        "8ab7f08fab0bb7021f65e916b4c98726cadbb0db0ccaaeefccd6b89fa4206bcb",
     ),
 }
 
@@ -126,7 +136,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_samples_of_the_published_mixtures_are_what_they_were(name, monkeypatch):
     path = f"data/mixtures/{name}.csv"
-    tokens = {row["path"]: int(row["tokens"]) for row in dataset.read_rows(path)}
+    tokens = {row["path"]: int(row["tokens"] or 10**9) for row in dataset.read_rows(path)}
 
     class Published:  # in the place of terabytes
         def __init__(self, path):
@@ -134,31 +144,11 @@ def test_the_samples_of_the_published_mixtures_are_what_they_were(name, monkeypa
 
     monkeypatch.setattr(dataset, "TokenStream", Published)
     monkeypatch.setattr(dataset, "size_of", lambda file: 0)
-    mixture = Mixture(path, 4096, 42, 65_024, samples=762_144_586)
-    samples, fingerprint = PUBLISHED[name]
+    seq_len, samples, fingerprint = PUBLISHED[name]
+    mixture = Mixture(path, seq_len, 42, 65_024)
     assert {i: mixture.locate(i) for i in samples} == samples
     assert mixture.fingerprint() == fingerprint
-    assert mixture.deviation() == pytest.approx(1.235, abs=1e-3)
-    started = time.perf_counter()
-    for i in range(762_000_000, 762_002_000):
-        mixture.locate(i)
-    took = (time.perf_counter() - started) / 2_000
-    print(f"sample 762,000,000 is located in {1e6 * took:.1f} microseconds")
-
-
-def test_the_samples_of_the_demo_are_what_they_were(tmp_path, monkeypatch):
-    weights = dict(en=0.332, fr=0.324, code=0.147, de=0.069, es=0.066, it=0.038, parallel=0.025)
-    sizes = (650_498, 600_831, 1_022_765, 163_335, 181_122, 139_123, 103_223)
-    for name, tokens in zip(weights, sizes):
-        index = HEADER.pack(MAGIC, 1, 8, 1, 2) + struct.pack("<iqqq", tokens, 0, 0, 1)
-        (tmp_path / f"{name}.idx").write_bytes(index)
-        (tmp_path / f"{name}.bin").write_bytes(bytes(2 * tokens))
-    write_weights(tmp_path / "m.csv", weights)
-    mixture = Mixture(tmp_path / "m.csv", 256, 42, 4096)
-    expected = {0: (0, 0, 1226), 1: (4, 0, 421), 2: (1, 0, 1264), 3: (0, 0, 1272), 7: (3, 0, 42)}
-    expected |= {100: (2, 0, 3094), 1025: (2, 0, 720), 5000: (2, 0, 874)}
-    expected |= {20_000: (0, 2, 1344), 123_456: (0, 16, 450)}
-    assert {i: mixture.locate(i) for i in expected} == expected
+    assert max(bounds(dataset.huffman(mixture.weights), 0.0)) < 1.25
 
 
 def resident_kilobytes():
@@ -203,7 +193,7 @@ def write_rows(folder, *lines):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: os.remove(d / "a.bin"), r"a\.bin: no such file"),
+        (lambda d: os.remove(d / "a.bin"), r"mixture\.csv: 1 of 2 sources lack files: a \("),
         (lambda d: os.truncate(d / "a.bin", 100), r"a\.bin: truncated, 100 bytes"),
         (lambda d: os.truncate(d / "a.idx", 34 + 12 * 30 + 8), r"a\.idx: truncated"),
         (lambda d: (d / "a.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "lists no documents"),
@@ -215,11 +205,8 @@ def write_rows(folder, *lines):
         (lambda d: os.remove(d / "mixture.csv"), r"mixture\.csv: No such file"),
         (lambda d: (d / "mixture.csv").write_bytes(b"name,path,weight\n\xff,a,1"), "UTF-8"),
         (lambda d: write_rows(d, "name,path", "a,a"), "weight or epochs"),
-        (lambda d: write_rows(d, "name,path,weight", "a,a,-1"), "line 2"),
         (lambda d: write_rows(d, "name,path,weight", "a,a,1", "b,b,x"), "line 3"),
-        (lambda d: write_rows(d, "name,path,weight", "a,a,0"), "at least one"),
         (lambda d: write_rows(d, "name,path,weight", "a,a,1", "a,b,1"), "name of its own"),
-        (lambda d: write_rows(d, "name,path,weight,order", "a,a,1,year"), "order is shuffled or"),
         (lambda d: write_rows(d, "name,path,weight", "a,nowhere://a,1"), r"^nowhere://a\.idx: "),
     ],
 )
@@ -230,18 +217,6 @@ def test_bad_data_is_named_in_one_line(tiny_data, change, message):
         for i in range(2_000):
             mixture[i]
     assert "\n" not in str(error.value)
-
-
-def test_a_file_that_shrinks_under_a_run_is_an_error(tiny_data):
-    mixture = mixture_of(tiny_data)
-    os.truncate(tiny_data / "a.bin", 10)
-    with pytest.raises(DataError, match=r"a\.bin: truncated after \d+ tokens"):
-        for i in range(2_000):
-            mixture[i]
-    os.remove(tiny_data / "a.bin")
-    with pytest.raises(DataError, match=r"a\.bin: No such file"):
-        for i in range(2_000):
-            mixture[i]
 
 
 def test_a_partial_mixture_is_that_of_the_sources_that_are_there(tiny_data):
@@ -256,80 +231,6 @@ def test_a_partial_mixture_is_that_of_the_sources_that_are_there(tiny_data):
     os.truncate(tiny_data / "b.bin", 10)
     with pytest.raises(DataError, match=r"b\.bin: truncated"):  # a broken source is not forgiven
         mixture_of(tiny_data, "m", partial=True)
-
-
-# --- series
-
-
-@pytest.fixture(scope="module")
-def seven_streams(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("streams")
-    rng = np.random.default_rng(0)
-    for k in range(7):
-        write_stream(folder / f"s{k}", [rng.integers(0, 97, 20 * (k + 1) ** 2)], 97)
-    return folder
-
-
-def series_of(folder, rows, samples=0):
-    """rows: (stream, weight, series, order)"""
-    lines = [f"s{k},s{k},{weight!r},{series},{order}" for k, weight, series, order in rows]
-    write_rows(folder, "name,path,weight,series,order", *lines)
-    return mixture_of(folder, samples=samples)
-
-
-@settings(max_examples=30)
-@given(
-    st.permutations(range(7)),
-    st.lists(st.floats(1e-3, 1), min_size=7, max_size=7),
-    st.lists(st.sampled_from(["", "x", "y"]), min_size=7, max_size=7),
-    st.lists(st.sampled_from(["", "file"]), min_size=7, max_size=7),
-    st.integers(1, 1500),
-)
-def test_a_series_takes_turns_and_every_row_gets_its_share(
-    seven_streams, order, weights, series, orders, samples
-):
-    rows = list(zip(order, weights, series, orders))
-    mixture = series_of(seven_streams, rows, samples)
-    found = [mixture.locate(i) for i in range(samples)]
-    counts = Counter(sample.source for sample in found)
-    for k, weight in enumerate(normalized(weights)):
-        assert abs(counts[k] - weight * samples) <= mixture.deviation() + 1
-    for name in set(series) - {""}:
-        members = [k for k in range(7) if series[k] == name]
-        met = [k for k, _ in groupby(s.source for s in found if s.source in members)]
-        assert met == sorted(set(met))  # one after the other, each once
-        # The series is drawn as evenly over the run as a single source.
-        share, seen = sum(normalized(weights)[k] for k in members), 0
-        for n, sample in enumerate(found, start=1):
-            seen += sample.source in members
-            assert abs(seen - share * n) <= mixture.deviation() + 1e-9
-    # Within its turn a row is what it would be alone: epoch after epoch, in its own order.
-    for k in range(7):
-        alone = series_of(seven_streams, [(order[k], 1.0, "", orders[k])])
-        mine = [sample for sample in found if sample.source == k]
-        assert mine == [alone.locate(i)._replace(source=k) for i in range(len(mine))]
-
-
-def test_turns_at_the_edges(seven_streams):
-    # After the run the last row goes on.
-    mixture = series_of(seven_streams, [(3, 0.5, "x", "file"), (5, 0.5, "x", "file")], 10)
-    assert [mixture.locate(i).source for i in range(12)] == [0] * 5 + [1] * 7
-    assert [mixture.locate(i).position for i in range(12)] == [*range(5), *range(7)]
-    # A row that is too light for a sample has no turn.
-    rows = [(1, 1e-3, "x", ""), (2, 1.0, "x", ""), (3, 1e-3, "x", "")]
-    mixture = series_of(seven_streams, rows, 10)
-    assert {mixture.locate(i).source for i in range(10)} == {1}
-    mixture = series_of(seven_streams, rows, 1002)
-    assert [mixture.locate(i).source for i in (0, 1, 1000, 1001)] == [0, 1, 1, 2]
-
-
-def test_the_turns_of_a_series_need_the_length_of_the_run(seven_streams):
-    rows = [(1, 0.4, "x", ""), (2, 0.3, "x", ""), (3, 0.3, "", "")]
-    with pytest.raises(DataError, match=r"mixture\.csv: the turns of its series depend on --sam"):
-        series_of(seven_streams, rows)
-    short, long = (series_of(seven_streams, rows, samples) for samples in (50, 100))
-    assert short.fingerprint() != long.fingerprint()
-    series_of(seven_streams, rows[1:])  # a series of one needs no length
 
 
 # --- the format, by writers that are not ours
@@ -377,26 +278,6 @@ def test_streams_written_from_the_description(tmp_path, code, dtype, vocab_size)
 
 def test_ids_are_stored_in_two_bytes_where_they_fit():
     assert [dataset.token_dtype(n) for n in (97, 65_535, 65_536)] == [np.uint16] * 2 + [np.int32]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code, dtype, vocab_size", [(8, np.uint16, 65_024), (4, np.int32, 2**17)])
-def test_megatron_writes_what_we_read_and_reads_what_we_write(tmp_path, code, dtype, vocab_size):
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    documents = random_documents(vocab_size)
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype)
-    for document in documents:
-        builder.add_document([*chain(*document)], [len(sequence) for sequence in document])
-    builder.finalize(str(tmp_path / "m.idx"))
-    write_from_the_description(tmp_path / "d", documents, code, dtype)
-    for kind in ("bin", "idx"):
-        assert (tmp_path / f"m.{kind}").read_bytes() == (tmp_path / f"d.{kind}").read_bytes()
-    whole = [[*chain(*document)] for document in documents]
-    write_stream(tmp_path / "ours", whole, vocab_size)
-    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
-    assert theirs.index.dtype == dtype and megatron.DType.optimal_dtype(vocab_size) == dtype
-    assert [theirs[k].tolist() for k in range(len(theirs))] == whole
-    assert theirs.document_indices.tolist() == list(range(31))
 
 
 # --- streams in an object store
@@ -465,7 +346,6 @@ def test_a_server_with_a_fault_is_not_one_without_the_file(
         (FileNotFoundError("/bucket/x"), "x: no such file"),
         # The package `datasets` has a FileNotFoundError of its own, with a message of its own.
         (type("NotOnTheHub", (FileNotFoundError,), {})("no x"), "x: NotOnTheHub: no x"),
-        (RuntimeError(), "x: RuntimeError"),
         (RuntimeError("\ngone\nfor ever"), "x: RuntimeError: gone"),
         (ImportError("Install s3fs"), "x: Install s3fs"),
         (DataError("y: as it is"), "y: as it is"),

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import unicodedata
 from functools import cache
 
 import pytest
@@ -25,46 +24,18 @@ def everything() -> str:
     return "".join(t for name in demo.SOURCES for s in splits for t in documents(name, s))
 
 
-def shape(value):
-    """The keys and lengths of a nest of dicts and lists."""
-    if isinstance(value, dict):
-        return {key: shape(inner) for key, inner in value.items()}
-    return len(value) if isinstance(value, list) else None
+# Runs that exist continue with these very documents, and the published results of the demo rest on
+# them, so none may change.
+DIGESTS = {
+    "train": "85d329bc62f9ea33ab5ad881e2b53b4fd90253fcc5ee1e7071d6309037035980",
+    "valid": "b53eb654d50641f597e1fc795869008499f01f12dccfa4f4ed9c8ea966178d51",
+}
 
 
-def test_tables_are_complete_and_templates_run_parallel():
-    rows = demo.countries()
-    assert len(rows) == 60
-    for language in demo.LANGUAGES:
-        assert len({row[f"{language}_name"] for row in rows}) == 60
-        assert len({row[f"{language}_capital"] for row in rows}) == 60
-        assert shape(demo.templates(language)) == shape(demo.templates("en"))
-    for table in ("countries", "words", "events", "numbers"):
-        for row in demo.read_table(table):
-            assert all(cell and cell == cell.strip() for cell in row.values()), row
-    assert [row["number"] for row in demo.read_table("numbers")] == [str(n) for n in range(101)]
-    assert len(demo.templates("en")["ask"]["capital"]) == 6
-
-
-def test_facts():
-    country = {row["en_name"]: row for row in demo.countries()}
-    for english, column, expected in (
-        ("Japan", "fr_of", "du Japon"),
-        ("the United States", "fr_of", "des États-Unis"),
-        ("Switzerland", "de_of", "der Schweiz"),
-        ("the Netherlands", "it_of", "dei Paesi Bassi"),
-        ("France", "it_capital", "Parigi"),
-        ("China", "fr_capital", "Pékin"),
-        ("Brazil", "language", "portuguese"),
-        ("Egypt", "continent", "africa"),
-    ):
-        assert country[english][column] == expected
-    years = {row["en"]: row["year"] for row in demo.read_table("events")}
-    assert years["the storming of the Bastille"] == "1789"
-    assert years["the fall of the Berlin Wall"] == "1989"
-    assert [demo.read_table("numbers")[71][language] for language in demo.LANGUAGES] == [
-        *("seventy-one", "soixante et onze", "einundsiebzig", "setenta y uno", "settantuno")
-    ]
+@pytest.mark.parametrize("split", DIGESTS)
+def test_the_text_is_what_it_was(split):
+    texts = [text for source in WRITTEN for text in documents(source, split)]
+    assert hashlib.sha256("".join(texts).encode()).hexdigest() == DIGESTS[split]
 
 
 @pytest.mark.parametrize("source", demo.SOURCES)
@@ -77,37 +48,6 @@ def test_sizes_and_splits(source):
     assert not set(documents(source, "train")) & set(documents(source, "valid"))
 
 
-def test_text_is_the_same_every_time():
-    """Runs of the demo that exist continue with these very documents, so none may change."""
-    digest = hashlib.sha256()
-    for source in WRITTEN:
-        for text in documents(source, "valid"):
-            digest.update(text.encode())
-    expected = "b53eb654d50641f597e1fc795869008499f01f12dccfa4f4ed9c8ea966178d51"
-    assert digest.hexdigest() == expected
-    # Prose is from the same files as code.
-    assert tuple(demo.documents("en", "valid")) == documents("en", "valid")
-
-
-def test_unknown_names_are_refused():
-    for source, split in (("latin", "train"), ("en", "test")):
-        with pytest.raises(ValueError, match=r"latin|test"):
-            demo.documents(source, split)
-
-
-def test_text_is_clean():
-    assert unicodedata.is_normalized("NFC", everything())
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", everything())
-    for source in WRITTEN:
-        for document in documents(source, "train"):
-            assert 300 <= len(document) <= 1500
-            assert document.endswith("\n")
-            assert not re.search(r"[{}\[\]|]", document)
-    assert not re.search(r"[^ ][?!:]", "".join(documents("fr", "train")))
-    for language in ("de", "es", "it"):
-        assert not re.search(r" [?!:.,]", "".join(documents(language, "train")))
-
-
 @pytest.mark.parametrize("language", demo.LANGUAGES)
 def test_held_out_questions_are_never_written_and_all_others_are(language):
     text = everything().lower()
@@ -118,28 +58,6 @@ def test_held_out_questions_are_never_written_and_all_others_are(language):
         # The plain form 0 is held out for none, each other form for every fifth country.
         held_out = {n for n in places.values() if 1 + n % 5 == form}
         assert asked == set(places.values()) - held_out
-
-
-@pytest.mark.parametrize("language", demo.LANGUAGES)
-def test_capitals_are_equally_frequent(language):
-    text = "".join(documents("facts", "train")) + "".join(documents(language, "train"))
-    answers = re.findall(r"[?:] ([^\n?:]+)$", text, re.MULTILINE)
-    counts, spelled_here = [], []
-    for row in demo.countries():
-        counts.append(answers.count(row[f"{language}_capital"]))
-        # Names spelled alike in all languages (Oslo, Lima) are answers in all of them.
-        if len({row[f"{other}_capital"] for other in demo.LANGUAGES}) == 5:
-            spelled_here.append(counts[-1])
-    assert 20 < min(counts)
-    assert max(spelled_here) < 1.15 * min(spelled_here)  # independent draws give 1.2
-
-
-def test_sums_are_right():
-    sums = re.findall(r"^(\d+) ([-+×]) (\d+) = (\d+)$", everything(), re.MULTILINE)
-    assert len(sums) > 1000
-    for x, sign, y, result in sums:
-        x, y = int(x), int(y)
-        assert int(result) == {"+": x + y, "-": x - y, "×": x * y}[sign]
 
 
 def test_exam_prompts():

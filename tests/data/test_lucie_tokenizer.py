@@ -5,9 +5,7 @@ on small ones of its form.
 import copy
 import gzip
 import json
-import random
 import re
-import unicodedata
 from functools import cache
 from itertools import islice
 
@@ -31,14 +29,11 @@ def pair_of(kind: str) -> Pair:
     if kind == "released":
         content = RELEASED.read_bytes()
     else:
-        changed = copy.deepcopy(lucie_json())
-        if kind == "shuffled":  # so that a token may outrank its parts
-            random.Random(1).shuffle(changed["model"]["merges"])
-        content = json.dumps(changed).encode()
+        content = json.dumps(lucie_json()).encode()
     return Pair(Tokenizer(LucieBPE(content)), content)
 
 
-@pytest.fixture(params=["learnt", "shuffled", "released"])
+@pytest.fixture(params=["learnt", "released"])
 def pair(request) -> Pair:
     if request.param == "released" and not RELEASED.is_file():
         pytest.skip("needs the shared reference data")
@@ -48,16 +43,11 @@ def pair(request) -> Pair:
 # --- ids and texts -------------------------------------------------------------------------------
 
 
-def test_hard_strings_long_runs_and_code_points(pair):
-    pair.check([*hard_strings(700), *LONG_RUNS, *in_context(code_points(512))])
-
-
-@pytest.mark.slow
-def test_many_hard_strings_and_every_code_point():
-    best = pair_of("released" if RELEASED.is_file() else "learnt")
-    best.check(hard_strings(100_000, seed=1))
-    best.check(code_points())
-    best.check(in_context(code_points()))
+@pytest.mark.parametrize(
+    "count, step", [(700, 512), pytest.param(100_000, 1, marks=pytest.mark.slow)]
+)
+def test_hard_strings_long_runs_and_code_points(pair, count, step):
+    pair.check([*hard_strings(count), *LONG_RUNS, *in_context(code_points(step))])
 
 
 @pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -116,22 +106,17 @@ def only_merge(model, merge):
 
 OTHER_FORM = r"not a tokenizer\.json, or not one of Lucie's form"
 CHANGES = {
-    "no rules": lambda f: f.pop("normalizer"),
     "dropout": lambda f: f["model"].update(dropout=0.1),
     "ignored merges": lambda f: f["model"].update(ignore_merges=True),
-    "a list for a vocabulary": lambda f: f["model"].update(vocab=["a"]),
     "a hole in the ids": lambda f: f["model"]["vocab"].update(new=len(f["model"]["vocab"]) + 1),
     "other special tokens": lambda f: f["model"]["vocab"].update({"<s>": 1, "</s>": 0}),
     "a byte missing": lambda f: f["model"]["vocab"].update(new=f["model"]["vocab"].pop("<0x41>")),
-    "a merge of three": lambda f: only_merge(f["model"], "a b c"),
     "a merge of no tokens": lambda f: f["model"].update(merges=["q zzz"]),
     "an opener less": lambda f: f["normalizer"]["normalizers"].pop(4),
     "rules in another order": lambda f: f["normalizer"]["normalizers"].reverse(),
     "a pre-tokenizer": lambda f: f.update(pre_tokenizer={"type": "Whitespace"}),
     "the first space kept": lambda f: f["decoder"]["decoders"][1].update(prepend_scheme="never"),
-    "words split": lambda f: f["decoder"]["decoders"][1].update(split=False),
     "no <s> in front": lambda f: f.update(post_processor=None),
-    "more special tokens": lambda f: f["added_tokens"].append({"id": 4}),
     "a token of two words": lambda f: only_merge(f["model"], "e ▁"),
 }
 
@@ -161,18 +146,6 @@ def test_word_characters_are_those_of_the_library():
     assert ours.sub("", everything) == theirs.normalize_str(everything)
 
 
-@pytest.fixture(params=["unicodedata", pytest.param("unicodedata2", marks=pytest.mark.slow)])
-def version(request, monkeypatch):
-    """Python's own Unicode, and a newer one."""
-    module = pytest.importorskip(request.param)
-    if not hasattr(module, "is_normalized"):
-        monkeypatch.setattr(
-            module, "is_normalized", lambda form, text: module.normalize(form, text) == text, False
-        )
-    monkeypatch.setattr(lucie_tokenizer, "unicodedata", module)
-    return module
-
-
 def check_nfc(texts):
     joined = "\n".join(texts)  # a line break composes with nothing
     if NFC.normalize_str(joined) != lucie_tokenizer.nfc(joined):
@@ -186,19 +159,5 @@ def check_nfc(texts):
     "form", ["{}", "a\u0345{}\u0334\u0301", "\u1100{}\u1161\u11a8\u0334"], ids=range(3)
 )
 @pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_character_composes_as_in_the_library(version, form, step):
+def test_every_character_composes_as_in_the_library(form, step):
     check_nfc(list(map(form.format, code_points(step))))
-
-
-@pytest.mark.slow
-def test_every_pair_composes_as_in_the_library(version):
-    """Of all characters that can compose or move, in the newest Unicode at hand."""
-    newest = pytest.importorskip("unicodedata2") if version is not unicodedata else version
-    parts = {c: newest.decomposition(c).split() for c in code_points()}
-    parts = {c: p for c, p in parts.items() if p and not p[0].startswith("<")}
-    ideographs = {c for c in parts if len(parts[c]) == 1}
-    firsts = {chr(int(p[0], 16)) for c, p in parts.items() if c not in ideographs}
-    seconds = {chr(int(p[-1], 16)) for c, p in parts.items() if c not in ideographs}
-    seconds |= {c for c in code_points() if newest.combining(c)}
-    for a in sorted(firsts | seconds | parts.keys() - ideographs):
-        check_nfc([f"{a}{b}\u0301" for b in sorted(seconds)])

@@ -10,12 +10,10 @@ import os
 import random
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
 import time
-import tracemalloc
 import unicodedata
 from collections import Counter
 from functools import partial
@@ -97,16 +95,16 @@ def test_a_document_is_bos_text_eos_and_the_report_counts_what_is_not_written(tm
     texts = ["Bonjour à tous.", "mot", "", "  ", "Zwei\r\0\nZeilen", "<s> is text", "mot", "m\0ot"]
     texts += ["e\u0301 e", "é e", "a", "b\ud800c", " \n\u00a0", "ab"]
     file = write(tmp_path / "t.jsonl", json_lines(texts) + b"{\n" * 250)
-    report = run(file, tmp_path / "x", "skip", min_characters=3, deduplicate=True)
-    expected = ["Bonjour à tous.", "mot", "Zwei\nZeilen", "<s> is text", "é e", "b\ufffdc"]
+    report = run(file, tmp_path / "x", "skip", min_characters=3)
+    expected = ["Bonjour à tous.", "mot", "Zwei\nZeilen", "<s> is text", "mot", "mot"]
+    expected += ["é e", "é e", "b\ufffdc"]
     found = documents_of(tmp_path / "x")
     assert found == [[0, *(b + 4 for b in text.encode()), 1] for text in expected]
     assert json.loads(json.dumps(report)) == json.loads((tmp_path / "x.json").read_text())
-    assert report["left_out"] == {"error": 250, "empty": 3, "short": 2, "duplicate": 3}
+    assert report["left_out"] == {"error": 250, "empty": 3, "short": 2}
     assert "line 114: not JSON" in report["errors"][99]
-    described = {"split_by": {}, "length": "", "held_out": False, "documents": 6}
-    described |= {"characters": sum(map(len, expected)), "bytes": len("".join(expected).encode())}
-    described |= {"tokens": sum(map(len, found))}
+    described = {"split_by": {}, "held_out": False, "documents": 9}
+    described |= {"bytes": len("".join(expected).encode()), "tokens": sum(map(len, found))}
     digests = {s: sha256((tmp_path / f"x.{s}").read_bytes()).hexdigest() for s in ("bin", "idx")}
     assert report["streams"] == {"x": described | {"sha256": digests}}
     assert files_of(tmp_path / "x").keys() == {"x.bin", "x.csv", "x.idx", "x.json"}
@@ -129,11 +127,11 @@ def test_end_tokens_in_texts_cut_no_document_whatever_is_indexed_at_once(tmp_pat
 
 
 def test_neither_the_bytes_nor_what_is_held_out_depend_on_how_it_is_read(tmp_path, monkeypatch):
-    texts = [f"text number {n % 2000}" for n in range(2100)]
+    texts = [f"text number {n}" for n in range(2100)]
     for number in range(3):
         write(tmp_path / f"in/{number}.jsonl", json_lines(texts[number * 700 : number * 700 + 700]))
     write(tmp_path / "other.jsonl", json_lines(texts[::-3]))
-    written, chosen = [], dict(validation=0.1, deduplicate=True, split_length=17)
+    written, chosen = [], dict(validation=0.1, split_length=17)
     for processes, batch, save_every in ((1, 1 << 18, 5), (1, 3000, 0), (2, 20_000, 0)):
         monkeypatch.setattr(prepare, "BATCH_BYTES", batch)
         monkeypatch.setattr(prepare, "SAVE_EVERY", save_every)
@@ -143,8 +141,8 @@ def test_neither_the_bytes_nor_what_is_held_out_depend_on_how_it_is_read(tmp_pat
     assert len(written[0]) == 11 and written[1] == written[0] and written[2] == written[0]
     train = texts_of(f"{out}.short") + texts_of(f"{out}.long")  # numbers under 1,000, and others
     valid = texts_of(f"{out}.short.valid") + texts_of(f"{out}.long.valid")
-    # 200 within five standard deviations, of which one is (2000 * 0.1 * 0.9) ** 0.5.
-    assert 133 < len(valid) < 267 and sorted(train + valid) == sorted(set(texts))
+    # 210 within five standard deviations, of which one is (2100 * 0.1 * 0.9) ** 0.5.
+    assert 141 < len(valid) < 279 and sorted(train + valid) == sorted(texts)
     assert train + valid == sorted(train, key=texts.index) + sorted(valid, key=texts.index)
     run(tmp_path / "other.jsonl", tmp_path / "y", validation=0.1)
     assert set(texts_of(tmp_path / "y.valid")) == set(valid) & set(texts[::-3])
@@ -153,7 +151,7 @@ def test_neither_the_bytes_nor_what_is_held_out_depend_on_how_it_is_read(tmp_pat
 def killed_at(moment, monkeypatch, *args, **options):
     """Whether run(...) reaches the change of a file that has this number, where it is killed.
 
-    It runs in a fork of this process. Of what is being written then, the file holds half.
+    It runs in a fork of this process.
     """
     left = moment
 
@@ -164,13 +162,8 @@ def killed_at(moment, monkeypatch, *args, **options):
             os._exit(9)
         return call(*args, **kwargs)
 
-    class HalfWritten(io.FileIO):
-        def write(self, data):
-            half = super().write(data[: len(data) // 2])
-            return half + counted(super().write, data[half:])
-
     def counted_open(file, mode, *args):
-        return open(file, mode, *args) if "r" in mode else HalfWritten(file, mode)
+        return open(file, mode, *args) if "r" in mode else counted(open, file, mode)
 
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -188,9 +181,9 @@ def test_a_run_that_is_killed_at_any_write_goes_on(tmp_path, monkeypatch, capfd)
     """Old streams never mix with the new ones, and whichever command comes next ends as ever."""
     monkeypatch.setattr(prepare, "SAVE_EVERY", 0)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    for name in "ab":  # with texts that both have
-        write(tmp_path / f"in/{name}.jsonl", json_lines(f"{name * (n > 2)} {n}" for n in range(20)))
-    options = {"old": {}, "new": dict(validation=0.3, deduplicate=True, min_characters=3)}
+    for name in "ab":
+        write(tmp_path / f"in/{name}.jsonl", json_lines(f"{name} {n}" for n in range(20)))
+    options = {"old": {}, "new": dict(validation=0.3, min_characters=4)}
     expected, reached, moment = {}, True, 0
     for name in ("new", "old"):
         run(tmp_path / "in", tmp_path / "whole/x", overwrite=True, **options[name])
@@ -210,9 +203,10 @@ def test_a_run_that_is_killed_at_any_write_goes_on(tmp_path, monkeypatch, capfd)
             assert any(pair.items() <= made.items() for made in expected.values()), moment
         for name, folder in folders.items():
             run(tmp_path / "in", folder / "x", overwrite=True, **options[name])
-            if name == "old":  # where it was still whole, the new one may go on later
-                shutil.rmtree(folder / "x.tmp", ignore_errors=True)
-            assert files_of(folder / "x") == expected[name], (moment, name)
+            # What the other run had begun may go on later.
+            shutil.rmtree(folder / "x.tmp", ignore_errors=True)
+            # A stream that had its place may stay there, but in no report and in no mixture.
+            assert files_of(folder / "x").items() >= expected[name].items(), (moment, name)
     assert moment > 30 and "input files are done; going on" in capfd.readouterr().err
 
 
@@ -251,22 +245,21 @@ def test_finished_files_are_not_read_again_and_other_inputs_are_refused(tmp_path
         before = contents(inputs)
         assert again("", error, **options) == "" and contents(inputs) == before
 
-    chosen = dict(deduplicate=True, validation=0.3)
+    chosen = dict(validation=0.3)
     broken = r"c\.jsonl, line 3: not JSON.*--on_error skip"
     others = "other inputs or options: .*--overwrite"
     # First it is counted whether there are few documents.
     assert again("7 documents are few; the tail of each", broken, **chosen) == "abcabc"
     assert again("2 input files are done; going on", broken, **chosen) == "c"
     refused(f"holds an unfinished run of {others}", **language)
-    for name in ("x.bin", "digests"):
-        whole = (inputs / "x.tmp" / name).read_bytes()
-        write(inputs / "x.tmp" / name, whole[:-1])
-        refused(rf"{name}: truncated; remove .*x\.tmp to start over", **chosen)
-        write(inputs / "x.tmp" / name, whole)
-    # What the first files gave is still known: of "the same" there is one.
+    whole = (inputs / "x.tmp/x.bin").read_bytes()
+    write(inputs / "x.tmp/x.bin", whole[:1])
+    refused(r"x\.bin: truncated; remove .*x\.tmp$", **chosen)
+    write(inputs / "x.tmp/x.bin", whole)
     assert again("going on", **chosen) == "c"
     parts = zip(texts_of(out), texts_of(f"{out}.valid"), strict=True)
-    assert ["".join(pair) for pair in parts] == ["the same", "of a", "of b", "of c"]
+    expected = [text for name in "abc" for text in ("the same", f"of {name}")]
+    assert ["".join(pair) for pair in parts] == expected
     assert again("already up to date", **chosen) == ""
     refused(f"was made from {others}", **language)
     os.utime(inputs / "a.jsonl", (1, 1))
@@ -280,18 +273,18 @@ def test_finished_files_are_not_read_again_and_other_inputs_are_refused(tmp_path
 
 def test_what_is_of_others_or_being_written_is_left_alone(tmp_path):
     out, file = tmp_path / "x", write(tmp_path / "t.jsonl", '{"text": "a", "split": "train"}')
-    for name in ("x.json", "x.csv", "x.valid.csv", "x.bin", "x.idx", "x.tmp/x.bin"):
+    for name in ("x.json", "x.bin", "x.tmp/x.bin"):
         other = write(tmp_path / name, '[{"text": "hello"}]')
-        with pytest.raises(DataError, match=rf"{name[:5]}.*: not (written|of this)"):
-            run([file, other], out, overwrite=True)
+        with pytest.raises(DataError, match=rf"{name[:5]}.*: (not written by|was made from)"):
+            run([file, other], out, overwrite=name != "x.bin")
         assert contents(tmp_path).keys() == {file, other, tmp_path / ".x.lock"}
         assert other.read_bytes() == b'[{"text": "hello"}]'
         other.unlink()
     (tmp_path / "x.tmp").rmdir()
     run(file, tmp_path / "x.train")
     train = files_of(tmp_path / "x.train")
-    with pytest.raises(DataError, match=r"x\.train\.bin: not of this --out"):
-        run(file, out, overwrite=True, split_by=("split",))
+    with pytest.raises(DataError, match=r"x\.train\.bin: was made from .*--overwrite"):
+        run(file, out, split_by=("split",))
     assert files_of(out) == train
     for options in ({}, dict(overwrite=True, min_characters=1)):
         before = files_of(out)
@@ -359,33 +352,6 @@ def test_a_value_that_cannot_be_part_of_a_name_is_an_error(tmp_path):
     write(file, "\n".join(json.dumps({"text": "x", "language": str(n)}) for n in range(1001)))
     with pytest.raises(DataError, match="over 1,000 streams: the fields to split by"):
         run(file, tmp_path / "x", split_by=("language",))
-
-
-@pytest.mark.parametrize("files, share", [(1, 0.1), (3, 0.02)])
-def test_of_few_documents_the_tails_are_held_out(tmp_path, capsys, files, share):
-    lines = [f"This is line {n}." + "\n" * (n % 7 == 0) for n in range(4000)]
-    texts = ["\n".join(lines[n:]) for n in range(files)]
-    for name, text in enumerate(texts):
-        write(tmp_path / f"in/{name}.txt", text)
-    report = run(tmp_path / "in", tmp_path / "x", validation=share)
-    assert report["held_out"] == "the tail of each document"
-    assert f"{files} documents are few; the tail of each is held out" in capsys.readouterr().err
-    train, valid = texts_of(tmp_path / "x"), texts_of(tmp_path / "x.valid")
-    assert [head + tail for head, tail in zip(train, valid, strict=True)] == texts
-    for head, tail in zip(train, valid):
-        assert head.endswith("\n\n")
-        assert 0 <= len(tail) - round(share * len(head + tail)) < 250  # a paragraph
-
-
-def test_a_tail_begins_at_the_best_border():
-    for marked, share in (
-        ("one two three\n\n|four\nfive six", 0.4),  # at a paragraph rather than at a line
-        ("one two three\n|four five six", 0.4),  # at a line rather than at a word
-        ("one two three |four five six", 0.4),
-        ("a\n\nbcdef|ghij", 0.3),  # where the nearest border is too far off
-    ):
-        head, tail = marked.split("|")
-        assert prepare.split_tail(head + tail, share) == [(head, False), (tail, True)]
 
 
 @given(st.text(" \nab", min_size=2), st.floats(0.001, 0.5))
@@ -456,9 +422,7 @@ def failures(path, field="text"):
     bad, good = {}, 0
     for record in records(path, [field]):
         try:
-            if record.error:
-                raise ValueError(record.error)
-            prepare.parse(record.content, [field])
+            prepare.parse(record, [field])
             good += 1
         except ValueError as error:
             bad[record.number] = str(error)
@@ -479,26 +443,20 @@ def test_a_file_cut_short_anywhere_is_an_error_and_what_is_whole_is_read(tmp_pat
             most = good
         assert failures(write(tmp_path / f"x.jsonl{suffix}", whole)) == ({}, rows)
     assert most > 300
-    one, two = (PACK[suffix](b'{"text": "%d"}\n' % n) for n in (1, 2))
-    for name in ("x.jsonl", "x.json", "x.txt"):  # damaged or foreign bytes where a member begins
-        for more in (b"?", b"? " + two, two[:1] + b"?" + two[2:], two[:-1]):
-            assert failures(write(tmp_path / f"{name}{suffix}", one + more))[0]
-    for zeros in (4, 65_536 - len(one), 200_000) if suffix == ".xz" else ():
-        assert failures(write(tmp_path / "x.jsonl.xz", one + bytes(zeros) + two)) == ({}, 2)
 
 
 def test_broken_tables(tmp_path):
-    table = pa.table({"text": ["a" * 99] * 500, "n": [n % 5 for n in range(500)]})
+    table = pa.table({"text": ["a", None, "b"], "n": [0, 1, 1]})
     file = tmp_path / "x.parquet"
-    pq.write_table(table, file, row_group_size=100, compression="none")
-    for field, reason in (("body", "no column 'body'; it has text, n"), ("n", "has type int64")):
-        bad, good = failures(file, field)
-        assert good == 0 and list(bad) == [1] and reason in bad[1]
-    report = run(file, tmp_path / "x", split_by=("n",))  # whole numbers
-    assert report["streams"].keys() == {f"x.{n}" for n in range(5)}
-    strings = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff", None]).buffers())
+    pq.write_table(table, file)
+    assert failures(file) == ({2: "no field 'text'"}, 2)
+    assert failures(file, "body") == ({1: "cannot be read further: no column 'body'"}, 0)
+    assert failures(file, "n")[0][3] == "its field 'n' is not a string"
+    report = run(file, tmp_path / "x", "skip", split_by=("n",))  # whole numbers
+    assert report["streams"].keys() == {"x.0", "x.1"}
+    strings = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
     pq.write_table(pa.table({"text": strings}), file)
-    assert failures(file) == ({2: "not UTF-8 at byte 0", 3: "no field 'text'"}, 1)
+    assert "Invalid UTF8" in failures(file)[0][1]
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
@@ -512,7 +470,8 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
 
 def test_a_folder_gives_its_data_once_and_says_what_is_not_read(tmp_path, monkeypatch, capsys):
     names = ["b.txt", "a.jsonl.zst", "sub/c.MD", "sub/e.parquet", "code.py", "g.html", "h.html"]
-    for name in (*names, ".ipynb_checkpoints/x.md", "._a.jsonl", "../else/z.txt"):
+    names += ["LICENSE.txt", "README.md", "sub/state.json"]  # documents only among other texts
+    for name in (*names, ".ipynb_checkpoints/x.md", "._a.jsonl", "../else/z.txt", "../else/x.txt"):
         write(tmp_path / "in" / name, b"")
     (tmp_path / "in/link").symlink_to(tmp_path / "else")
     (tmp_path / "else/back").symlink_to(tmp_path / "in")
@@ -520,7 +479,7 @@ def test_a_folder_gives_its_data_once_and_says_what_is_not_read(tmp_path, monkey
     (tmp_path / "in/gone.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in/pipe.txt")
     monkeypatch.chdir(tmp_path / "in")
-    inside = ["a.jsonl.zst", "b.txt", "link/z.txt", "sub/c.MD", "sub/e.parquet"]
+    inside = ["a.jsonl.zst", "b.txt", "link/x.txt", "link/z.txt", "sub/c.MD", "sub/e.parquet"]
     for inputs, expected in (
         (["."], inside),
         (["b.txt", ".", tmp_path / "in", "../else"], ["b.txt", inside[0], *inside[2:]]),
@@ -529,23 +488,10 @@ def test_a_folder_gives_its_data_once_and_says_what_is_not_read(tmp_path, monkey
         (["code.py", "*.html"], ["code.py", "g.html", "h.html"]),
     ):
         assert find_files(inputs) == list(map(Path, expected))
-    assert re.search(r"^\.: not read: \.html 2, \.py 1$", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^\.: not read: \.html 2, .*\.py 1", capsys.readouterr().err, re.MULTILINE)
     for nothing in ("*.xyz", "none.txt", write(tmp_path / "pdf/a.pdf", b"").parent):
         with pytest.raises(DataError, match=f"{re.escape(str(nothing))}: no "):
             find_files([nothing])
-
-
-def test_what_lies_beside_data_is_no_document(tmp_path):
-    for beside, data in (
-        (["LICENSE.txt", "README.md"], ["a.parquet", "reader.txt"]),
-        ([], ["README.md", "book.md"]),
-        (["dataset_dict.json", "train/state.json"], ["train/a.arrow"]),
-    ):
-        folder = f"{len(data)}{len(beside)}"
-        for name in (*beside, *data):
-            write(tmp_path / folder / name, b"")
-        assert find_files([tmp_path / folder]) == [tmp_path / folder / name for name in data]
-        assert all(find_files([tmp_path / folder / name]) for name in beside)
 
 
 def test_files_folders_and_globs_of_a_store_are_found_in_order(store):
@@ -566,18 +512,6 @@ def test_files_folders_and_globs_of_a_store_are_found_in_order(store):
     assert found("memory://bucket/**/*.jsonl") == ["a.jsonl"]
     store.pipe_file("/bucket/spark.parquet/part-0.parquet", b"")
     assert found("memory://bucket/spark.parquet") == ["spark.parquet/part-0.parquet"]
-
-
-def test_a_web_server_that_is_down_and_one_without_files_are_told_apart_from_no_file():
-    pytest.importorskip("aiohttp")
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        server = f"://127.0.0.1:{closed.getsockname()[1]}"
-        told = {f"http{s}": "Client.*Cannot connect" for s in ("{}/a.jsonl", "s{}/a.jsonl.gz")}
-        for name, said in (told | {"https{}/data": "a web server has no folders"}).items():
-            address = name.format(server)
-            with pytest.raises(DataError, match=f"^{address}: {said}"):
-                find_files([address])
 
 
 @pytest.mark.parametrize("form", ["lines", "lines.gz", "array", "string parquet"])
@@ -613,7 +547,7 @@ BAD_LINES = {
     b'{"text": "\xff"}': "not UTF-8 at byte 10",
     b"[" * 100_000: "JSON nested too deep",
     b"{" + DIGITS + b', "m": ' + b"[" * 100_000: "JSON nested too deep",
-    b'{"text": "code' + b" " * 1_100_000 + b'x"}': "cannot be tokenized: ",
+    b'{"text": "code' + b" " * 1_100_000 + b'x"}': "Regex error while tokenizing",
 }
 GOOD_LINES = {
     b'{"text": "a", ' + DIGITS + b', "x": NaN}': "a",
@@ -640,14 +574,9 @@ def test_documents_over_the_limit(tmp_path, monkeypatch):
     for suffix in ("", *PACK):
         file = write(tmp_path / f"x.jsonl{suffix}", PACK.get(suffix, bytes)(content))
         assert failures(file) == ({n: "a line over 1,000 bytes" for n in (1, 2, 4)}, 1)
-    for suffix in PACK:  # 16 MB do not come into the memory together
-        file = write(tmp_path / f"x.jsonl{suffix}", PACK[suffix](bytes(1 << 24)))
-        tracemalloc.start()
-        assert failures(file) == ({1: "a line over 1,000 bytes"}, 0)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 24, suffix
-        tracemalloc.stop()
     file = write(tmp_path / "x.json", "[" + " " * 1000 + "]")
-    assert failures(file) == ({1: "over 1,000 bytes: make it a .jsonl"}, 0)
+    said = "cannot be read further: over 1,000 bytes: make it a .jsonl"
+    assert failures(file) == ({1: said}, 0)
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 1001, 1002, 2002, 5003])
@@ -662,7 +591,7 @@ def test_a_long_text_is_cut_at_line_ends_or_between_characters(tmp_path, monkeyp
         assert (not length or all(pieces)) and found[-1].number == len(found)
 
 
-@pytest.mark.parametrize("cases", [152, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_damage_is_counted(tmp_path, store, cases):
     """pyarrow itself follows offsets that point outside the file, and asks for any memory."""
     chance, lines = random.Random(cases), [b"", b"\0" * 9, b"\n{", *BAD_LINES, *GOOD_LINES]
@@ -696,24 +625,9 @@ def test_any_text_comes_out_clean_and_loses_only_what_the_rules_name(text):
         assert cleaned == unicodedata.normalize("NFC", kept.replace("\r\n", "\n"))
 
 
-@pytest.mark.parametrize("size, most", [(prepare.BATCH_BYTES, 9), (100 * prepare.BATCH_BYTES, 2)])
-def test_no_more_is_read_in_advance_than_fits_in_memory(size, most):
-    """Four batches for each of two processes, or one that is larger, and the one being read."""
-    handed, worker = [], prepare.Worker(OURS, Options(), 0)
-
-    def batches():
-        for number in range(30):
-            handed.append(prepare.Batch([b'{"text": "a"}'], [(0, number)], size, 0, None))
-            yield handed[-1]
-
-    for taken, (batch, (_, tokens)) in enumerate(prepare.process(batches(), worker, 2)):
-        assert len(handed) - taken <= most and batch.places == [(0, taken)]
-        assert tokens.tolist() == [0, ord("a") + 4, 1]
-
-
 def test_a_process_that_dies_is_one_line():
     with pytest.raises(DataError, match=r"^a process died, .* try --processes 1$"):
-        list(prepare.process([prepare.Batch(3, [], 1, 0, None)], os._exit, 2))
+        list(prepare.process([(3, None)], os._exit, 2))
 
 
 @pytest.fixture
@@ -741,7 +655,8 @@ def folder(tmp_path_factory):
     for n in range(40):
         write(folder / f"src/{'deep/' * (n % 2)}{n}.py", f"code {n}\n" * (n % 50 + 1))
     tokenizer.save(RANKS, folder / "r.tiktoken")
-    write(folder / "blank.md", b"  \n")
+    write(folder / "blank.md", b" \0\n")
+    write(folder / "empty.md", b"")
     return folder
 
 
@@ -759,7 +674,7 @@ def test_tokens_are_made_and_the_same_command_again_does_nothing(folder, tmp_pat
 
 
 TOKENS = ("tokens", "{0}/fr.jsonl.gz", "--tokenizer={0}/r.tiktoken", "--out={0}/y", "--processes=1")
-SHARES = ("vocabulary", "fr={0}/fr.jsonl.gz", "--out={0}/y", "--shares", "fr=3")
+SHARES = ("vocabulary", "{0}/fr.jsonl.gz", "{0}/en.jsonl.gz", "--out={0}/y", "--shares", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -770,12 +685,14 @@ SHARES = ("vocabulary", "fr={0}/fr.jsonl.gz", "--out={0}/y", "--shares", "fr=3")
         ((*TOKENS, "--out=/"), "--out /: must end in a name"),
         ((*TOKENS, "--out={0}/y/"), "--out {0}/y/: must end in a name"),
         ((*TOKENS, "--split_length=0"), "--processes and --split_length are 1 or more"),
-        (("tokens", "{0}/blank.md", *TOKENS[2:]), "no document for training: of 1 read 0 were"),
-        ((*SHARES, "--out={0}/src"), "src: is a folder"),
-        ((*SHARES, "en=1"), "--shares en: no text has this name"),
-        ((*SHARES, "en=-1"), "en=-1: write --shares NAME=NUMBER"),
-        (("vocabulary", "nl={0}/fr.jsonl.gz", *SHARES[1:]), "nl={0}/fr.jsonl.gz: write NAME=PATH"),
-        ((*SHARES, "--megabytes=1"), "fr: its text and share allow 0.0"),
+        (
+            ("tokens", "{0}/blank.md", *TOKENS[2:]),
+            "y: no document was kept; left out: error 0, ",
+        ),
+        ((*SHARES, "0.5", "--out={0}/src"), "src: is a folder"),
+        (SHARES, "--shares has a number over 0 for each of the inputs"),
+        ((*SHARES, "-1"), "--shares has a number over 0 for each of the inputs"),
+        (("vocabulary", "{0}/empty.md", *SHARES[2:], "0.5"), "empty.md: no text"),
     ],
 )
 def test_a_wrong_command_is_one_line(folder, command, args, said):
@@ -786,43 +703,33 @@ def test_a_wrong_command_is_one_line(folder, command, args, said):
     assert "Traceback" not in err and not list(folder.glob("y*"))
 
 
-@pytest.mark.parametrize("megabytes", [None, 0.02])
-def test_a_vocabulary_is_learnt_from_texts_in_their_shares(folder, tmp_path, command, megabytes):
+def test_a_vocabulary_is_learnt_from_texts_in_their_shares(folder, tmp_path, command, monkeypatch):
     pytest.importorskip("tokenizers")
-    texts = {name: list(read_documents([folder / f"{name}.jsonl.gz"])) for name in ("fr", "en")}
-    texts = {name: [text.replace("\0", "") for text in texts[name]] for name in texts}
-    texts["code"] = [file.read_text() for file in folder.rglob("*.py")]
-    sizes = {name: sum(len(text) for text in texts[name]) for name in texts}
-    shares = {"fr": 0.5, "en": 0.3, "code": 0.2}
-    total = megabytes * 1e6 if megabytes else min(sizes[name] / shares[name] for name in sizes)
-    args = [f"{name}={folder}/{name}.jsonl.gz" for name in ("fr", "en")]
-    args += [f"code={folder}/src/{name}.py" for name in ("*", "deep/*", "0")]  # one of them twice
-    args += ["--shares", "fr=5", "en=3", "code=2", f"--folder={tmp_path}/json"]
-    args += [f"--out={tmp_path}/new/r", *([f"--megabytes={megabytes}"] if megabytes else [])]
+    paths = {f"{folder}/fr.jsonl.gz": 5, f"{folder}/en.jsonl.gz": 3, f"{folder}/src/**/*.py": 2}
+    texts = {path: list(map(clean, read_documents(find_files([path])))) for path in paths}
+    sizes = {path: sum(len(text) for text in texts[path]) for path in paths}
+    most = min(sizes[path] / share for path, share in paths.items())
     sample, train = [], tokenizer.train
 
     def listening(texts, vocab_size):
-        sample.extend(texts)
+        sample[:] = texts
         return train(sample, vocab_size)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "train", listening)
-        code, out, err = command("vocabulary", "--vocab_size=280", *args)
+    monkeypatch.setattr(tokenizer, "train", listening)
+    args = ["vocabulary", "--vocab_size=280", f"--out={tmp_path}/new/r"]
+    shares = ["--shares", *paths.values(), f"--folder={tmp_path}/json"]
+    code, out, err = command(*args, *paths, *shares)
     assert code == 0 and f"{tmp_path}/new/r: 280 tokens" in out, err
     assert len(set(sample)) == len(sample)
-    for name, share in shares.items():
-        keep = share * total / sizes[name]
-        variance = sum(len(text) ** 2 for text in texts[name]) * max(0, keep * (1 - keep))
-        drawn = sum(len(text) for text in sample if text in texts[name])
-        assert abs(drawn - share * total) <= 5 * variance**0.5 + 1e-6, name
-        assert f"{name}: {keep:.1%} of {sizes[name] / 1e6:,.3f} MB are drawn" in out
+    for path, share in paths.items():
+        keep = share * most / sizes[path]
+        variance = sum(len(text) ** 2 for text in texts[path]) * max(0, keep * (1 - keep))
+        drawn = sum(len(text) for text in sample if text in texts[path])
+        assert abs(drawn - share * most) <= 5 * variance**0.5 + 1e-6, path
     ranks = tokenizer.load(tmp_path / "new/r").bpe.ranks
     assert ranks == tokenizer.load(tmp_path / "json").bpe.ranks == train(sample, 280)
-    # Without shares all is read, or as much as is asked for.
-    args = ["vocabulary", f"{folder}/fr*.gz", write(tmp_path / "bad.jsonl", b"{")]
-    args += ["--on_error=skip", "--vocab_size=280", f"--out={tmp_path}/v"]
-    code, _, err = command(*args)
+    # Without shares all is read.
+    bad = write(tmp_path / "bad.jsonl", b"{")
+    code, _, err = command(*args, f"{folder}/fr*.gz", bad, "--on_error=skip")
     assert code == 0 and re.search(r"^left out: .*bad.jsonl, line 1: not JSON", err, re.MULTILINE)
-    assert tokenizer.load(tmp_path / "v").bpe.ranks == train(texts["fr"], 280)
-    _, out, _ = command(*args, "--megabytes=0.01")
-    assert f"all: {1e4 / sizes['fr']:.1%} of {sizes['fr'] / 1e6:,.3f} MB are drawn" in out
+    assert sample == texts[f"{folder}/fr.jsonl.gz"]

@@ -77,13 +77,6 @@ def test_a_stream_continues_what_was_shown(trained):
     pair_of(trained.bpe).check_streams()
 
 
-def test_a_stream_shows_every_character_at_once_and_never_half_of_one():
-    ours = Tokenizer(ByteLevelBPE(BYTES))
-    assert list(ours.stream(ours.encode("aé🙂"))) == ["a", "é", "🙂"]
-    emoji = ours.encode_ordinary("🙂")
-    assert list(ours.stream(emoji[2:], after=emoji[:2])) == ["🙂"]
-
-
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -172,7 +165,7 @@ def test_what_is_no_vocabulary_or_another_is_refused_in_one_line(tmp_path, train
         (changed(normalizer={"type": "NFKC"}), "other rules or merges"),
         (changed(pre_tokenizer=None), "other rules or merges"),
         (changed(model=model | {"merges": model["merges"][:-1]}), "other rules or merges"),
-        (changed(model=model | {"vocab": model["vocab"] | {"☃": 1000}}), "but not one"),
+        (changed(model=model | {"vocab": model["vocab"] | {"☃": 1000}}), "for no byte"),
         (changed(model=model | {"vocab": model["vocab"] | {"aaaa": 1005}}), "without gaps"),
         (changed(model=model | {"byte_fallback": True}), "Lucie's form"),
     ]
