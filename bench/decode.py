@@ -3,25 +3,24 @@
     python -m bench.decode [CONFIG] [--batch 1 16] [--prompt 1920] [--new 128] [--out DIR]
     python -m bench.decode --toy                   a rehearsal at toy size on a CPU
 
-CONFIG and options of train.py give the architecture: by default Lucie-7B on a CUDA machine, the
-demo's model on a CPU. Weights are random, decoding is greedy, in bf16 on a GPU and fp32 on a CPU:
+CONFIG and all other options are train.py's and give the architecture: by default Lucie-7B on a CUDA
+machine, the demo's model on a CPU. Weights are random, decoding is greedy, in bf16 on a GPU and in
+fp32 on a CPU:
 
     ours                    generate.decode, a CUDA graph a step
     ours int4               the same with quantize.py's matrices
     transformers            generate, as it is
     transformers compiled   generate with a static cache, which torch.compile serves; on a GPU
-    bitsandbytes            generate with NF4 matrices, where it is installed
+    bitsandbytes            generate with NF4 matrices; on a GPU
 
 The time of a step is that of `new` tokens more after the first, so the prompt is not in it. The
-floor of a step is what it must read: every matrix once, and the keys and values so far, at the
-speed of a large copy in the same run. Memory is the peak of what torch allocated, on a GPU.
-
-Writes decode.json into DIR. Exit code 1 where ours failed.
+floor of a step is what it must read, every matrix once and the keys and values so far, at the speed
+of a large copy. Memory is the peak of what torch allocated. Writes DIR/decode.json. Exit code 1
+where ours failed.
 """
 
 import argparse
 import gc
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -119,17 +118,14 @@ def to_nf4(model: nn.Module, device: str, dtype: torch.dtype) -> None:
                 setattr(module, name, packed.to(device))
 
 
-def implementations(device: str) -> dict[str, Callable[..., Built]]:
-    """Those that can run here, each a function that builds it."""
-    found = {"ours": ours, "ours int4": lambda *args: ours(*args, int4=True)}
-    if importlib.util.find_spec("transformers"):
-        found["transformers"] = transformers
-        if device == "cuda":
-            static = {"cache_implementation": "static"}
-            found["transformers compiled"] = lambda *args: transformers(*args, **static)
-        if importlib.util.find_spec("bitsandbytes"):
-            found["bitsandbytes"] = lambda *args: transformers(*args, nf4=True)
-    return found
+IMPLEMENTATIONS: dict[str, Callable[..., Built]] = {
+    "ours": ours,
+    "ours int4": lambda *args: ours(*args, int4=True),
+    "transformers": transformers,
+    "transformers compiled": lambda *args: transformers(*args, cache_implementation="static"),
+    "bitsandbytes": lambda *args: transformers(*args, nf4=True),
+}
+ON_A_GPU = ("transformers compiled", "bitsandbytes")
 
 
 def seconds(generate: Generate, prompts: list[list[int]], new: int, device: str) -> float:
@@ -150,16 +146,15 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
     results |= {"config": vars(config), "prompt": args.prompt, "new": args.new, "rows": []}
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     kv *= dtype.itemsize * (args.prompt + args.new / 2)  # bytes a row, on average
-    for name, build in (bar := tqdm(implementations(device).items())):
+    names = [name for name in IMPLEMENTATIONS if device == "cuda" or name not in ON_A_GPU]
+    for name in (bar := tqdm(names)):
         bar.set_description(name)
         generate = None
-        for batch in args.batch:
-            if time.monotonic() >= deadline:
-                break
+        for batch in args.batch if time.monotonic() < deadline else ():
             row = {"name": name, "batch": batch, "failure": None}
             try:
                 if generate is None:
-                    generate, weights = build(config, device, dtype)
+                    generate, weights = IMPLEMENTATIONS[name](config, device, dtype)
                 generator = torch.Generator().manual_seed(batch)
                 size = (batch, args.prompt)
                 prompts = torch.randint(4, config.vocab_size, size, generator=generator).tolist()
@@ -182,8 +177,8 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
         generate = None
         gc.collect()
         torch.compiler.reset()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
+    write_json(results, args.out / "decode.json")
     return results
 
 
@@ -196,15 +191,12 @@ def table(results: dict) -> str:
         f"{'':22} batch  tokens/s  ms a step  floor ms  of floor  peak GB",
     ]
     for row in results["rows"]:
-        start = f"{row['name']:22} {row['batch']:5}"
-        if row["failure"]:
-            lines.append(f"{start}  {row['failure']}")
-            continue
-        peak = f"{row['peak_bytes'] / 1e9:8.2f}" if row["peak_bytes"] else ""
-        lines.append(
-            f"{start} {row['tokens_per_second']:9,.1f} {row['ms_per_step']:10.2f} "
-            f"{row['floor_ms']:9.3f} {row['of_floor']:9.0%} {peak}"
-        )
+        line = f"{row['name']:22} {row['batch']:5}  "
+        if row["failure"] is None:
+            peak = f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""
+            line += f"{row['tokens_per_second']:8,.1f} {row['ms_per_step']:10.2f} "
+            line += f"{row['floor_ms']:9.3f} {row['of_floor']:9.0%}{peak}"
+        lines.append(line + (row["failure"] or ""))
     return "\n".join(lines)
 
 
@@ -213,16 +205,16 @@ def main(argv: list[str]) -> int:
         prog="bench.decode", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="prompts at a time")
-    parser.add_argument("--prompt", type=int, help="tokens before the first new one")
-    parser.add_argument("--new", type=int, help="tokens timed")
+    parser.add_argument("--prompt", type=int, default=1920, help="tokens before the first new one")
+    parser.add_argument("--new", type=int, default=128, help="tokens timed")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many is shown")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing more after these")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of decode.json")
     parser.add_argument("--toy", action="store_true", help="toy size on a CPU")
     args, options = parser.parse_known_args(argv)
     cuda = torch.cuda.is_available() and not args.toy
-    args.prompt = args.prompt or (7 if args.toy else 1920)
-    args.new = args.new or (3 if args.toy else 128)
+    if args.toy:
+        args.prompt, args.new = min(args.prompt, 7), min(args.new, 3)
     if min([*args.batch, args.prompt, args.new, args.rounds]) < 1:
         raise ConfigError("--batch, --prompt, --new and --rounds must be at least 1")
     config = read_config(options, args.toy)

@@ -19,8 +19,8 @@ import importlib.metadata
 import json
 import math
 import platform
-import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,10 +38,6 @@ TOY_SIZES = Sizes(hidden=128, intermediate=256, heads=4, kv_heads=2, head_dim=64
 TOY_BASELINES = (OURS, "eager", "sdpa_flash")  # a CPU has these, and they need no compiler
 TOLERANCE = 2e-2  # relative, in the Frobenius norm: bf16 kernels are near 4e-3
 CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
-COLOURS = {
-    OURS: "tab:red", "eager": "tab:gray", "compile": "tab:blue", "liger": "tab:green",
-    "sdpa_flash": "tab:purple", "sdpa_cudnn": "tab:olive", "flex": "tab:cyan",
-}  # fmt: skip
 
 
 # --- what bench.step and bench.decode use too -----------------------------------------------------
@@ -54,12 +50,8 @@ def time_of(function: Callable[[], object], device: str) -> list[float]:
 
         return triton.testing.do_bench(function, warmup=25, rep=150, quantiles=(0.5, 0.2, 0.8))
     function()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return [statistics.median(times), *sorted(times)[1::2]]
+    times = sorted(1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=5))
+    return [times[2], times[1], times[3]]
 
 
 def copy_speed(device: str) -> float:
@@ -291,8 +283,7 @@ def plot(results: dict, out: Path) -> None:
             for name in dict.fromkeys(row["baseline"] for row in rows if not row["failure"]):
                 points = [(r["tokens"], r["speed"]) for r in rows if r["baseline"] == name]
                 points = [(tokens, speed) for tokens, speed in points if speed]
-                width = 2.4 if name == OURS else 1.4
-                panel.plot(*zip(*points), "o-", color=COLOURS[name], label=name, lw=width)
+                panel.plot(*zip(*points), "o-", label=name, lw=2.4 if name == OURS else 1.2)
             unit, ticks = OPS[op].unit, sorted({row["tokens"] for row in rows})
             ceiling = results["ceilings"][unit]
             panel.axhline(ceiling, color="black", lw=1, ls="--", label=CEILINGS[unit])

@@ -46,30 +46,26 @@ class Job:
                 model = Lucie(checkpoint.architecture(asdict(config)))
             parallel.checkpoint_activations(model, config.activation_checkpointing)
             self.schedule = Schedule(config)
-            # Into how many parts a copy of the model is cut.
+            # the number of parts that a copy of the model is cut into
             self.shards = parallel.shards(config.parallel, config.replica_size or 8, gpus)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.config, self.gpus, self.model = config, gpus, model
-
         self.unwrapped = gpus == 1 and config.device == "cpu"
-        # Weights are gathered in the dtype of compute; else they are whole, and cast by autocast.
+        # Weights are gathered in the dtype of compute; else whole, and cast by autocast.
         self.fsdp = config.parallel != "ddp" and not self.unwrapped
         self.reduces_each = config.reduce_each_micro_batch and gpus > 1
         # The kernels' definitions run, which make more temporary tensors.
-        self.definitions = config.kernels == "torch"
-        self.definitions |= config.kernels == "auto" and config.device == "cpu"
-
-        # Bytes of a number in a product (auto stands for bfloat16), and of the residual stream,
+        on_cpu = config.kernels == "auto" and config.device == "cpu"
+        self.definitions = config.kernels == "torch" or on_cpu
+        # Bytes of a number in a product (auto stands for bfloat16), and in the residual stream,
         # which autocast leaves in fp32.
         self.compute = 4 if config.dtype == "float32" else 2
         self.residual = self.compute if self.fsdp else 4
-
         # Of one GPU: micro-batches in a step, tokens in a micro-batch.
         samples = -(-config.global_batch_size // gpus)
         self.micro_batches = -(-samples // config.micro_batch_size)
         self.tokens = min(config.micro_batch_size, samples) * config.seq_len
-
         # Parameters; and those of the embedding, of a block, and of the last norm with the head.
         self.parameters = model.num_params()
         embedding, blocks = model.embed_tokens.weight.numel(), len(model.layers)
@@ -250,32 +246,30 @@ def traffic(job: Job) -> dict[str, float]:
 def show(job: Job, card: str, mfu: float) -> None:
     """Print the plan of a job; mfu: the share of the card's FLOP/s that the job is to reach."""
 
-    def line(name: str, figure: float, digits: int, rest: str = "") -> None:
-        print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
-
-    def verdict(total: float) -> str:
-        return "fits" if total <= room else "does not fit"
-
     c, (_, room, flops) = job.config, GPUS[card]
     moment, parts = peak(job)
-    total = sum(parts.values())
     sent = {name: size for name, size in traffic(job).items() if size}
     tokens, hours = speed(job, mfu, flops)
     seconds = c.global_batch_size * c.seq_len / (tokens * job.gpus)
+
+    def line(name: str, figure: float, digits: int, rest: str = "") -> None:
+        print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
+
+    def line_of_peak(name: str, total: float) -> None:
+        fits = "fits" if total <= room else "does not fit"
+        line(name, total / 1e9, 2, f"of {room / 1e9:.0f}: {fits}")
+
     print(f"{c.name}, {job.parameters:,} parameters, on {job.gpus} x {card}, {c.parallel}")
-    print(
-        f"a step: {c.global_batch_size:,} x {c.seq_len:,} tokens, on each GPU "
-        f"{job.micro_batches:,} micro-batches of {job.tokens // c.seq_len}"
-    )
+    print(f"a step: {c.global_batch_size:,} x {c.seq_len:,} tokens, on each GPU", end=" ")
+    print(f"{job.micro_batches:,} micro-batches of {job.tokens // c.seq_len}")
     print(f"\nGB of a GPU at the peak of a step: {moment}")
     for name, size in parts.items():
         line(name, size / 1e9, 2)
-    line("peak", total / 1e9, 2, f"of {room / 1e9:.0f}: {verdict(total)}")
+    line_of_peak("peak", sum(parts.values()))
     for mode in parallel.ACTIVATION_CHECKPOINTING:
         if mode != c.activation_checkpointing:
             other = Job(replace(c, activation_checkpointing=mode), job.gpus)
-            total = sum(peak(other)[1].values())
-            line(f"with activation_checkpointing={mode}", total / 1e9, 2, verdict(total))
+            line_of_peak(f"with activation_checkpointing={mode}", sum(peak(other)[1].values()))
     line("main memory, to save a checkpoint", 12 * job.parameters / job.shards / 1e9, 2)
     print(f"\nspeed at an MFU of {mfu:.1%}")
     line("tokens a second on a GPU", tokens, 0)

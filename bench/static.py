@@ -29,8 +29,6 @@ try:
 
     from gpuless.compiler import CHIPS, Launch, fake_gpu, occupancy
 except ImportError as error:
-    if __name__ != "__main__":
-        raise
     print(f"bench.static: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
     sys.exit(2)
 
@@ -72,6 +70,10 @@ def _tensor(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).requires_grad_()
 
 
+def _x() -> Tensor:
+    return _tensor(TOKENS, HIDDEN)
+
+
 def _backward(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
@@ -83,19 +85,10 @@ def _qkv(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(part.requires_grad_() for part in parts)
 
 
-def _add_rms_norm() -> None:
-    x, residual = _tensor(TOKENS, HIDDEN), _tensor(TOKENS, HIDDEN)
-    _backward(*kernels.add_rms_norm(x, residual, _tensor(HIDDEN), 1e-5))
-
-
 def _rope(positions: Tensor | None = None) -> None:
     q, k, _ = _qkv(128)
     table = torch.empty(TOKENS, 64)
     _backward(*kernels.rope(q, k, table, table, positions))
-
-
-def _attention(head_dim: int, cu_seqlens: Tensor | None = None) -> None:
-    _backward(kernels.attention(*_qkv(head_dim), cu_seqlens))
 
 
 def _decode(head_dim: int) -> None:
@@ -119,18 +112,18 @@ def _int4_linear(rows: int, columns: int, hidden: int) -> None:
 
 _DOCUMENTS = torch.tensor([0, 1000, 1000, 3001, TOKENS], dtype=torch.int32)
 CASES: dict[str, dict[str, Callable[[], None]]] = {
-    "rms_norm": {
-        "": lambda: _backward(kernels.rms_norm(_tensor(TOKENS, HIDDEN), _tensor(HIDDEN), 1e-5))
+    "rms_norm": {"": lambda: _backward(kernels.rms_norm(_x(), _tensor(HIDDEN), 1e-5))},
+    "add_rms_norm": {
+        "": lambda: _backward(*kernels.add_rms_norm(_x(), _x(), _tensor(HIDDEN), 1e-5))
     },
-    "add_rms_norm": {"": _add_rms_norm},
     "rope": {"": _rope, "positions": lambda: _rope(torch.zeros(1, TOKENS, dtype=torch.int64))},
     "swiglu": {"": lambda: _backward(kernels.swiglu(_tensor(TOKENS, 2 * FEED_FORWARD)))},
     "attention": {
-        "D=128": lambda: _attention(128),
-        "D=128 documents": lambda: _attention(128, _DOCUMENTS),
+        "D=128": lambda: _backward(kernels.attention(*_qkv(128))),
+        "D=128 documents": lambda: _backward(kernels.attention(*_qkv(128), _DOCUMENTS)),
         "D=128 decoding": lambda: _decode(128),
-        "D=64": lambda: _attention(64),
-        "D=64 documents": lambda: _attention(64, _DOCUMENTS),
+        "D=64": lambda: _backward(kernels.attention(*_qkv(64))),
+        "D=64 documents": lambda: _backward(kernels.attention(*_qkv(64), _DOCUMENTS)),
         "D=64 decoding": lambda: _decode(64),
     },
     "linear_cross_entropy": {"": _linear_cross_entropy},
@@ -257,16 +250,12 @@ def main(argv: list[str]) -> int:
     for chip in args.chip:
         if of_chip := [row for row in rows if row["chip"] == chip]:
             print(table(chip, of_chip), end="\n\n")
-    ptxas = {
-        f"sm_{chip}": re.search(r"V([\d.]+)", get_ptxas_version(chip)).group(1)
-        for chip in args.chip
-    }
+    ptxas = [re.search(r"V([\d.]+)", get_ptxas_version(chip)).group(1) for chip in args.chip]
     if args.json:
-        report = {"triton": triton.__version__, "ptxas": ptxas, "failures": failures}
-        report["kernels"] = rows
+        report = {"triton": triton.__version__, "ptxas": dict(zip(args.chip, ptxas))}
+        report |= {"kernels": rows, "failures": failures}
         write_file(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    of_chips = ", ".join(f"{version} for {chip}" for chip, version in ptxas.items())
-    print(f"triton {triton.__version__}, ptxas {of_chips}; {len(rows)} kernels")
+    print(f"triton {triton.__version__}, ptxas {', '.join(ptxas)}; {len(rows)} kernels")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if args.check and failures else 0

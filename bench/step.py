@@ -3,10 +3,9 @@
     python -m bench.step [CONFIG] [--seq_len=32000] [--layers 16] [--out DIR] [--minutes 5]
     python -m bench.step --toy                     a rehearsal at toy size on a CPU
 
-CONFIG is a file of train.py's, and any option of train.py can be added; by default it is
-config/pretrain.py (Lucie-7B) on a CUDA machine and config/demo_pretrain.py on a CPU. A step is
-train.py's: micro-batches accumulated, the gradient clipped, fused AdamW, with random tokens and
-weights. On a GPU it has at most 32,768 tokens, on a CPU one micro-batch.
+CONFIG and all other options are train.py's; the default is config/pretrain.py (Lucie-7B) on a CUDA
+machine and config/demo_pretrain.py on a CPU. A step is train.py's, with random tokens and weights:
+micro-batches of at most 32,768 tokens in all on a GPU, one micro-batch on a CPU.
 
     ours            Lucie as train.py builds it
     transformers    LlamaForCausalLM with torch's SDPA
@@ -15,16 +14,13 @@ weights. On a GPU it has at most 32,768 tokens, on a CPU one micro-batch.
 
 On a GPU all are under FSDP2 on one rank: weights, gradients and moments fp32, compute in bf16. At
 small size each is first compared with our definitions in fp32, loss and gradient norm; one that is
-wrong is not timed. Each runs with the least activation checkpointing that fits. They are measured
-in turns, and a ratio is the median over the rounds, so that a machine whose speed drifts favours
-none. MFU counts 6 N + 6 L D S FLOPs a token against the card's nominal peak.
-
-Writes step.json into DIR. Exit code 1 where ours failed or was wrong.
+wrong is not timed. Each runs with the least activation checkpointing that fits. All take turns, and
+a ratio is the median over the rounds. MFU counts 6 N + 6 L D S FLOPs a token against the card's
+nominal peak. Writes DIR/step.json. Exit code 1 where ours failed or was wrong.
 """
 
 import argparse
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +41,6 @@ from tqdm import tqdm
 import checkpoint
 import kernels
 import parallel
-from bench import plan
 from bench.kernels import describe, machine, write_json
 from config import Config, load
 from config.cli import ConfigError, Parser, run_cli
@@ -59,7 +54,6 @@ TOY = [
     "--vocab_size=512", "--hidden_size=128", "--intermediate_size=384", "--num_hidden_layers=2",
     "--num_attention_heads=4", "--num_key_value_heads=1", "--seq_len=64", "--micro_batch_size=2",
 ]  # fmt: skip
-ROOM = 0.94  # of a card's memory; the CUDA context and fragmentation take the rest
 STEPS = 3  # timed in a row, after one that compiles and makes the moments
 OPERATIONS = 15  # rows in the table of operations
 
@@ -167,49 +161,37 @@ def compare(build: Build, device: torch.device) -> str | None:
     The targets are what the exact model finds likeliest, so its loss is far below that of a guess,
     and whatever is computed in another way raises it.
     """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(SMALL.vocab_size, (2, SMALL.seq_len), generator=generator).to(device)
+
+    def loss_and_norm(model: nn.Module, loss: Loss) -> tuple[float, float]:
+        value = loss(tokens, targets)
+        value.backward()
+        return value.item(), parallel.clip_gradients(model, 0).item()
+
     before = kernels.use("torch")
     try:
         exact = Lucie(architecture(SMALL)).to(device)
-        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in exact.parameters():
                 drawn = torch.randn(p.shape, generator=generator) * 2 * p.shape[-1] ** -0.5
                 p.copy_(torch.ones(p.shape) if p.ndim == 1 else drawn)
-            shape = (2, SMALL.seq_len)
-            tokens = torch.randint(SMALL.vocab_size, shape, generator=generator).to(device)
             targets = exact(tokens).argmax(-1)
-        expected = loss_and_norm(exact, exact, tokens, targets)
+        expected = loss_and_norm(exact, exact)
     finally:
         kernels.use(before)
+    weights = dict(exact.named_parameters())
     with build(SMALL, device) as (model, loss), autocast(SMALL, device):
-        copy_weights(exact, model)
-        found = loss_and_norm(model, loss, tokens, targets)
+        for name, parameter in model.named_parameters():
+            # transformers has q, k, v and gate, up apart, under Hugging Face's names
+            source = (name, 0, None) if name in weights else rows_of(exact.config)[name]
+            parallel.fill_rows(parameter, 0, weights[source[0]].detach()[source[1] : source[2]])
+        found = loss_and_norm(model, loss)
     errors = [abs(a - b) / b for a, b in zip(found, expected)]
     if errors[0] <= LOSS_TOLERANCE and errors[1] <= NORM_TOLERANCE:  # false for NaN
         return None
-    return (
-        f"wrong: loss {found[0]:.4f} instead of {expected[0]:.4f}, "
-        f"gradient norm {found[1]:.4f} instead of {expected[1]:.4f}"
-    )
-
-
-def loss_and_norm(
-    model: nn.Module, loss: Loss, tokens: Tensor, targets: Tensor
-) -> tuple[float, float]:
-    value = loss(tokens, targets)
-    value.backward()
-    return value.item(), parallel.clip_gradients(model, 0).item()
-
-
-def copy_weights(source: Lucie, model: nn.Module) -> None:
-    """Our weights into our model, or into transformers', whose q, k, v, gate and up are apart."""
-    weights, parameters = dict(source.named_parameters()), dict(model.named_parameters())
-    rows = {name: (name, 0, len(weight)) for name, weight in weights.items()}
-    if "embed_tokens.weight" not in parameters:
-        rows = rows_of(source.config)
-    for name, parameter in parameters.items():
-        ours, first, end = rows[name]
-        parallel.fill_rows(parameter, 0, weights[ours].detach()[first:end])
+    pairs = zip(("loss", "gradient norm"), found, expected)
+    return "wrong: " + ", ".join(f"{name} {a:.4f} for {b:.4f}" for name, a, b in pairs)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
@@ -278,11 +260,8 @@ def measure(name: str, config: Config, device: torch.device, profiled: bool) -> 
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         found: dict[str, object] = {"seconds": [seconds(step, device) for _ in range(STEPS)]}
-        cuda = device.type == "cuda"
-        found["allocated"] = torch.cuda.max_memory_allocated() if cuda else None
-        if profiled:
-            found["operations"] = operations(step, device)
-    return found
+        found["allocated"] = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
+        return found | ({"operations": operations(step, device)} if profiled else {})
 
 
 def operations(step: Callable[[], None], device: torch.device) -> list[dict]:
@@ -307,28 +286,11 @@ def operations(step: Callable[[], None], device: torch.device) -> list[dict]:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def planned(config: Config) -> float:
-    """Bytes at the peak of our step."""
-    return sum(plan.peak(plan.Job(config, 1))[1].values())
-
-
-def fit_layers(config: Config, room: float) -> Config:
-    """The config with the largest number of layers of which our step fits into `room` bytes."""
-    while config.num_hidden_layers > 1:
-        if planned(replace(config, activation_checkpointing="full")) <= room:
-            break
-        config = replace(config, num_hidden_layers=config.num_hidden_layers - 1)
-    return config
-
-
-def attempt(
-    name: str, configs: list[Config], device: torch.device, profiled: bool
-) -> dict[str, object]:
-    """A row of the first config for which there is memory; the others are dropped from the list."""
+def attempt(name: str, configs: list[Config], device: torch.device, profiled: bool) -> dict:
+    """A row of the first config for which there is memory; those before it leave the list."""
     while True:
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
         try:
             found = measure(name, configs[0], device, profiled)
             mode = configs[0].activation_checkpointing
@@ -340,23 +302,16 @@ def attempt(
 
 
 def run(
-    config: Config,
-    names: list[str],
-    device: torch.device,
-    out: Path,
-    rounds: int,
-    minutes: float,
+    config: Config, names: list[str], device: torch.device, out: Path, rounds: int, minutes: float
 ) -> dict:
     """Measure, and return the results; out/step.json holds what is known after every row.
 
     Nothing more is begun after `minutes`, or after Ctrl-C.
     """
     deadline = time.monotonic() + 60 * minutes
-    room = ROOM * parallel.memory_of_machine(device) if device.type == "cuda" else math.inf
     modes = [replace(config, activation_checkpointing=m) for m in ("none", "selective", "full")]
-    configs = {name: [c for c in modes if planned(c) <= room] or modes[-1:] for name in names}
-    for name in {"transformers", "liger"} & configs.keys():
-        configs[name] = [modes[0], modes[2]]  # it knows these two, and needs less or more than ours
+    of_transformers = [modes[0], modes[2]]  # it does not know the other
+    configs = {name: modes[:] if "ours" in name else of_transformers[:] for name in names}
     with torch.device("meta"):
         flops = Lucie(architecture(config)).flops_per_token(config.seq_len)
     peak, tokens = parallel.peak_flops(device), config.global_batch_size * config.seq_len
@@ -378,7 +333,6 @@ def run(
                 speed = tokens / statistics.median(row["seconds"])
                 row |= {"round": number, "tokens_per_second": speed}
                 row["mfu"] = speed * flops / peak if peak else None
-                row["planned"] = planned(configs[name][0]) if name == OURS else None
                 results["rows"].append(row)
             except Exception as error:  # a baseline that cannot run is a result too
                 results["failures"][name] = describe(error)
@@ -397,7 +351,7 @@ def table(results: dict) -> str:
         f"{c['num_hidden_layers']} layers of {c['hidden_size']:,}, {c['dtype']}, a step of "
         f"{c['global_batch_size']} x {c['seq_len']:,} tokens in micro-batches of "
         f"{c['micro_batch_size']}",
-        f"{'':16}{'checkpointing':>14}{'tokens/s':>10}{'MFU':>7}{'GB':>7}{'planned':>9}{'ours/it':>9}",
+        f"{'':16}{'checkpointing':>14}{'tokens/s':>10}{'MFU':>7}{'GB':>7}{'ours/it':>9}",
     ]
     speeds: dict[str, dict[int, float]] = {}
     for row in results["rows"]:
@@ -406,12 +360,14 @@ def table(results: dict) -> str:
         row = [row for row in results["rows"] if row["name"] == name][-1]
         speed = statistics.median(of_rounds.values())
         mfu = f"{row['mfu'] * speed / row['tokens_per_second']:.1%}" if row["mfu"] else ""
-        sizes = [f"{row[n] / 1e9:.1f}" if row[n] else "" for n in ("allocated", "planned")]
+        peak = f"{row['allocated'] / 1e9:.1f}" if row["allocated"] else ""
         pairs = [speeds[OURS][r] / s for r, s in of_rounds.items() if r in speeds.get(OURS, {})]
         ratio = f"{statistics.median(pairs):.2f}" if pairs and name != OURS else ""
         line = f"{name:16}{row['activation_checkpointing']:>14}{speed:10,.0f}{mfu:>7}"
-        lines.append(f"{line}{sizes[0]:>7}{sizes[1]:>9}{ratio:>9}".rstrip())
-    lines += [f"{name:16} {failure}" for name, failure in results["failures"].items()]
+        lines.append(f"{line}{peak:>7}{ratio:>9}".rstrip())
+    for name, failure in results["failures"].items():
+        hint = " (try fewer --layers)" if "out of memory" in failure.lower() else ""
+        lines.append(f"{name:16} {failure}{hint}")
     for row in results["rows"]:
         if found := row.get("operations"):
             step, total = 1e3 * statistics.median(row["seconds"]), sum(o["ms"] for o in found)
@@ -438,7 +394,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--layers", type=int, help="blocks; default: all, or as many as fit")
+    parser.add_argument("--layers", type=int, help="number of blocks; default: all")
     parser.add_argument("--baselines", nargs="+", help=f"of {', '.join(IMPLEMENTATIONS)}")
     parser.add_argument("--rounds", type=int, help="default: 2 on a GPU, 5 on a CPU")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing more after these")
@@ -454,19 +410,16 @@ def main(argv: list[str]) -> int:
         options.append(f"--num_hidden_layers={args.layers}")
     config = read_config(options, args.toy)
     samples = max(config.micro_batch_size, 32_768 // config.seq_len if cuda else 1)
-    step = [f"--global_batch_size={samples}", "--batch_ramp_samples=0"]
-    config = read_config(options, args.toy, *step)
+    config = read_config(options, args.toy, f"--global_batch_size={samples}")
     try:
         device, dtype = parallel.pick_device("cuda" if cuda else "cpu", config.dtype)
+        config = replace(config, dtype=str(dtype).removeprefix("torch."))
+        architecture(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config = replace(config, dtype=str(dtype).removeprefix("torch."), device=device.type)
-    plan.Job(config, 1)  # raises ConfigError for sizes that cannot be
-    if cuda:
+    if cuda:  # models of several sizes follow each other, and would leave holes in the memory
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         parallel.start_processes(device)
-        if not args.layers:
-            config = fit_layers(config, ROOM * parallel.memory_of_machine(device))
     names = [name for name in names if name == OURS or name in wanted]
     results = run(config, names, device, args.out, args.rounds or (2 if cuda else 5), args.minutes)
     print(table(results))

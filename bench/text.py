@@ -1,7 +1,7 @@
 """Speed of our tokenizers and of data.prepare, each beside its baseline.
 
     python -m bench.text tokenizer TOKENIZER FILES... [--megabytes 20] [--repeats 2]
-    python -m bench.text prepare TOKENIZER FILES... [--megabytes 60] [--repeats 2] [--processes 2]
+    python -m bench.text prepare TOKENIZER FILES... [--megabytes 20] [--repeats 2] [--processes 2]
 
 TOKENIZER is a tokenizer.json or the folder it is in; FILES are what data.prepare reads. Texts that
 spell a special token ("<s>") are left out: `encode` and the library read it as that token, while
@@ -120,14 +120,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=("tokenizer", "prepare"), help="what is measured")
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json, or the folder it is in")
     parser.add_argument("files", nargs="+", help="text, as data.prepare reads it")
-    parser.add_argument("--megabytes", type=float, help="of text, at most; default 20 or 60")
+    parser.add_argument("--megabytes", type=float, default=20, help="of text, at most")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; the best counts")
     parser.add_argument("--processes", type=int, default=2, help="of each preparation")
     args = parser.parse_args(argv)
-    limit = args.megabytes or (20 if args.command == "tokenizer" else 60)
-    if args.repeats < 1 or limit <= 0:
+    if args.repeats < 1 or args.megabytes <= 0:
         raise ConfigError("--repeats must be at least 1, and --megabytes above 0")
-    texts = list(documents(find_files(args.files), limit))
+    texts = list(documents(find_files(args.files), args.megabytes))
     if not texts:
         raise DataError("the files hold no text")
     size = sum(len(text.encode()) for text in texts) / 1e6
