@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import kernels
 from kernels.int4_linear import GROUP, unpack
@@ -249,13 +250,7 @@ def sdpa(backend: SDPBackend) -> Implementation:
     return Implementation(attend, heads_first, heads_first_views)
 
 
-def flex_call(q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
-
-
-compiled_flex = compiled(flex_call)
+compiled_flex = compiled(lambda q, k, v, m: flex_attention(q, k, v, block_mask=m, enable_gqa=True))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -264,9 +259,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @cache
-def causal_blocks(length: int, device: torch.device) -> object:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def causal_blocks(length: int, device: torch.device) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)
 
 

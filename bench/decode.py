@@ -169,7 +169,7 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
                 floor = (weights + batch * kv) / copied / 1e9
                 row |= {"tokens_per_second": batch / step, "ms_per_step": 1e3 * step}
                 row |= {"floor_ms": 1e3 * floor, "of_floor": floor / step, "weight_bytes": weights}
-                row["peak_bytes"] = torch.cuda.max_memory_allocated() if device == "cuda" else None
+                row["peak_bytes"] = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
             except Exception as error:  # a baseline that cannot run is a result too
                 row["failure"] = describe(error)
             results["rows"].append(row)

@@ -162,14 +162,6 @@ def timed(implementation: Implementation, inputs: tuple, mode: str) -> Callable[
     return lambda: torch.autograd.grad(as_tuple(implementation.call(*leaves)), wanted, upstream)
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """MB (2^20 bytes, as Liger counts) that a call needs at its peak, above those before it."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def run(
     ops: dict[str, Op], sizes: Sizes, tokens: list[int], device: str, out: Path, minutes: float
 ) -> dict:
@@ -208,7 +200,11 @@ def run(
                     inputs = op.inputs(Draw(device), sizes, count)
                     function = timed(op.implementations[baseline], inputs, mode)
                     row["ms"], row["ms_20"], row["ms_80"] = time_of(function, device)
-                    row["peak_mb"] = peak_memory(function) if device == "cuda" else None
+                    if device == "cuda":
+                        before = torch.cuda.memory_allocated()
+                        torch.cuda.reset_peak_memory_stats()
+                        function()
+                        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
                     work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
                     row |= {"speed": work / row["ms"], "unit": op.unit}
                     row["of_ceiling"] = row["speed"] / limits[op.unit]
@@ -226,11 +222,9 @@ def run(
 # --- results --------------------------------------------------------------------------------------
 
 
-def by_op_and_mode(results: dict) -> dict[tuple[str, str], list[dict]]:
-    found: dict[tuple[str, str], list[dict]] = {}
-    for row in results["rows"]:
-        found.setdefault((row["op"], row["mode"]), []).append(row)
-    return found
+def by_op_and_mode(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    keys = dict.fromkeys((row["op"], row["mode"]) for row in rows)
+    return {key: [row for row in rows if (row["op"], row["mode"]) == key] for key in keys}
 
 
 def table(results: dict) -> str:
@@ -239,7 +233,7 @@ def table(results: dict) -> str:
     about = (f"{name} {results[name]}" for name in ("torch", "triton", "liger-kernel", "date"))
     limits = (f"{CEILINGS[u]} {speed:,.2f} {u}" for u, speed in results["ceilings"].items())
     lines = [f"GPU {results['gpu']}, {', '.join(about)}", ", ".join(limits)]
-    for (op, mode), rows in by_op_and_mode(results).items():
+    for (op, mode), rows in by_op_and_mode(results["rows"]).items():
         names = list(dict.fromkeys(row["baseline"] for row in rows))
         head = f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names)
         lines += ["", f"{op} {mode}, ms", f"{head}{'speed':>17}{'ceiling':>9}  against the fastest"]
@@ -272,7 +266,7 @@ def plot(results: dict, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    grouped = by_op_and_mode(results)
+    grouped = by_op_and_mode(results["rows"])
     for op in dict.fromkeys(name for name, _ in grouped):
         modes = {mode: rows for (name, mode), rows in grouped.items() if name == op}
         size = (1.6 + 3.6 * len(modes), 4)
@@ -318,22 +312,21 @@ def main(argv: list[str]) -> int:
             "shows what the compiler makes of the kernels"
         )
     out = args.out or (args.replot.parent if args.replot else Path("out/bench"))
+    ops = {name: op for name, op in OPS.items() if not args.ops or name in args.ops}
     if args.replot:
         results = json.loads(args.replot.read_text(encoding="utf-8"))
+    elif args.toy:
+        for name, op in ops.items():
+            kept = {n: i for n, i in op.implementations.items() if n in TOY_BASELINES}
+            ops[name] = replace(op, implementations=kept)
+        results = run(ops, TOY_SIZES, args.tokens or TOY_TOKENS, "cpu", out, args.minutes)
     else:
-        ops = {name: op for name, op in OPS.items() if not args.ops or name in args.ops}
-        sizes, tokens, device = Sizes(), args.tokens or TOKENS, "cuda"
-        if args.toy:
-            sizes, tokens, device = TOY_SIZES, args.tokens or TOY_TOKENS, "cpu"
-            for name, op in ops.items():
-                kept = {n: i for n, i in op.implementations.items() if n in TOY_BASELINES}
-                ops[name] = replace(op, implementations=kept)
         try:
-            use("auto" if args.toy else "triton")
+            before = use("triton")
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        results = run(ops, sizes, tokens, device, out, args.minutes)
-        use("auto")
+        results = run(ops, Sizes(), args.tokens or TOKENS, "cuda", out, args.minutes)
+        use(before)
     print(table(results))
     try:
         plot(results, out)

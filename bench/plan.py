@@ -112,7 +112,7 @@ def _gradients(job: Job, done: int) -> float:
 
 
 class Moment(NamedTuple):
-    """A moment of a step; bytes of what comes and goes."""
+    """A moment of a step, and the bytes of what comes and goes."""
 
     name: str
     done: int  # parameters whose backward is over

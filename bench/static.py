@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel at Lucie's shapes, found without a GPU.
 
-    python -m bench.static [op ...] [--chip 80 86 90 100] [--check] [--json FILE]
+    python -m bench.static [op ...] [--chip 80 86 90 100] [--check]
 
 The public operations are called as model.py calls them, forward and backward, under a driver that
 compiles for the chip and runs nothing; then the machine code is read. --check exits 1 with a line
@@ -9,7 +9,6 @@ or fast; one that spills, or has lost its tensor cores or its wide loads, is slo
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from config.cli import ConfigError, Parser, run_cli, write_file
+from config.cli import ConfigError, Parser, run_cli
 from kernels import launch
 
 try:
@@ -237,7 +236,6 @@ def main(argv: list[str]) -> int:
         help="ten times the compute capability of each chip to compile for",
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit 1 if a requirement is missed")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args(argv)
     if unknown := [op for op in args.op if op not in CASES]:
         raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(CASES)}")
@@ -251,10 +249,6 @@ def main(argv: list[str]) -> int:
         if of_chip := [row for row in rows if row["chip"] == chip]:
             print(table(chip, of_chip), end="\n\n")
     ptxas = [re.search(r"V([\d.]+)", get_ptxas_version(chip)).group(1) for chip in args.chip]
-    if args.json:
-        report = {"triton": triton.__version__, "ptxas": dict(zip(args.chip, ptxas))}
-        report |= {"kernels": rows, "failures": failures}
-        write_file(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print(f"triton {triton.__version__}, ptxas {', '.join(ptxas)}; {len(rows)} kernels")
     for failure in failures:
         print(failure, file=sys.stderr)

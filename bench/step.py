@@ -21,6 +21,7 @@ nominal peak. Writes DIR/step.json. Exit code 1 where ours failed or was wrong.
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ from hf import rows_of
 from model import Lucie, LucieConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of tokens and targets, a mean
-Build = Callable[[Config, torch.device], AbstractContextManager[tuple[nn.Module, Loss]]]
+Built = tuple[nn.Module, Loss]
 OURS = "ours"
 TOY = [
     "--vocab_size=512", "--hidden_size=128", "--intermediate_size=384", "--num_hidden_layers=2",
@@ -66,27 +67,21 @@ def architecture(config: Config) -> LucieConfig:
 
 
 @contextmanager
-def ours(
-    config: Config, device: torch.device, compiled: bool = False
-) -> Iterator[tuple[nn.Module, Loss]]:
-    on_gpu = "triton" if device.type == "cuda" else "auto"
-    before = kernels.use("torch" if compiled else on_gpu)
+def ours(config: Config, device: torch.device, compiled: bool = False) -> Iterator[Built]:
+    before = kernels.use("torch" if compiled else "triton" if device.type == "cuda" else "auto")
     try:
         with torch.device("meta"):
             model = Lucie(architecture(config))
         parallel.checkpoint_activations(model, config.activation_checkpointing)
         for block in model.layers if compiled else ():
             block.compile(dynamic=False)
-        dtype = getattr(torch, config.dtype)
-        yield model, parallel.parallelize(model, "fsdp", 0, device, dtype)
+        yield model, parallel.parallelize(model, "fsdp", 0, device, getattr(torch, config.dtype))
     finally:
         kernels.use(before)
 
 
 @contextmanager
-def transformers(
-    config: Config, device: torch.device, liger: bool = False
-) -> Iterator[tuple[nn.Module, Loss]]:
+def transformers(config: Config, device: torch.device, liger: bool = False) -> Iterator[Built]:
     from transformers.models.llama import modeling_llama
 
     patched = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
@@ -95,11 +90,9 @@ def transformers(
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)
+        options = {"tie_word_embeddings": False, "use_cache": False, "attn_implementation": "sdpa"}
+        llama = modeling_llama.LlamaConfig(**vars(architecture(config)), **options)
         with torch.device("meta"):
-            llama = modeling_llama.LlamaConfig(
-                **vars(architecture(config)), tie_word_embeddings=False, use_cache=False,
-                attn_implementation="sdpa",
-            )  # fmt: skip
             model = modeling_llama.LlamaForCausalLM(llama)
         if config.activation_checkpointing != "none":  # it has one kind, the full one
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,19 +118,17 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     Embedding, last norm and head belong to the root, which stays gathered: Liger reads the head's
     weight without calling the head.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    mesh = init_device_mesh(device.type, (1,))
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    common = {"mesh": init_device_mesh(device.type, (1,)), "mp_policy": policy}
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, **common)
+    fully_shard(model, **common, reshard_after_forward=False)
     for before, after in pairwise(model.model.layers):
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
 
 
-IMPLEMENTATIONS: dict[str, Build] = {
+IMPLEMENTATIONS: dict[str, Callable[..., AbstractContextManager[Built]]] = {
     OURS: ours,
     "transformers": transformers,
     "liger": lambda *args: transformers(*args, liger=True),
@@ -154,7 +145,7 @@ SMALL = Config(
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-2, 3e-2  # relative: bf16 against fp32, and no more
 
 
-def compare(build: Build, device: torch.device) -> str | None:
+def compare(build: Callable[..., AbstractContextManager], device: torch.device) -> str | None:
     """Why an implementation is wrong; None if its loss and gradient norm, with equal weights, are
     those of our definitions in fp32.
 
@@ -208,13 +199,14 @@ def make_step(
 ) -> Callable[[], None]:
     """A function that makes one optimizer step on random tokens, as train.py's loop does."""
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {
+            "params": [p for p in model.parameters() if p.ndim > 1],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=1e-5, betas=(config.beta1, config.beta2), eps=config.eps,
-        weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
+    betas = config.beta1, config.beta2
+    optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=betas, eps=config.eps, fused=True)
     generator = torch.Generator(device).manual_seed(1)
     size = (config.global_batch_size, config.seq_len + 1)
     samples = torch.randint(config.vocab_size, size, device=device, generator=generator)
@@ -289,6 +281,7 @@ def operations(step: Callable[[], None], device: torch.device) -> list[dict]:
 def attempt(name: str, configs: list[Config], device: torch.device, profiled: bool) -> dict:
     """A row of the first config for which there is memory; those before it leave the list."""
     while True:
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing on a CPU
         try:
@@ -401,6 +394,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json")
     parser.add_argument("--toy", action="store_true", help="toy size on a CPU")
     args, options = parser.parse_known_args(argv)
+    # Models follow each other, and without this option they would leave holes in the GPU's memory.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cuda = torch.cuda.is_available() and not args.toy
     names = list(IMPLEMENTATIONS)
     if unknown := [name for name in args.baselines or () if name not in names]:
@@ -417,8 +412,7 @@ def main(argv: list[str]) -> int:
         architecture(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if cuda:  # models of several sizes follow each other, and would leave holes in the memory
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if cuda:
         parallel.start_processes(device)
     names = [name for name in names if name == OURS or name in wanted]
     results = run(config, names, device, args.out, args.rounds or (2 if cuda else 5), args.minutes)
