@@ -162,6 +162,18 @@ def timed(implementation: Implementation, inputs: tuple, mode: str) -> Callable[
     return lambda: torch.autograd.grad(as_tuple(implementation.call(*leaves)), wanted, upstream)
 
 
+def measure(implementation: Implementation, inputs: tuple, mode: str, device: str) -> dict:
+    """Milliseconds, and on a GPU MB (2^20 bytes, as Liger counts) at the peak of a call."""
+    function = timed(implementation, inputs, mode)
+    row = dict(zip(("ms", "ms_20", "ms_80"), time_of(function, device)))
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
+
+
 def run(
     ops: dict[str, Op], sizes: Sizes, tokens: list[int], device: str, out: Path, minutes: float
 ) -> dict:
@@ -198,13 +210,7 @@ def run(
                 row |= checks[name][baseline]
                 if row["failure"] is None:
                     inputs = op.inputs(Draw(device), sizes, count)
-                    function = timed(op.implementations[baseline], inputs, mode)
-                    row["ms"], row["ms_20"], row["ms_80"] = time_of(function, device)
-                    if device == "cuda":
-                        before = torch.cuda.memory_allocated()
-                        torch.cuda.reset_peak_memory_stats()
-                        function()
-                        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                    row |= measure(op.implementations[baseline], inputs, mode, device)
                     work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
                     row |= {"speed": work / row["ms"], "unit": op.unit}
                     row["of_ceiling"] = row["speed"] / limits[op.unit]
