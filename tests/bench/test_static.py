@@ -1,7 +1,6 @@
 """The static gate: the real kernels pass it, and each way of failing is reported."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -28,16 +27,13 @@ def python(*args: str | Path, interpret: str = "0") -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-def test_our_kernels_pass_on_hopper(tmp_path):
-    report = tmp_path / "report.json"
-    done = python("-m", "bench.static", "--check", "--chip", "90", "--json", report)
+def test_our_kernels_pass_on_hopper():
+    done = python("-m", "bench.static", "--check", "--chip", "90")
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text(encoding="utf-8"))
-    assert found["failures"] == [] and set(found["ptxas"]) == {"90"}
-    for row in found["kernels"]:
-        assert row["kernel"] in REQUIREMENTS and row["kernel"] in done.stdout
-        assert row["chip"] == 90 and row["spills"] == 0 and row["blocks"] > 0
-    assert {row["kernel"] for row in found["kernels"]} == set(REQUIREMENTS)
+    head, _, *rows = done.stdout.partition("\n\n")[0].splitlines()
+    assert head.startswith("sm_90 (H100, H200)")
+    assert {row.split()[0] for row in rows} == set(REQUIREMENTS)
+    assert {row[57:72].split()[-1] for row in rows} == {"0"}  # spilled bytes
 
 
 MUTANTS = """

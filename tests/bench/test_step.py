@@ -69,15 +69,6 @@ def test_a_wrong_gradient_or_nan_is_found():
         assert step.compare(build, CPU).startswith("wrong: loss ")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["ours", "transformers", "liger"])
-def test_so_they_are_on_the_chip(name, one_rank):
-    for package in ("transformers",) + ("liger_kernel",) * (name == "liger"):
-        pytest.importorskip(package)
-    assert step.compare(step.IMPLEMENTATIONS[name], torch.device("cuda", 0)) is None
-
-
 @needs_transformers
 def test_ligers_patch_is_undone(monkeypatch):
     from transformers.models.llama import modeling_llama as llama
