@@ -1,26 +1,26 @@
-"""Speed and memory of the kernels against their peers, in one run on one GPU.
+"""Speed and memory of each kernel beside its baselines, in one run on one GPU.
 
-    python -m bench.kernels [op ...] [--suite lucie|quick] [--out DIR] [--minutes 7]
+    python -m bench.kernels [op ...] [--tokens 4096 16384] [--out DIR] [--minutes 7]
+    python -m bench.kernels --toy                  a rehearsal at toy size on a CPU
     python -m bench.kernels --replot DIR/kernels.json
 
-Peers are eager torch, torch.compile, Liger where it is installed, and for attention torch's flash
-and cuDNN backends and FlexAttention; everything in bf16 at Lucie's shapes. At the smallest number
-of tokens each implementation is first compared with the definition in fp32, outputs and gradients;
-one that is wrong is not timed. Times are medians by device events, the L2 cache flushed before each
-run. Memory is the peak above what was allocated before the call.
+The baselines are eager torch, torch.compile, Liger where it is installed, and for attention torch's
+flash and cuDNN backends and FlexAttention; all in bf16 at Lucie's shapes. At the smallest number of
+tokens each implementation is first compared with the definition in fp32, outputs and gradients; one
+that is wrong is not timed. Times are medians by device events, with the L2 cache flushed before
+each run. Memory is the peak above what was allocated before the call.
 
-Writes kernels.csv (Liger's columns), kernels.json, and a PNG for each operation, all into DIR.
-Exit code 1 where one of ours failed or was wrong.
+Writes kernels.json and a PNG for each operation into DIR. Exit code 1 where one of ours failed or
+was wrong.
 """
 
 import argparse
 import importlib.metadata
-import importlib.util
+import json
 import math
-import os
 import platform
-import subprocess
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,170 +29,104 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import report
-from bench.peers import DTYPE, OPS, OURS, Op, Provider, Suite
-from bench.report import BenchError
-from config.cli import ConfigError, Parser, run_cli
+from bench.baselines import DTYPE, OPS, OURS, Draw, Implementation, Op, Sizes
+from config.cli import ConfigError, Parser, run_cli, write_file
 from kernels.launch import use
 
-SUITES = {
-    "lucie": Suite(tokens=(4096, 8192, 16384, 32000)),
-    "quick": Suite(tokens=(4096, 16384)),
-}
-QUANTILES = (0.5, 0.2, 0.8)
+TOKENS, TOY_TOKENS = [4096, 8192, 16384, 32000], [32, 48]
+TOY_SIZES = Sizes(hidden=128, intermediate=256, heads=4, kv_heads=2, head_dim=64, vocab=97)
+TOY_BASELINES = (OURS, "eager", "sdpa_flash")  # a CPU has these, and they need no compiler
 TOLERANCE = 2e-2  # relative, in the Frobenius norm: bf16 kernels are near 4e-3
-
-Timer = Callable[[Callable[[], object]], list[float]]  # a function's QUANTILES in milliseconds
-
-
-def gpu_timer(function: Callable[[], object]) -> list[float]:
-    import triton.testing
-
-    return triton.testing.do_bench(function, warmup=25, rep=150, quantiles=QUANTILES)
+CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
 
 
-def run(
-    ops: dict[str, Op],
-    suite: Suite,
-    out: Path,
-    timer: Timer = gpu_timer,
-    device: str = "cuda",
-    kernels: str = "triton",
-    minutes: float = 7.0,
-) -> dict:
-    """Measure and return the results, which `out` holds as far as they are known after every row.
-
-    kernels: what ours runs on (`kernels.use`). After `minutes`, or Ctrl-C, nothing more is begun.
-    """
-    deadline = time.monotonic() + 60 * minutes
-    sizes = dict.fromkeys([*suite.tokens, *(t for op in ops.values() for t in op.tokens)])
-    plan = [
-        (name, tokens, mode, provider)
-        for tokens in sizes
-        for name, op in ops.items()
-        if tokens in (op.tokens or suite.tokens)
-        for mode in op.floor(suite, tokens)
-        for provider in op.providers  # in turns: a GPU that grows warm favours nobody
-    ]
-    checks: dict[str, dict[str, dict]] = {}
-    results = machine(device) | {"suite": asdict(suite), "stopped": None, "rows": []}
-    try:
-        results["ceilings"] = ceilings(suite, device, timer)
-        for name, tokens, mode, provider in (bar := tqdm(plan, unit="row")):
-            bar.set_description(f"{name} {mode} {tokens:,} {provider}", refresh=False)
-            if time.monotonic() >= deadline:
-                results["stopped"] = f"after {minutes:g} minutes"
-                break
-            op = ops[name]
-            if name not in checks:
-                checks[name] = compare(op, suite, device, kernels)
-                tqdm.write(report.checks(name, checks[name]))
-            row = {"op": name, "tokens": tokens, "mode": mode, "provider": provider}
-            row |= dict.fromkeys(("ms", "ms_20", "ms_80", "speed", "unit", "of_ceiling", "peak_mb"))
-            row |= checks[name][provider]
-            if row["failure"] is None:
-                inputs = op.inputs(suite, tokens, device)
-                row |= measure(op.providers[provider], inputs, mode, timer)
-            if row["failure"] is None:
-                work = op.floor(suite, tokens)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
-                row |= {"speed": work / row["ms"], "unit": op.unit}
-                row["of_ceiling"] = row["speed"] / results["ceilings"][op.unit]
-            results["rows"].append(row)
-            results["not_begun"] = len(plan) - len(results["rows"])
-            report.write(results, out)
-            if row["failure"] and device == "cuda" and (lost := gpu_lost()):
-                results["stopped"] = f"with the GPU: {lost}"  # the peers' rows would be no verdict
-                break
-    except KeyboardInterrupt:
-        results["stopped"] = "by hand"
-    finally:
-        use("auto")
-    results["not_begun"] = len(plan) - len(results["rows"])
-    report.write(results, out)
-    return results
+# --- what bench.step and bench.decode use too -----------------------------------------------------
 
 
-def measure(provider: Provider, inputs: tuple[Tensor, ...], mode: str, timer: Timer) -> dict:
-    """Times and peak memory, or the failure: a peer that cannot is a result too."""
-    try:
-        function = timed(provider, inputs, mode)
-        ms, low, high = timer(function)
-        peak = peak_memory(function) if inputs[0].is_cuda else None
-    except Exception as error:
-        return {"failure": describe(error)}
-    return {"ms": ms, "ms_20": low, "ms_80": high, "peak_mb": peak}
+def time_of(function: Callable[[], object], device: str) -> list[float]:
+    """[median, 20th and 80th percentile] of the function's time in milliseconds."""
+    if device == "cuda":
+        import triton.testing
 
-
-def timed(provider: Provider, inputs: tuple[Tensor, ...], mode: str) -> Callable[[], object]:
-    """The function that is timed. Layouts and upstream gradients are made beforehand."""
-    graph = mode != "no-grad-forward"
-    leaves = [x.detach().requires_grad_(x.requires_grad and graph) for x in provider.enter(*inputs)]
-    if mode in ("forward", "no-grad-forward"):
-        return lambda: provider.call(*leaves)
-    wanted = [x for x in leaves if x.requires_grad]
-    outputs = as_tuple(provider.call(*leaves))
-    upstream = draw_upstream(outputs)
-    if mode == "backward":
-        return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
-    return lambda: torch.autograd.grad(as_tuple(provider.call(*leaves)), wanted, upstream)
-
-
-def peak_memory(function: Callable[[], object]) -> float:
-    """MB (2^20 bytes, as Liger counts) that a call needs at its peak above what is there before."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+        return triton.testing.do_bench(function, warmup=25, rep=150, quantiles=(0.5, 0.2, 0.8))
     function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    times = sorted(1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=5))
+    return [times[2], times[1], times[3]]
 
 
-def compare(op: Op, suite: Suite, device: str, kernels: str) -> dict[str, dict]:
-    """For each provider its relative error against the definition in fp32, and why it is refused.
+def copy_speed(device: str) -> float:
+    """GB/s of a large copy, read and written."""
+    size = 2**31 if device == "cuda" else 2**28
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / time_of(lambda: target.copy_(source), device)[0] / 1e6
 
-    The error is the largest over outputs and gradients, at the smallest number of tokens.
-    """
 
-    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        made = op.inputs(suite, min(op.tokens or suite.tokens), device)
-        return tuple(
-            x.detach().to(dtype).requires_grad_(x.requires_grad) if x.dtype == DTYPE else x
-            for x in made
-        )
+def product_speed(device: str) -> float:
+    """TFLOP/s of a large product in bf16."""
+    side = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in "ab")
+    return 2 * side**3 / time_of(lambda: a @ b, device)[0] / 1e9
 
-    def check(provider: Provider) -> dict:
+
+def machine(device: str) -> dict:
+    """What the figures depend on."""
+    found = {"gpu": torch.cuda.get_device_name() if device == "cuda" else "none"}
+    for package in ("torch", "triton", "transformers", "liger-kernel"):
         try:
-            pairs = zip(evaluate(provider, inputs(DTYPE)), exact)
-            error = float(torch.tensor([relative_error(*pair) for pair in pairs]).max())
-        except Exception as failure:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found |= {"cuda": torch.version.cuda, "python": platform.python_version()}
+    return found | {"system": platform.platform(), "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def write_json(results: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+# --- is an implementation right? ------------------------------------------------------------------
+
+
+def compare(op: Op, sizes: Sizes, tokens: int, device: str) -> dict[str, dict]:
+    """For each implementation `relative_error`, the largest over outputs and gradients against the
+    definition in fp32, and `failure`: why it is not timed, or None."""
+
+    def inputs(dtype: torch.dtype) -> list[Tensor]:
+        made = op.inputs(Draw(device), sizes, tokens)
+        cast = [x.detach().to(dtype) if x.dtype == DTYPE else x for x in made]
+        return [x.requires_grad_(y.requires_grad) for x, y in zip(cast, made)]
+
+    def check(implementation: Implementation) -> dict:
+        try:
+            found = evaluate(implementation, inputs(DTYPE))
+            errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+            error = float(torch.stack(errors).max())
+        except Exception as failure:  # a baseline that cannot run is a result too
             return {"relative_error": None, "failure": describe(failure)}
-        if error <= TOLERANCE:
-            return {"relative_error": error, "failure": None}
-        return {
-            "relative_error": error if math.isfinite(error) else None,
-            "failure": f"wrong, relative error {error:.1e}",
-        }
+        wrong = None if error <= TOLERANCE else f"wrong, relative error {error:.1e}"
+        return {"relative_error": error if math.isfinite(error) else None, "failure": wrong}
 
-    use("torch")
+    before = use("torch")
     try:
-        exact = evaluate(op.providers[OURS], inputs(torch.float32))
-    except Exception as failure:
-        refused = {"relative_error": None, "failure": f"no reference: {describe(failure)}"}
-        return dict.fromkeys(op.providers, refused)
+        exact = evaluate(op.implementations[OURS], inputs(torch.float32))
     finally:
-        use(kernels)
-    return {name: check(provider) for name, provider in op.providers.items()}
+        use(before)
+    return {name: check(implementation) for name, implementation in op.implementations.items()}
 
 
-def evaluate(provider: Provider, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def evaluate(implementation: Implementation, inputs: list[Tensor]) -> list[Tensor]:
     """Outputs in our layout, then the gradients of the inputs that want one."""
-    outputs = provider.leave(*as_tuple(provider.call(*provider.enter(*inputs))))
+    outputs = as_tuple(implementation.call(*implementation.enter(*inputs)))
+    outputs = implementation.leave(*outputs)
     wanted = [x for x in inputs if x.requires_grad]
     gradients = torch.autograd.grad(outputs, wanted, draw_upstream(outputs)) if wanted else ()
     return [x.detach() for x in (*outputs, *gradients)]
-
-
-def relative_error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.float() - exact).norm() / exact.norm())
 
 
 def draw_upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -210,116 +144,202 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def ceilings(suite: Suite, device: str, timer: Timer) -> dict[str, float]:
-    """What this GPU reaches today: GB/s of a copy (read and written), TFLOP/s of a product."""
-    source = torch.zeros(suite.copied, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = timer(lambda: target.copy_(source))[0]
-    side = suite.product
-    a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in "ab")
-    product = timer(lambda: a @ b)[0]
-    return {"GB/s": 2 * suite.copied / copy / 1e6, "TFLOP/s": 2 * side**3 / product / 1e9}
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def machine(device: str) -> dict:
-    """What the figures depend on."""
-    gpu = {"gpu": "none"}
+def timed(implementation: Implementation, inputs: tuple, mode: str) -> Callable[[], object]:
+    """The function that is timed. Layouts and upstream gradients are made beforehand."""
+    graph = mode != "no-grad-forward"
+    leaves = implementation.enter(*inputs)
+    leaves = [x.detach().requires_grad_(x.requires_grad and graph) for x in leaves]
+    if mode in ("forward", "no-grad-forward"):
+        return lambda: implementation.call(*leaves)
+    wanted = [x for x in leaves if x.requires_grad]
+    outputs = as_tuple(implementation.call(*leaves))
+    upstream = draw_upstream(outputs)
+    if mode == "backward":
+        return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
+    return lambda: torch.autograd.grad(as_tuple(implementation.call(*leaves)), wanted, upstream)
+
+
+def measure(implementation: Implementation, inputs: tuple, mode: str, device: str) -> dict:
+    """Milliseconds, and on a GPU MB (2^20 bytes, as Liger counts) at the peak of a call."""
+    function = timed(implementation, inputs, mode)
+    row = dict(zip(("ms", "ms_20", "ms_80"), time_of(function, device)))
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        gpu = {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "driver": driver(),
-            "cuda": torch.version.cuda,
-        }
-    packages = ("torch", "triton", "liger-kernel")
-    return gpu | {
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
 
 
-def version(package: str) -> str | None:
+def run(
+    ops: dict[str, Op], sizes: Sizes, tokens: list[int], device: str, out: Path, minutes: float
+) -> dict:
+    """Measure, and return the results; out/kernels.json holds what is known after every row.
+
+    Nothing more is begun after `minutes`, or after Ctrl-C.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    counts = dict.fromkeys([*tokens, *(t for op in ops.values() for t in op.tokens)])
+    plan = [
+        (name, count, mode, baseline)
+        for count in counts
+        for name, op in ops.items()
+        if count in (op.tokens or tokens)
+        for mode in op.floor(sizes, count)
+        for baseline in op.implementations  # in turns: a GPU that grows warm favours none
+    ]
+    limits = {"GB/s": copy_speed(device), "TFLOP/s": product_speed(device)}
+    results = machine(device) | {"sizes": asdict(sizes), "ceilings": limits}
+    results |= {"stopped": None, "not_begun": len(plan), "rows": []}
+    checks: dict[str, dict[str, dict]] = {}
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        for name, count, mode, baseline in (bar := tqdm(plan, unit="row")):
+            bar.set_description(f"{name} {mode} {count:,} {baseline}", refresh=False)
+            if time.monotonic() >= deadline:
+                results["stopped"] = f"after {minutes:g} minutes"
+                break
+            op = ops[name]
+            row = {"op": name, "tokens": count, "mode": mode, "baseline": baseline}
+            row |= dict.fromkeys(("ms", "ms_20", "ms_80", "speed", "unit", "of_ceiling", "peak_mb"))
+            try:
+                if name not in checks:
+                    checks[name] = compare(op, sizes, min(op.tokens or tokens), device)
+                row |= checks[name][baseline]
+                if row["failure"] is None:
+                    inputs = op.inputs(Draw(device), sizes, count)
+                    row |= measure(op.implementations[baseline], inputs, mode, device)
+                    work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
+                    row |= {"speed": work / row["ms"], "unit": op.unit}
+                    row["of_ceiling"] = row["speed"] / limits[op.unit]
+            except Exception as error:
+                row["failure"] = describe(error)
+            results["rows"].append(row)
+            results["not_begun"] -= 1
+            write_json(results, out / "kernels.json")
+    except KeyboardInterrupt:
+        results["stopped"] = "by hand"
+    write_json(results, out / "kernels.json")
+    return results
 
 
-def driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.split()[0]
+# --- results --------------------------------------------------------------------------------------
 
 
-def gpu_lost() -> str | None:
-    """Why nothing can run any more after an illegal access; None after an ordinary failure."""
-    try:
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return describe(error)
-    return None
+def by_op_and_mode(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    keys = dict.fromkeys((row["op"], row["mode"]) for row in rows)
+    return {key: [row for row in rows if (row["op"], row["mode"]) == key] for key in keys}
 
 
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+def table(results: dict) -> str:
+    """Milliseconds of every implementation; of ours also its speed, the share of the ceiling, and
+    the ratio to the fastest baseline (above 1: ours is faster)."""
+    about = (f"{name} {results[name]}" for name in ("torch", "triton", "liger-kernel", "date"))
+    limits = (f"{CEILINGS[u]} {speed:,.2f} {u}" for u, speed in results["ceilings"].items())
+    lines = [f"GPU {results['gpu']}, {', '.join(about)}", ", ".join(limits)]
+    for (op, mode), rows in by_op_and_mode(results["rows"]).items():
+        names = list(dict.fromkeys(row["baseline"] for row in rows))
+        head = f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names)
+        lines += ["", f"{op} {mode}, ms", f"{head}{'speed':>17}{'ceiling':>9}  against the fastest"]
+        for tokens in dict.fromkeys(row["tokens"] for row in rows):
+            times = {row["baseline"]: row for row in rows if row["tokens"] == tokens}
+            line = f"{tokens:>8,}"
+            for name in names:
+                ms = times[name]["ms"] if name in times else None
+                line += f"{'failed' if ms is None else f'{ms:.4g}':>12}"
+            ran = {name: row for name, row in times.items() if not row["failure"]}
+            if ours := ran.pop(OURS, None):
+                line += f"{ours['speed']:9,.1f} {ours['unit']:7}{ours['of_ceiling']:9.0%}"
+                if ran:
+                    best = min(ran.values(), key=lambda row: row["ms"])
+                    line += f"  {best['ms'] / ours['ms']:.2f}x {best['baseline']}"
+                    if ours["peak_mb"] is not None:
+                        line += f", {ours['peak_mb']:,.0f} MB to {best['peak_mb']:,.0f}"
+            lines.append(line)
+        failures = {(row["baseline"], row["failure"]): None for row in rows if row["failure"]}
+        lines += [f"{'':10}{name}: {failure}" for name, failure in failures]
+    if results["stopped"]:
+        lines += ["", f"stopped {results['stopped']}: {results['not_begun']} rows not begun"]
+    return "\n".join(lines)
 
 
-def benchmark(names: list[str], suite: str, out: Path, minutes: float) -> dict:
-    unknown = [name for name in names if name not in OPS]
-    if unknown:
-        raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(OPS)}")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "no CUDA GPU here: nothing to time; "
-            "`python -m bench.static` shows what can be known without one"
+def plot(results: dict, out: Path) -> None:
+    """Draw out/OP.png for each operation: speed against tokens, a panel for each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grouped = by_op_and_mode(results["rows"])
+    for op in dict.fromkeys(name for name, _ in grouped):
+        modes = {mode: rows for (name, mode), rows in grouped.items() if name == op}
+        size = (1.6 + 3.6 * len(modes), 4)
+        figure, axes = plt.subplots(
+            1, len(modes), figsize=size, sharey=True, squeeze=False, layout="constrained"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        use("triton")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    ops = {name: op for name, op in OPS.items() if not names or name in names}
-    if importlib.util.find_spec("liger_kernel") is None:
-        print("Liger is not here to be compared with: pip install liger-kernel")
-        for name, op in ops.items():
-            providers = {p: provider for p, provider in op.providers.items() if p != "liger"}
-            ops[name] = replace(op, providers=providers)
-    return run(ops, SUITES[suite], out, minutes=minutes)
+        for panel, (mode, rows) in zip(axes[0], modes.items()):
+            for name in dict.fromkeys(row["baseline"] for row in rows if not row["failure"]):
+                points = [(r["tokens"], r["speed"]) for r in rows if r["baseline"] == name]
+                points = [(tokens, speed) for tokens, speed in points if speed]
+                panel.plot(*zip(*points), "o-", label=name, lw=2.4 if name == OURS else 1.2)
+            unit, ticks = OPS[op].unit, sorted({row["tokens"] for row in rows})
+            ceiling = results["ceilings"][unit]
+            panel.axhline(ceiling, color="black", lw=1, ls="--", label=CEILINGS[unit])
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [f"{t:,}" for t in ticks], fontsize="small")
+            panel.set_xticks([], minor=True)
+            panel.set(title=mode, xlabel="tokens", ylabel=unit, ylim=(0, None))
+            panel.grid(alpha=0.3)
+            panel.label_outer()
+        axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.suptitle(f"{op}, GPU {results['gpu']}, bf16", x=0.01, ha="left", fontsize="medium")
+        figure.savefig(out / f"{op}.png", dpi=130)
+        plt.close(figure)
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(
         prog="bench.kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all if none")
-    parser.add_argument("--suite", choices=SUITES, default="lucie", help="quick: two token counts")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens to measure at")
     parser.add_argument("--out", type=Path, help="folder of the results, default out/bench")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing more after these")
-    parser.add_argument("--replot", type=Path, metavar="JSON", help="draw saved results again")
+    parser.add_argument("--toy", action="store_true", help="toy size on a CPU")
+    parser.add_argument("--replot", type=Path, metavar="JSON", help="show saved results again")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.ops if name not in OPS]:
+        raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(OPS)}")
+    if not (args.toy or args.replot or torch.cuda.is_available()):
+        raise ConfigError(
+            "there is no CUDA GPU here: --toy rehearses on a CPU, and `python -m bench.static` "
+            "shows what the compiler makes of the kernels"
+        )
+    out = args.out or (args.replot.parent if args.replot else Path("out/bench"))
+    ops = {name: op for name, op in OPS.items() if not args.ops or name in args.ops}
     if args.replot:
-        out = args.out or args.replot.parent
-        results = report.read(args.replot)
+        results = json.loads(args.replot.read_text(encoding="utf-8"))
+    elif args.toy:
+        for name, op in ops.items():
+            kept = {n: i for n, i in op.implementations.items() if n in TOY_BASELINES}
+            ops[name] = replace(op, implementations=kept)
+        results = run(ops, TOY_SIZES, args.tokens or TOY_TOKENS, "cpu", out, args.minutes)
     else:
-        out = args.out or Path("out/bench")
-        results = benchmark(args.ops, args.suite, out, args.minutes)
-    print(report.table(results))
+        try:
+            before = use("triton")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        results = run(ops, Sizes(), args.tokens or TOKENS, "cuda", out, args.minutes)
+        use(before)
+    print(table(results))
     try:
-        print(*report.plot(results, out), sep="\n")
+        plot(results, out)
     except ImportError:
-        print(f"plots need: pip install matplotlib; then --replot {out}/kernels.json")
-    return int(any(row["provider"] == OURS and row["failure"] for row in results["rows"]))
+        print(f"pictures need: pip install matplotlib; then --replot {out}/kernels.json")
+    return int(any(row["baseline"] == OURS and row["failure"] for row in results["rows"]))
 
 
 if __name__ == "__main__":
-    run_cli(main, BenchError)
+    run_cli(main)

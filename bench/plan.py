@@ -1,13 +1,11 @@
 """What a phase will need, by arithmetic: memory of a GPU, speed, GPU-hours, traffic.
 
-    python -m bench.step --plan config/pretrain.py --gpus 512 --card h100 --micro_batch_size=2
-    python -m bench.step --plan        the published phases on one GPU and on many
+    python -m bench.plan config/pretrain.py --gpus 512 --card h100 --micro_batch_size=2
 
-Takes --gpus N (1), --card h200 | h100 | a100 (h100), --mfu FRACTION (0.4) and all of train.py.
+Takes a config file (config/pretrain.py by default) and all options of train.py.
 
-Memory is the sum of the tensors that are alive when most are. Which ones those are is written down
-below, and tests/test_plan.py holds their sum against what the allocator counts in a step of small
-models.
+Memory is the sum of the tensors that are alive at the peak of a step. They are listed below, and
+tests/bench/test_plan.py compares their sum with what torch's allocator counts for small models.
 """
 
 import argparse
@@ -20,26 +18,18 @@ import torch
 import checkpoint
 import parallel
 from config import Config, load
-from config.cli import ConfigError, Parser
+from config.cli import ConfigError, Parser, run_cli
 from kernels.linear_cross_entropy import chunk_rows
 from model import Lucie
 from parallel import GPUS
 from schedule import Schedule
 
-PUBLISHED = [
-    ("config/pretrain.py", 1, "h200"),
-    ("config/extension.py", 1, "h200"),
-    ("config/pretrain.py", 8, "h100"),
-    ("config/pretrain.py", 512, "h100"),  # the GPUs that Lucie had
-    ("config/extension.py", 128, "h100"),
-]
 ASSUMED = """\
-Counted are the tensors of a step that is not compiled. The CUDA context, NCCL's buffers and
+The plan counts the tensors of a step that is not compiled. The CUDA context, NCCL's buffers and
 fragmentation come on top: they must fit into the 6 % or so that a card has beyond its nominal
-decimal gigabytes, which are what is planned with. A step is one of global_batch_size, after the
-ramp. MFU is over 6 N + 6 L D S FLOPs a token (model.flops_per_token): what is recomputed does not
-count, so that the same GPU reaches less of it with full recomputation. Traffic is what a GPU sends,
-and as much arrives, with ring algorithms. A machine has 8 GPUs where replica_size is 0."""
+gigabytes. A step has global_batch_size samples, after the ramp. MFU counts 6 N + 6 L D S FLOPs a
+token (model.flops_per_token), and nothing that activation checkpointing computes again. Traffic is
+what a GPU sends with ring algorithms; as much arrives. With replica_size=0 a machine has 8 GPUs."""
 
 
 class Job:
@@ -56,30 +46,26 @@ class Job:
                 model = Lucie(checkpoint.architecture(asdict(config)))
             parallel.checkpoint_activations(model, config.activation_checkpointing)
             self.schedule = Schedule(config)
-            # Into how many parts a copy of the model is cut.
+            # the number of parts that a copy of the model is cut into
             self.shards = parallel.shards(config.parallel, config.replica_size or 8, gpus)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.config, self.gpus, self.model = config, gpus, model
-
         self.unwrapped = gpus == 1 and config.device == "cpu"
-        # Weights are gathered in the dtype of compute; else they are whole, and cast by autocast.
+        # Weights are gathered in the dtype of compute; else whole, and cast by autocast.
         self.fsdp = config.parallel != "ddp" and not self.unwrapped
         self.reduces_each = config.reduce_each_micro_batch and gpus > 1
         # The kernels' definitions run, which make more temporary tensors.
-        self.definitions = config.kernels == "torch"
-        self.definitions |= config.kernels == "auto" and config.device == "cpu"
-
-        # Bytes of a number in a product (auto stands for bfloat16), and of the residual stream,
+        on_cpu = config.kernels == "auto" and config.device == "cpu"
+        self.definitions = config.kernels == "torch" or on_cpu
+        # Bytes of a number in a product (auto stands for bfloat16), and in the residual stream,
         # which autocast leaves in fp32.
         self.compute = 4 if config.dtype == "float32" else 2
         self.residual = self.compute if self.fsdp else 4
-
         # Of one GPU: micro-batches in a step, tokens in a micro-batch.
         samples = -(-config.global_batch_size // gpus)
         self.micro_batches = -(-samples // config.micro_batch_size)
         self.tokens = min(config.micro_batch_size, samples) * config.seq_len
-
         # Parameters; and those of the embedding, of a block, and of the last norm with the head.
         self.parameters = model.num_params()
         embedding, blocks = model.embed_tokens.weight.numel(), len(model.layers)
@@ -126,7 +112,7 @@ def _gradients(job: Job, done: int) -> float:
 
 
 class Moment(NamedTuple):
-    """A moment of a step; bytes of what comes and goes."""
+    """A moment of a step, and the bytes of what comes and goes."""
 
     name: str
     done: int  # parameters whose backward is over
@@ -257,77 +243,58 @@ def traffic(job: Job) -> dict[str, float]:
 # --- printing ------------------------------------------------------------------------------------
 
 
-def _line(name: str, figure: float, digits: int, rest: str = "") -> None:
-    print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
-
-
 def show(job: Job, card: str, mfu: float) -> None:
+    """Print the plan of a job; mfu: the share of the card's FLOP/s that the job is to reach."""
+
     c, (_, room, flops) = job.config, GPUS[card]
     moment, parts = peak(job)
-    total = sum(parts.values())
     sent = {name: size for name, size in traffic(job).items() if size}
     tokens, hours = speed(job, mfu, flops)
     seconds = c.global_batch_size * c.seq_len / (tokens * job.gpus)
+
+    def line(name: str, figure: float, digits: int, rest: str = "") -> None:
+        print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
+
+    def line_of_peak(name: str, total: float) -> None:
+        fits = "fits" if total <= room else "does not fit"
+        line(name, total / 1e9, 2, f"of {room / 1e9:.0f}: {fits}")
+
     print(f"{c.name}, {job.parameters:,} parameters, on {job.gpus} x {card}, {c.parallel}")
     print(f"a step: {c.global_batch_size:,} x {c.seq_len:,} tokens, on each GPU", end=" ")
-    print(
-        f"{job.micro_batches:,} x {job.tokens // c.seq_len}; recomputed", c.activation_checkpointing
-    )
-    print(f"\nGB of a GPU at the peak of a step, {moment}")
+    print(f"{job.micro_batches:,} micro-batches of {job.tokens // c.seq_len}")
+    print(f"\nGB of a GPU at the peak of a step: {moment}")
     for name, size in parts.items():
-        _line(name, size / 1e9, 2)
-    _line("peak", total / 1e9, 2, f"of {room / 1e9:.0f}: {_verdict(total, room)}")
-    host = 12 * job.parameters / job.shards
-    _line("and in main memory, to save a checkpoint", host / 1e9, 2)
+        line(name, size / 1e9, 2)
+    line_of_peak("peak", sum(parts.values()))
+    for mode in parallel.ACTIVATION_CHECKPOINTING:
+        if mode != c.activation_checkpointing:
+            other = Job(replace(c, activation_checkpointing=mode), job.gpus)
+            line_of_peak(f"with activation_checkpointing={mode}", sum(peak(other)[1].values()))
+    line("main memory, to save a checkpoint", 12 * job.parameters / job.shards / 1e9, 2)
     print(f"\nspeed at an MFU of {mfu:.1%}")
-    _line("tokens a second on a GPU", tokens, 0)
-    _line("tokens a second", tokens * job.gpus, 0, f"a step in {seconds:,.2f} s")
-    _line("GPU-hours of the phase", hours, 0, f"{hours / job.gpus / 24:,.1f} days")
-    print("\nGB a GPU sends in a step")
+    line("tokens a second on a GPU", tokens, 0)
+    line("tokens a second", tokens * job.gpus, 0, f"a step in {seconds:,.2f} s")
+    line("GPU-hours of the phase", hours, 0, f"{hours / job.gpus / 24:,.1f} days")
+    print("\nGB that a GPU sends in a step")
     for name, size in (sent | {"total": sum(sent.values())}).items():
-        _line(name, size / 1e9, 2, f"{size / seconds / 1e9:,.2f} GB/s")
+        line(name, size / 1e9, 2, f"{size / seconds / 1e9:,.2f} GB/s")
     print(f"\n{ASSUMED}")
-
-
-def show_published(options: list[str], mfu: float) -> None:
-    print("GB of a GPU at the peak of a step, by activation_checkpointing")
-    print("state: parameters, gradients, optimizer; transit: weights and gradients on their way")
-    for path, gpus, card in PUBLISHED:
-        config, (_, room, flops) = load([path, *options]), GPUS[card]
-        tokens, hours = speed(Job(config, gpus), mfu, flops)
-        print(f"\n{config.name} on {gpus} x {card},", end=" ")
-        print(f"micro-batches of {config.micro_batch_size} x {config.seq_len:,} tokens")
-        print(f"  {tokens:,.0f} tokens/s a GPU and {hours:,.0f} GPU-hours at an MFU of {mfu:.1%}")
-        print(f"  {'':12}{'state':>10}{'activations':>14}{'loss':>8}{'transit':>10}{'peak':>10}")
-        for mode in parallel.ACTIVATION_CHECKPOINTING:
-            _, parts = peak(Job(replace(config, activation_checkpointing=mode), gpus))
-            *state, activations, loss, weights, buffers = (p / 1e9 for p in parts.values())
-            total = sum(parts.values())
-            print(f"  {mode:12}{sum(state):10,.1f}{activations:14,.1f}{loss:8,.1f}", end="")
-            print(f"{weights + buffers:10,.1f}{total / 1e9:10,.1f}  {_verdict(total, room)}")
-    print(f"\n{ASSUMED}")
-
-
-def _verdict(total: float, room: float) -> str:
-    return "fits" if total <= room else "does not fit"
 
 
 def main(argv: list[str]) -> None:
-    """Print the plan that the command line asks for. Raises ConfigError."""
     parser = Parser(
-        prog="bench.step --plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="bench.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--gpus", type=int)
-    parser.add_argument("--card", choices=GPUS)
-    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--card", choices=GPUS, default="h100", help="what kind they are")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of its FLOP/s to reach")
     args, options = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu must be above 0 and at most 1, not {args.mfu}")
-    files = [option for option in options if option.endswith(".py")]
-    if args.gpus is None and args.card is None and not files:
-        show_published(options, args.mfu)
-        return
-    config = load(options if files else ["config/pretrain.py", *options])
-    show(Job(config, 1 if args.gpus is None else args.gpus), args.card or "h100", args.mfu)
+    if not any(option.endswith(".py") for option in options):
+        options = ["config/pretrain.py", *options]
+    show(Job(load(options), args.gpus), args.card, args.mfu)
+
+
+if __name__ == "__main__":
+    run_cli(main)

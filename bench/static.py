@@ -1,19 +1,18 @@
 """What the compiler makes of every kernel at Lucie's shapes, found without a GPU.
 
-    python -m bench.static [op ...] [--chip 80 86 90 100] [--check] [--json FILE]
+    python -m bench.static [op ...] [--chip 80 86 90 100] [--check]
 
-Calls the public operations as model.py does, forward and backward, under a driver that compiles for
-the chip and runs nothing, and reads the machine code. --check exits 1 with a line for each kernel
-that misses a requirement of the table below. A kernel that passes is not yet right or fast; one
-that spills, or has lost its tensor cores or its wide loads, is slow on any shape.
+The public operations are called as model.py calls them, forward and backward, under a driver that
+compiles for the chip and runs nothing; then the machine code is read. --check exits 1 with a line
+for each kernel that misses a requirement of the table below. A kernel that passes is not yet right
+or fast; one that spills, or has lost its tensor cores or its wide loads, is slow on any shape.
 """
 
-import json
+import argparse
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,17 +28,15 @@ try:
 
     from gpuless.compiler import CHIPS, Launch, fake_gpu, occupancy
 except ImportError as error:
-    if __name__ != "__main__":
-        raise
     print(f"bench.static: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
     sys.exit(2)
 
-HOPPER = (90, 100)  # and what came after: the chips with a tensor memory accelerator
+HOPPER = (90, 100)  # and later: the chips with a tensor memory accelerator
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a kernel must show. Spilled registers are allowed to none, save on sm_100."""
+    """What a kernel must show. No kernel may spill registers, except on sm_100."""
 
     ops: str  # that launch it, on every chip
     tensor: int = 0  # fewest tensor-core instructions
@@ -60,8 +57,8 @@ REQUIREMENTS = {
     "_attention_backward_dq": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_backward_dkdv": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_decode": Needs("attention", tensor=8, wgmma=False, narrow=3),
-    "_attention_combine": Needs("attention", narrow=12),  # a few small loads in all
-    # scales come two bytes at a time, and each of a few results by itself
+    "_attention_combine": Needs("attention", narrow=12),  # it has few loads, all small
+    # scales are loaded two bytes at a time, and each of the few results is stored by itself
     "_int4_linear": Needs("int4_linear", tensor=8, wgmma=False, narrow=2),
 }
 
@@ -70,6 +67,10 @@ TOKENS, HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 4096, 4096, 12_288, 
 
 def _tensor(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def _x() -> Tensor:
+    return _tensor(TOKENS, HIDDEN)
 
 
 def _backward(*outputs: Tensor) -> None:
@@ -83,27 +84,10 @@ def _qkv(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(part.requires_grad_() for part in parts)
 
 
-def _rms_norm() -> None:
-    _backward(kernels.rms_norm(_tensor(TOKENS, HIDDEN), _tensor(HIDDEN), 1e-5))
-
-
-def _add_rms_norm() -> None:
-    x, residual = _tensor(TOKENS, HIDDEN), _tensor(TOKENS, HIDDEN)
-    _backward(*kernels.add_rms_norm(x, residual, _tensor(HIDDEN), 1e-5))
-
-
 def _rope(positions: Tensor | None = None) -> None:
     q, k, _ = _qkv(128)
     table = torch.empty(TOKENS, 64)
     _backward(*kernels.rope(q, k, table, table, positions))
-
-
-def _swiglu() -> None:
-    _backward(kernels.swiglu(_tensor(TOKENS, 2 * FEED_FORWARD)))
-
-
-def _attention(head_dim: int, cu_seqlens: Tensor | None = None) -> None:
-    _backward(kernels.attention(*_qkv(head_dim), cu_seqlens))
 
 
 def _decode(head_dim: int) -> None:
@@ -127,16 +111,18 @@ def _int4_linear(rows: int, columns: int, hidden: int) -> None:
 
 _DOCUMENTS = torch.tensor([0, 1000, 1000, 3001, TOKENS], dtype=torch.int32)
 CASES: dict[str, dict[str, Callable[[], None]]] = {
-    "rms_norm": {"": _rms_norm},
-    "add_rms_norm": {"": _add_rms_norm},
+    "rms_norm": {"": lambda: _backward(kernels.rms_norm(_x(), _tensor(HIDDEN), 1e-5))},
+    "add_rms_norm": {
+        "": lambda: _backward(*kernels.add_rms_norm(_x(), _x(), _tensor(HIDDEN), 1e-5))
+    },
     "rope": {"": _rope, "positions": lambda: _rope(torch.zeros(1, TOKENS, dtype=torch.int64))},
-    "swiglu": {"": _swiglu},
+    "swiglu": {"": lambda: _backward(kernels.swiglu(_tensor(TOKENS, 2 * FEED_FORWARD)))},
     "attention": {
-        "D=128": lambda: _attention(128),
-        "D=128 documents": lambda: _attention(128, _DOCUMENTS),
+        "D=128": lambda: _backward(kernels.attention(*_qkv(128))),
+        "D=128 documents": lambda: _backward(kernels.attention(*_qkv(128), _DOCUMENTS)),
         "D=128 decoding": lambda: _decode(128),
-        "D=64": lambda: _attention(64),
-        "D=64 documents": lambda: _attention(64, _DOCUMENTS),
+        "D=64": lambda: _backward(kernels.attention(*_qkv(64))),
+        "D=64 documents": lambda: _backward(kernels.attention(*_qkv(64), _DOCUMENTS)),
         "D=64 decoding": lambda: _decode(64),
     },
     "linear_cross_entropy": {"": _linear_cross_entropy},
@@ -149,43 +135,23 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a kernel as compiled for one chip."""
-
-    chip: int
-    kernel: str
-    case: str
-    warps: int
-    registers: int
-    spills: int  # bytes
-    shared: int  # bytes
-    blocks: int  # per multiprocessor
-    tensor: int
-    tma: int  # loads
-    loads: int  # from global memory
-    wide: int  # of these, 128 bits or more
-    overlap: float | None
-
-
-def measure(record: Launch, case: str) -> Row:
-    """The figures of a record."""
+def measure(record: Launch) -> dict[str, object]:
+    """The figures of a kernel as compiled for one chip."""
     counts = record.sass.counts
-    return Row(
-        chip=record.capability,
-        kernel=record.name,
-        case=case,
-        warps=record.num_warps,
-        registers=record.registers,
-        spills=record.spills,
-        shared=record.shared,
-        blocks=occupancy(record),
-        tensor=counts["HMMA"] + counts["HGMMA"] + counts["UTCMMA"],
-        tma=counts["UTMALDG"],
-        loads=counts["LDG"] + counts["LDGSTS"],
-        wide=counts["LDG.128"] + counts["LDGSTS.128"],
-        overlap=record.sass.overlap,
-    )
+    return {
+        "chip": record.capability,
+        "kernel": record.name,
+        "warps": record.num_warps,
+        "registers": record.registers,
+        "spills": record.spills,  # bytes
+        "shared": record.shared,  # bytes
+        "blocks": occupancy(record),  # per multiprocessor
+        "tensor": counts["HMMA"] + counts["HGMMA"] + counts["UTCMMA"],  # instructions
+        "tma": counts["UTMALDG"],  # loads
+        "loads": counts["LDG"] + counts["LDGSTS"],  # from global memory
+        "wide": counts["LDG.128"] + counts["LDGSTS.128"],  # of these, 128 bits or more
+        "overlap": record.sass.overlap,  # share of the softmax under a running wgmma, or None
+    }
 
 
 def faults(record: Launch) -> list[str]:
@@ -193,29 +159,29 @@ def faults(record: Launch) -> list[str]:
     needs = REQUIREMENTS.get(record.name)
     if needs is None:
         return ["has no row in REQUIREMENTS"]
-    counts, row = record.sass.counts, measure(record, "")
-    found = []
-    local = counts["LDL"] + counts["STL"]
-    if record.capability != 100 and (row.spills or local):
-        found.append(f"spills {row.spills} bytes, {local} accesses to local memory")
-    if row.tensor < needs.tensor:
-        found.append(f"has {row.tensor} tensor-core instructions, fewer than {needs.tensor}")
-    if needs.wgmma and record.capability == 90 and counts["HGMMA"] < needs.tensor:
+    counts, row, chip = record.sass.counts, measure(record), record.capability
+    found, local = [], counts["LDL"] + counts["STL"]
+    loads, wide, overlap = row["loads"], row["wide"], row["overlap"] or 0.0
+    if chip != 100 and (row["spills"] or local):
+        found.append(f"spills {row['spills']} bytes, {local} accesses to local memory")
+    if row["tensor"] < needs.tensor:
+        found.append(f"has {row['tensor']} tensor-core instructions, fewer than {needs.tensor}")
+    if needs.wgmma and chip == 90 and counts["HGMMA"] < needs.tensor:
         found.append(f"has {counts['HGMMA']} wgmma, fewer than {needs.tensor}")
     if record.sass.serialized:
         found.append("waits for each wgmma by itself: ptxas lacked registers to run them in a row")
-    if record.capability in needs.tma and not row.tma:
+    if chip in needs.tma and not row["tma"]:
         found.append("has no TMA load")
-    if needs.narrow is not None and (not row.wide or row.loads - row.wide > needs.narrow):
-        found.append(f"has {row.wide} loads of 128 bits among {row.loads}")
+    if needs.narrow is not None and (not wide or loads - wide > needs.narrow):
+        found.append(f"has {wide} loads of 128 bits among {loads}")
     if needs.narrow is not None and counts["STG"] - counts["STG.128"] > needs.narrow:
         found.append(f"has {counts['STG.128']} stores of 128 bits among {counts['STG']}")
-    if record.capability == 90 and (row.overlap or 0.0) < needs.overlap:
-        found.append(f"overlaps {row.overlap or 0:.2f} of its softmax, less than {needs.overlap}")
+    if chip == 90 and overlap < needs.overlap:
+        found.append(f"overlaps {overlap:.2f} of its softmax, less than {needs.overlap}")
     return found
 
 
-def compile_op(op: str, chip: int) -> tuple[list[Row], list[str]]:
+def compile_op(op: str, chip: int) -> tuple[list[dict], list[str]]:
     """The kernels that an operation launches on a chip, each once, and what is wrong with them."""
     rows, failures, launched, seen = [], [], set(), set()
     for case, call in CASES[op].items():
@@ -235,7 +201,7 @@ def compile_op(op: str, chip: int) -> tuple[list[Row], list[str]]:
             launched.add(record.name)
             if record.cubin not in seen:
                 seen.add(record.cubin)
-                rows.append(measure(record, f"{op} {case}".rstrip()))
+                rows.append(measure(record) | {"case": f"{op} {case}".rstrip()})
                 failures += [f"{where}: {record.name} {fault}" for fault in faults(record)]
     for name, needs in REQUIREMENTS.items():
         if op in needs.ops.split() and name not in launched:
@@ -243,69 +209,47 @@ def compile_op(op: str, chip: int) -> tuple[list[Row], list[str]]:
     return rows, failures
 
 
-def table(chip: int, rows: Sequence[Row]) -> str:
+def table(chip: int, rows: Sequence[dict]) -> str:
     """The rows of one chip as text."""
+    form = "{:26}{:26}{:>5}{:>6}{:>9}{:>8}{:>8}{:>8}{:>7}{:>10}{:>9}"
     lines = [
-        (f"sm_{chip} ({CHIPS[chip].name})", "launched by", "", "", "spilled", "shared", "blocks")
-        + ("tensor", "TMA", "128-bit", "softmax"),
-        ("", "", "warps", "regs", "bytes", "KB", "per SM", "cores", "loads", "of loads", "overlap"),
+        f"sm_{chip} ({CHIPS[chip].name})/launched by///spilled/shared/blocks/tensor/TMA/128-bit"
+        "/softmax",
+        "//warps/regs/bytes/KB/per SM/cores/loads/of loads/overlap",
     ]
+    lines = [line.split("/") for line in lines]
     for row in rows:
-        figures = (row.warps, row.registers, row.spills, f"{row.shared / 1024:.1f}", row.blocks)
-        overlap = "" if row.overlap is None else f"{row.overlap:.2f}"
-        figures += (row.tensor, row.tma, f"{row.wide}/{row.loads}", overlap)
-        lines.append((row.kernel, row.case, *map(str, figures)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if left < 2 else cell.rjust(width)
-            for left, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _ptxas(chip: int) -> str:
-    return re.search(r"V([\d.]+)", get_ptxas_version(chip)).group(1)
+        figures = [row[n] for n in ("kernel", "case", "warps", "registers", "spills")]
+        figures += [f"{row['shared'] / 1024:.1f}", row["blocks"], row["tensor"], row["tma"]]
+        overlap = "" if row["overlap"] is None else f"{row['overlap']:.2f}"
+        lines.append([*figures, f"{row['wide']}/{row['loads']}", overlap])
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def main(argv: list[str]) -> int:
-    started = time.perf_counter()
-    parser = Parser(prog="bench.static", description=__doc__.split("\n\n")[0])
-    parser.add_argument("op", nargs="*", help=f"of {', '.join(CASES)}; all if none is named")
-    parser.add_argument(
-        "--chip", nargs="+", type=int, default=[80, 86, 90, 100], choices=list(CHIPS)
+    parser = Parser(
+        prog="bench.static", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument(
+        "--chip", nargs="+", type=int, default=list(CHIPS), choices=list(CHIPS),
+        help="ten times the compute capability of each chip to compile for",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit 1 if a requirement is missed")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = parser.parse_args(argv)
     if unknown := [op for op in args.op if op not in CASES]:
         raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(CASES)}")
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
-    work = [(chip, op) for chip in args.chip for op in args.op or CASES]
     rows, failures = [], []
-    for chip, op in tqdm(work, unit="op"):
-        op_rows, op_failures = compile_op(op, chip)
-        rows += op_rows
-        failures += op_failures
+    for chip, op in tqdm([(chip, op) for chip in args.chip for op in args.op or CASES], unit="op"):
+        of_op, failures_of_op = compile_op(op, chip)
+        rows, failures = rows + of_op, failures + failures_of_op
     for chip in args.chip:
-        if here := [row for row in rows if row.chip == chip]:
-            print(table(chip, here), end="\n\n")
-    versions = {f"sm_{chip}": _ptxas(chip) for chip in args.chip}
-    seconds = time.perf_counter() - started
-    if args.json:
-        report = {
-            "triton": triton.__version__,
-            "ptxas": versions,
-            "seconds": seconds,
-            "kernels": [asdict(row) for row in rows],
-            "failures": failures,
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    ptxas = ", ".join(f"{version} for {chip}" for chip, version in versions.items())
-    print(f"triton {triton.__version__}, ptxas {ptxas}; {len(rows)} kernels, {seconds:.0f} s")
+        if of_chip := [row for row in rows if row["chip"] == chip]:
+            print(table(chip, of_chip), end="\n\n")
+    ptxas = [re.search(r"V([\d.]+)", get_ptxas_version(chip)).group(1) for chip in args.chip]
+    print(f"triton {triton.__version__}, ptxas {', '.join(ptxas)}; {len(rows)} kernels")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if args.check and failures else 0

@@ -1,7 +1,6 @@
 """The static gate: the real kernels pass it, and each way of failing is reported."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -28,16 +27,13 @@ def python(*args: str | Path, interpret: str = "0") -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-def test_our_kernels_pass_on_hopper(tmp_path):
-    report = tmp_path / "report.json"
-    done = python("-m", "bench.static", "--check", "--chip", "90", "--json", report)
+def test_our_kernels_pass_on_hopper():
+    done = python("-m", "bench.static", "--check", "--chip", "90")
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text(encoding="utf-8"))
-    assert found["failures"] == [] and set(found["ptxas"]) == {"sm_90"}
-    for row in found["kernels"]:
-        assert row["kernel"] in REQUIREMENTS and row["kernel"] in done.stdout
-        assert row["chip"] == 90 and row["spills"] == 0 and row["blocks"] > 0
-    assert {row["kernel"] for row in found["kernels"]} == set(REQUIREMENTS)
+    head, _, *rows = done.stdout.partition("\n\n")[0].splitlines()
+    assert head.startswith("sm_90 (H100, H200)")
+    assert {row.split()[0] for row in rows} == set(REQUIREMENTS)
+    assert {row[57:72].split()[-1] for row in rows} == {"0"}  # spilled bytes
 
 
 MUTANTS = """
@@ -50,10 +46,6 @@ def _attention_forward(a, b, c, SIZE: tl.constexpr):
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     tile = tl.dot(tl.load(a + i * SIZE + j), tl.load(b + i * SIZE + j))
     tl.store(c + i * SIZE + j, tile)
-
-@triton.jit
-def _attention_backward_dq(x):
-    pass
 
 @triton.jit
 def _unheard_of(x):
@@ -72,36 +64,29 @@ static.CASES = {"rms_norm": {
     "spilling": lambda: product(128, 1),
     "not a warpgroup": lambda: product(64, 2),
     "too large": lambda: product(512, 8),
-    "emptied": lambda: _attention_backward_dq[(1,)](torch.empty(1)),
     "without a row": lambda: _unheard_of[(1,)](torch.empty(1)),
     "in torch": lambda: None,
-    "refused": lambda: kernels.rms_norm(torch.empty(2, 3), torch.empty(4), 1e-5),
 }}
 raise SystemExit(static.main(["rms_norm", "--chip", "90", "--check"]))
 """
 
 
 @pytest.mark.slow
-def test_mutants_are_reported(tmp_path):
+def test_broken_kernels_are_reported(tmp_path):
     script = tmp_path / "mutants.py"
     script.write_text(MUTANTS, encoding="utf-8")
     done = python(script)
     assert done.returncode == 1, done.stderr
-    lines = done.stderr.splitlines()
-
-    def reported(case: str, *phrases: str) -> bool:
-        of_case = [line for line in lines if line.startswith(f"sm_90 rms_norm {case}: ")]
-        return all(any(phrase in line for line in of_case) for phrase in phrases)
-
-    assert reported("misaligned", "_rms_norm_forward has ", " loads of 128 bits among ")
-    assert reported("spilling", "_attention_forward spills ")
-    assert reported("not a warpgroup", "has 0 wgmma", "no TMA", "overlaps 0.00")
-    assert reported("too large", "_attention_forward on sm_90: OutOfResources")
-    assert reported("emptied", "_attention_backward_dq has 0 tensor-core instructions")
-    assert reported("without a row", "_unheard_of has no row")
-    assert reported("in torch", "launched nothing")
-    assert reported("refused", "")
-    assert any("_rms_norm_backward was not launched" in line for line in lines)
+    for case, phrase in {
+        "misaligned": "_rms_norm_forward has ",
+        "spilling": "_attention_forward spills ",
+        "not a warpgroup": "_attention_forward overlaps 0.00",
+        "too large": "_attention_forward on sm_90: OutOfResources",
+        "without a row": "_unheard_of has no row",
+        "in torch": "launched nothing",
+    }.items():
+        assert f"sm_90 rms_norm {case}: {phrase}" in done.stderr
+    assert "_rms_norm_backward was not launched" in done.stderr
 
 
 def launch(name: str, chip: int, *opcodes: str, spills: int = 0) -> Launch:
@@ -163,22 +148,17 @@ def test_every_op_is_measured():
 
 
 @pytest.mark.parametrize(
-    "args, interpret, said",
+    "args,interpret,said",
     [
-        (["softmax"], "0", "no op 'softmax'; there are rms_norm, "),
-        ([], "1", "TRITON_INTERPRET is set"),
+        (["-m", "bench.static", "softmax"], "0", "no op 'softmax'; there are rms_norm, "),
+        (["-m", "bench.static"], "1", "TRITON_INTERPRET is set"),
+        (
+            ["-c", "import sys; sys.modules['triton'] = None; import bench.static"],
+            "0",
+            "needs pip install triton",
+        ),
     ],
 )
 def test_what_cannot_run_says_so_in_one_line(args, interpret, said):
-    done = python("-m", "bench.static", *args, interpret=interpret)
+    done = python(*args, interpret=interpret)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_without_triton():
-    code = (
-        "import runpy, sys; sys.modules['triton'] = None; sys.argv = ['bench.static'];"
-        "runpy.run_module('bench.static', run_name='__main__')"
-    )
-    done = python("-c", code)
-    assert done.returncode == 2 and "pip install triton" in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -1,0 +1,368 @@
+"""The operations that bench.kernels times: inputs, floor, and every implementation compared.
+
+A floor is what no implementation can go below: each input read once and each output written once,
+in bytes, or the FLOPs of the products. Speeds count the floor's bytes or FLOPs for every
+implementation, so one that moves more or computes twice shows as slower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import kernels
+from kernels.int4_linear import GROUP, unpack
+from kernels.rope import rope_tables
+
+OURS = "nanolucie"
+EPS = 1e-5
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of the model; the defaults are Lucie-7B's."""
+
+    hidden: int = 4096
+    intermediate: int = 12288
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocab: int = 65024
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation, possibly on tensors laid out in another way than ours.
+
+    enter: turns our inputs into its inputs; leave: turns its outputs into ours. Neither is timed,
+    and gradients flow through both.
+    """
+
+    call: Callable
+    enter: Callable[..., tuple] = lambda *inputs: inputs
+    leave: Callable[..., tuple] = lambda *outputs: outputs
+
+
+class Draw:
+    """Random inputs, the same from every new Draw, so that all implementations get equal ones."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.generator = device, torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, device=self.device, dtype=DTYPE)
+        return x.mul_(scale).requires_grad_(grad)
+
+    def integers(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, generator=self.generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Op:
+    """inputs(draw, sizes, tokens): what our public function takes; a tensor that requires grad gets
+    its gradient. floor(sizes, tokens): bytes (or FLOPs, unit TFLOP/s) of each mode.
+
+    Modes: forward (which keeps what a backward needs), no-grad-forward, backward (alone), full
+    (forward and backward). tokens: the numbers of tokens, if not those of the command line.
+    """
+
+    inputs: Callable[[Draw, Sizes, int], tuple[Tensor, ...]]
+    floor: Callable[[Sizes, int], dict[str, int]]
+    unit: str
+    implementations: dict[str, Implementation]
+    tokens: tuple[int, ...] = ()
+
+
+def training(forward: int, backward: int) -> dict[str, int]:
+    return {"forward": forward, "backward": backward, "full": forward + backward}
+
+
+def liger(module: str, function: str) -> Callable:
+    """A Liger kernel. Calling it raises ModuleNotFoundError where liger-kernel is not installed."""
+
+    def call(*inputs: object) -> object:
+        return getattr(import_module(f"liger_kernel.ops.{module}"), function).apply(*inputs)
+
+    return call
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a function for each shape; an error where part of it would run eagerly."""
+
+    @cache
+    def build() -> Callable:
+        torch._dynamo.config.recompile_limit = 64  # there are more shapes than the usual 8
+        torch._functorch.config.donated_buffer = False  # a timed backward runs again and again
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return lambda *inputs: build()(*inputs)
+
+
+# --- rms_norm, add_rms_norm
+
+
+def rms_norm_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    x, weight = 2 * tokens * s.hidden, 2 * s.hidden
+    return training(2 * x + weight, 3 * x + 2 * weight)  # x -> y; x, dy -> dx
+
+
+def add_rms_norm_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    x, weight = 2 * tokens * s.hidden, 2 * s.hidden
+    # x, residual -> y, sum; backward: the sum and two gradients -> one that both inputs share
+    return training(4 * x + weight, 4 * x + 2 * weight)
+
+
+def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return eager_rms_norm(total, weight), total
+
+
+liger_rms_norm = liger("rms_norm", "LigerRMSNormFunction")
+liger_add_rms_norm = liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+RMS_NORMS = {
+    OURS: Implementation(lambda x, w: kernels.rms_norm(x, w, EPS)),
+    "eager": Implementation(eager_rms_norm),
+    "compile": Implementation(compiled(eager_rms_norm)),
+    "liger": Implementation(lambda x, w: liger_rms_norm(x, w, EPS)),
+}
+ADD_RMS_NORMS = {
+    OURS: Implementation(lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS)),
+    "eager": Implementation(eager_add_rms_norm),
+    "compile": Implementation(compiled(eager_add_rms_norm)),
+    "liger": Implementation(lambda x, r, w: liger_add_rms_norm(x, r, w, EPS)),
+}
+
+# --- swiglu
+
+
+def swiglu_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    half = 2 * tokens * s.intermediate
+    return training(3 * half, 5 * half)  # gate, up -> y; gate, up, dy -> dgate, dup
+
+
+def eager_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gate_and_up(gate_up: Tensor) -> tuple[Tensor, ...]:
+    return tuple(half.contiguous() for half in gate_up.chunk(2, dim=-1))
+
+
+SWIGLUS = {
+    OURS: Implementation(kernels.swiglu),
+    "eager": Implementation(eager_swiglu),
+    "compile": Implementation(compiled(eager_swiglu)),
+    "liger": Implementation(liger("swiglu", "LigerSiLUMulFunction"), gate_and_up),
+}
+
+# --- rope
+
+
+def rope_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
+    q, k = (draw(1, tokens, heads, s.head_dim) for heads in (s.heads, s.kv_heads))
+    return q, k, *rope_tables(s.head_dim, 500_000.0, tokens, draw.device)
+
+
+def rope_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    qk = 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
+    tables = 2 * 4 * tokens * s.head_dim // 2
+    return training(2 * qk + tables, 2 * qk + tables)
+
+
+def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As in transformers: tables for both halves, in the dtype of q."""
+
+    def rotate_half(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((-b, a), dim=-1)
+
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def whole_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    cos, sin = (torch.cat((t, t), dim=-1).unsqueeze(1).to(q.dtype) for t in (cos, sin))
+    return q, k, cos, sin
+
+
+def heads_first_views(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in tensors)
+
+
+def liger_rope_layout(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Liger takes `[B, H, T, D]` views of `[B, T, H, D]`, rotates them in place, and takes tables
+    for both halves."""
+    return *heads_first_views(q, k), *(torch.cat((t, t), dim=-1)[None] for t in (cos, sin))
+
+
+liger_rope = liger("rope", "LigerRopeFunction")
+ROPES = {
+    OURS: Implementation(kernels.rope),
+    "eager": Implementation(eager_rope, whole_tables),
+    "compile": Implementation(compiled(eager_rope), whole_tables),
+    "liger": Implementation(liger_rope, liger_rope_layout, heads_first_views),
+}
+
+# --- attention, attention_decode
+
+
+def qkv(draw: Draw, s: Sizes, queries: int, keys: int, grad: bool) -> tuple[Tensor, ...]:
+    shapes = (queries, s.heads), (keys, s.kv_heads), (keys, s.kv_heads)
+    return tuple(draw(1, length, heads, s.head_dim, grad=grad) for length, heads in shapes)
+
+
+def attention_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    product = tokens**2 * s.heads * s.head_dim  # 2 FLOPs an element, half of them masked away
+    return training(2 * product, 5 * product)
+
+
+def decode_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    kv, q = 2 * tokens * s.kv_heads * s.head_dim, 2 * s.heads * s.head_dim
+    return {"no-grad-forward": 2 * kv + 2 * q}
+
+
+def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, T, H, D]` to the `[B, H, T, D]` of torch's attentions, laid out so in memory."""
+    return tuple(t.transpose(1, 2).contiguous() for t in tensors)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA with the backend that torch chooses."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+
+
+def sdpa(backend: SDPBackend) -> Implementation:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return eager_attention(q, k, v)
+
+    return Implementation(attend, heads_first, heads_first_views)
+
+
+compiled_flex = compiled(lambda q, k, v, m: flex_attention(q, k, v, block_mask=m, enable_gqa=True))
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = causal_blocks(q.shape[2], q.device) if q.shape[2] > 1 else None
+    return compiled_flex(q, k, v, mask)
+
+
+@cache
+def causal_blocks(length: int, device: torch.device) -> BlockMask:
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device)
+
+
+ATTENTIONS = {
+    OURS: Implementation(kernels.attention),
+    "eager": Implementation(eager_attention, heads_first, heads_first_views),
+    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flex": Implementation(flex, heads_first, heads_first_views),
+}
+
+# --- linear_cross_entropy
+
+
+def loss_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
+    weight = draw(s.vocab, s.hidden, scale=s.hidden**-0.5)
+    return draw(tokens, s.hidden), weight, draw.integers(s.vocab, tokens)
+
+
+def loss_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    """No backward alone: ours and Liger's compute the gradients in their forward pass."""
+    product = 2 * tokens * s.vocab * s.hidden
+    return {"no-grad-forward": product, "full": 3 * product}
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+liger_loss = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+LOSSES = {
+    OURS: Implementation(kernels.linear_cross_entropy),
+    "eager": Implementation(eager_loss),
+    "compile": Implementation(compiled(eager_loss)),
+    "liger": Implementation(lambda *inputs: liger_loss(*inputs)[0]),  # its z-loss follows
+}
+
+# --- int4_linear: the four matrices of a block, for the few tokens of a decoding step
+
+
+def int4_shapes(s: Sizes) -> list[tuple[int, int]]:
+    """Rows and columns of q|k|v, o, gate|up and down."""
+    q, kv = s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
+    shapes = [(q + kv, s.hidden), (s.hidden, q), (2 * s.intermediate, s.hidden)]
+    return [*shapes, (s.hidden, s.intermediate)]
+
+
+def int4_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
+    """x, packed and scales of each matrix, one after the other."""
+    inputs = []
+    for rows, columns in int4_shapes(s):
+        packed = draw.integers(256, rows, columns // 2).to(torch.uint8)
+        scales = draw(rows, columns // GROUP, grad=False)
+        inputs += [draw(tokens, columns, grad=False), packed, scales]
+    return tuple(inputs)
+
+
+def int4_floor(s: Sizes, tokens: int) -> dict[str, int]:
+    """4-bit weights for all: an implementation that reads 16 bits shows as four times as slow."""
+    shapes = int4_shapes(s)
+    weights = sum(n * (k // 2 + 2 * k // GROUP) for n, k in shapes)
+    return {"no-grad-forward": weights + sum(2 * tokens * (n + k) for n, k in shapes)}
+
+
+def each_matrix(linear: Callable) -> Callable:
+    return lambda *tensors: tuple(map(linear, tensors[::3], tensors[1::3], tensors[2::3]))
+
+
+def unpack_and_multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return F.linear(x, unpack(packed, scales, x.dtype))
+
+
+def unpacked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """x and the bf16 weight of each matrix; an empty tensor in the place of its scales."""
+    triples = zip(tensors[::3], tensors[1::3], tensors[2::3])
+    parts = [(x, unpack(packed, scales, x.dtype), x[:0]) for x, packed, scales in triples]
+    return tuple(tensor for part in parts for tensor in part)
+
+
+INT4_LINEARS = {
+    OURS: Implementation(each_matrix(kernels.int4_linear)),
+    "eager": Implementation(each_matrix(lambda x, weight, _: F.linear(x, weight)), unpacked),
+    "compile": Implementation(each_matrix(compiled(unpack_and_multiply))),
+}
+
+OPS = {  # what matters most comes first: a run that is cut short still tells it
+    "attention": Op(
+        lambda draw, s, t: qkv(draw, s, t, t, grad=True), attention_floor, "TFLOP/s", ATTENTIONS
+    ),
+    "linear_cross_entropy": Op(loss_inputs, loss_floor, "TFLOP/s", LOSSES),
+    "rms_norm": Op(
+        lambda draw, s, t: (draw(t, s.hidden), draw(s.hidden)), rms_norm_floor, "GB/s", RMS_NORMS
+    ),
+    "add_rms_norm": Op(
+        lambda draw, s, t: (draw(t, s.hidden), draw(t, s.hidden), draw(s.hidden)),
+        add_rms_norm_floor,
+        "GB/s",
+        ADD_RMS_NORMS,
+    ),
+    "swiglu": Op(lambda draw, s, t: (draw(t, 2 * s.intermediate),), swiglu_floor, "GB/s", SWIGLUS),
+    "rope": Op(rope_inputs, rope_floor, "GB/s", ROPES),
+    "attention_decode": Op(
+        lambda draw, s, t: qkv(draw, s, 1, t, grad=False), decode_floor, "GB/s", ATTENTIONS
+    ),
+    "int4_linear": Op(int4_inputs, int4_floor, "GB/s", INT4_LINEARS, tokens=(1, 4, 16)),
+}
