@@ -193,9 +193,6 @@ def tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     return out
 
 
-def write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
-
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")

@@ -9,7 +9,7 @@ A lone CPU process runs the model as it is. Otherwise there are three strategies
 - ddp: every rank has the whole model; gradients are averaged while the backward goes on
 
 Parameters, gradients, moments and the reduction of gradients are fp32. Traffic of a step in bytes
-per rank: python -m bench.step --plan.
+per rank: python -m bench.plan.
 """
 
 import os

@@ -41,7 +41,7 @@ clip_grad = 1.0  # largest norm of the whole gradient
 dtype = "bfloat16"  # of compute; weights, gradients and moments are fp32
 
 parallel = "fsdp"  # 16 bytes a parameter, shared by all GPUs; hsdp where machines are far apart
-micro_batch_size = 1  # raise it to what the memory holds: python -m bench.step --plan
+micro_batch_size = 1  # raise it to what the memory holds: python -m bench.plan
 activation_checkpointing = "none"
 max_minutes = 1190.0  # Lucie ran in jobs of 20 hours
 save_every = 500  # 40 minutes at Lucie's own speed: what a crash can cost at most
