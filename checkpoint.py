@@ -193,7 +193,6 @@ def tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     return out
 
 
-
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 

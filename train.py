@@ -242,9 +242,9 @@ def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | N
     common, held_out = (config.seq_len, config.seed, config.vocab_size), None
     if config.validation:
         samples = range(config.eval_samples)
-        mixture = Mixture(config.validation, *common, samples=config.eval_samples)
+        mixture = Mixture(config.validation, *common)
         held_out = read_share(mixture, samples, config.micro_batch_size, rank, world)
-    mixture = Mixture(config.mixture, *common, partial=config.partial, samples=config.samples)
+    mixture = Mixture(config.mixture, *common, partial=config.partial)
     return mixture, held_out
 
 

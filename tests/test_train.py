@@ -15,7 +15,7 @@ import checkpoint
 import hf
 import train
 from config import Config
-from data.dataset import DataError, Mixture
+from data.dataset import DataError
 
 SMALL = TINY | dict(
     seq_len=16,
@@ -694,17 +694,16 @@ def test_bad_input_is_one_line(tiny_data, change, message):
     assert checkpoint.latest(tiny_data / "out/run") is None
 
 
-def test_training_passes_on_partial_and_the_length_of_the_run(tiny_data):
+def test_training_passes_on_partial_and_holds_out_the_first_samples(tiny_data):
     held, path = tiny_data / "held.csv", tiny_data / "m.csv"
-    held.write_text("name,path,weight,series\na,a,1,x\nb,b,3,x\n")
-    path.write_text(held.read_text() + "c,c,9,\n")
-    config = Config(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97, samples=100,
+    held.write_text("name,path,weight\na,a,1\nb,b,3\n")
+    path.write_text(held.read_text() + "c,c,9\n")
+    config = Config(mixture=str(path), validation=str(held), seq_len=7, vocab_size=97,
                     eval_samples=8, micro_batch_size=8)  # fmt: skip
     with pytest.raises(DataError, match="sources lack files: c"):
         train.open_data(config, 0, 1)
     config.partial = True
     found, held_out = train.open_data(config, 0, 1)
-    assert [found.locate(i).source for i in range(100)] == [0] * 25 + [1] * 75
-    # The run over the held-out data is as long as the validation.
-    expected = Mixture(held, 7, 42, 97, samples=8)
+    expected = train.Mixture(held, 7, 42, 97)
+    assert [found.locate(i) for i in range(100)] == [expected.locate(i) for i in range(100)]
     assert held_out.batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
