@@ -101,7 +101,6 @@ endef
 
 .venv/installed_eval: .venv/installed requirements-eval.txt
 	$(RUN) -m pip install -q -r requirements-eval.txt
-	$(RUN) -m pip install -q --no-deps megatron-core==0.14.0  # its requirements ask for an older numpy
 	touch $@
 
 .venv-triton-%/installed: requirements.txt
