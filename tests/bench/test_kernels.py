@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import baselines
 from bench import kernels as bench
-from bench.baselines import OPS, OURS, Draw, Implementation, Sizes
+from bench.baselines import OPS, OURS, Draw, Implementation
 from bench.kernels import TOY_SIZES
 from config.cli import ConfigError
+from model import LucieConfig
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MODES = {
     "linear_cross_entropy": ["no-grad-forward", "full"],
     "attention_decode": ["no-grad-forward"],
@@ -53,11 +55,8 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
         assert row["of_ceiling"] == row["speed"] / results["ceilings"][row["unit"]]
     assert results["stopped"] is None and results["not_begun"] == 0
     assert {"torch", "triton", "date", "system", "gpu"} <= results.keys()
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(OPS)
     shown = capsys.readouterr().out
     assert "attention backward, ms" in shown and "int4_linear no-grad-forward, ms" in shown
-    assert bench.main(["--replot", str(tmp_path / "kernels.json")]) == 0
-    assert capsys.readouterr().out == shown
 
 
 # --- every baseline computes the operation --------------------------------------------------------
@@ -67,7 +66,7 @@ def liger_stand_in(function):
     """What a Liger kernel computes, in its layouts; Liger itself needs a GPU."""
 
     def rope(q, k, cos, sin):
-        assert q.shape[1] == TOY_SIZES.heads and q.transpose(1, 2).is_contiguous()
+        assert q.shape[1] == TOY_SIZES.num_attention_heads and q.transpose(1, 2).is_contiguous()
         assert cos.shape == sin.shape == (1, q.shape[2], TOY_SIZES.head_dim)
         return baselines.eager_rope(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
 
@@ -128,8 +127,6 @@ def test_torch_compile_is_right_and_a_timed_backward_repeats(tmp_path):
         lambda x, weight: 1.05 * baselines.eager_rms_norm(x, weight),  # the output
         lambda x, weight: baselines.eager_rms_norm(2 * x - x.detach(), weight),  # a gradient only
         lambda x, weight: baselines.eager_rms_norm(x, weight) * torch.nan,
-        lambda x, weight: baselines.eager_rms_norm(x, weight)[:1],
-        lambda x, weight: (baselines.eager_rms_norm(x, weight), x),
     ],
 )
 def test_a_wrong_baseline_is_compared_once_and_never_timed(wrong, tmp_path):
@@ -229,12 +226,15 @@ def test_floors_in_flops():
     full = count(lambda: baselines.eager_loss(*inputs).backward())
     assert op.floor(TOY_SIZES, 32) == {"no-grad-forward": full // 3, "full": full}
     q, k, v = (x.transpose(1, 2) for x in OPS["attention"].inputs(Draw("cpu"), TOY_SIZES, 32))
-    k, v = (x.repeat_interleave(TOY_SIZES.heads // TOY_SIZES.kv_heads, 1) for x in (k, v))
+    k, v = (
+        x.repeat_interleave(TOY_SIZES.num_attention_heads // TOY_SIZES.num_key_value_heads, 1)
+        for x in (k, v)
+    )
     forward = count(lambda: (q @ k.transpose(2, 3)).softmax(-1) @ v)
     floor = OPS["attention"].floor(TOY_SIZES, 32)  # half is masked; the backward makes q k again
     assert floor == {"forward": forward / 2, "backward": 5 * forward / 4, "full": 7 * forward / 4}
     # Lucie-7B at 4,096 tokens: 2 products of 4,096^2 by 32 heads of 128, half masked: 137 GFLOP
-    assert OPS["attention"].floor(Sizes(), 4096)["forward"] == 2 * 4096**2 * 4096
+    assert OPS["attention"].floor(LucieConfig(), 4096)["forward"] == 2 * 4096**2 * 4096
 
 
 def test_nothing_is_begun_after_its_minutes_and_every_row_is_on_disk(monkeypatch, tmp_path):
@@ -262,18 +262,17 @@ def test_the_ratio_is_to_the_fastest_baseline():
 
     rows = [row(OURS, 0.5, 80.0), row("eager", 2.0, 320.0), row("compile", 0.6, 90.0)]
     rows.append(row("liger", None, None, "ValueError: no"))
-    about = dict.fromkeys(("gpu", "torch", "triton", "liger-kernel", "date", "stopped"))
+    about = bench.machine("cpu") | {"stopped": None}
     shown = bench.table(about | {"ceilings": {"GB/s": 4000.0}, "rows": rows})
     line = next(line for line in shown.splitlines() if "4,096" in line)
     expected = "4,096 0.5 2 0.6 failed 3,000.0 GB/s 75% 1.20x compile, 80 MB to 90"
     assert line.split() == expected.split() and "liger: ValueError: no" in shown
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "arguments,told",
     [
-        ([], "no CUDA GPU here: --toy"),
+        pytest.param([], "no CUDA GPU here: --toy", marks=no_gpu),
         (["--toy", "softmax"], "no op 'softmax'; there are attention"),
     ],
 )
