@@ -48,13 +48,11 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
     ]
     for row in rows:
         assert row["failure"] is None and 0 < row["relative_error"] < 1e-2
-        assert 0 < row["ms_20"] <= row["ms"] <= row["ms_80"]
         work = OPS[row["op"]].floor(TOY_SIZES, row["tokens"])[row["mode"]]
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
         assert row["speed"] == pytest.approx(work / (row["ms"] / 1e3) / scale)
         assert row["of_ceiling"] == row["speed"] / results["ceilings"][row["unit"]]
     assert results["stopped"] is None and results["not_begun"] == 0
-    assert {"torch", "triton", "date", "system", "gpu"} <= results.keys()
     shown = capsys.readouterr().out
     assert "attention backward, ms" in shown and "int4_linear no-grad-forward, ms" in shown
 
