@@ -230,16 +230,13 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA with the backend that torch chooses."""
+    """SDPA with the backend that torch chooses, which is flash attention where it can be."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
-def sdpa(backend: SDPBackend) -> Implementation:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return eager_attention(q, k, v)
-
-    return Implementation(attend, heads_first, heads_first_views)
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return eager_attention(q, k, v)
 
 
 compiled_flex = compiled(lambda q, k, v, m: flex_attention(q, k, v, block_mask=m, enable_gqa=True))
@@ -258,8 +255,7 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
 ATTENTIONS = {
     OURS: Implementation(kernels.attention),
     "eager": Implementation(eager_attention, heads_first, heads_first_views),
-    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "cudnn": Implementation(cudnn_attention, heads_first, heads_first_views),
     "flex": Implementation(flex, heads_first, heads_first_views),
 }
 

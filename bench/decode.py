@@ -35,7 +35,6 @@ import quantize
 from bench.kernels import copy_speed, describe, heading, machine, write_json
 from bench.step import architecture, read_config
 from config.cli import ConfigError, Parser, run_cli
-from data.tokenizer import EOS
 from generate import Sampling, decode
 from model import Lucie, LucieConfig
 
@@ -44,26 +43,15 @@ Built = tuple[Generate, int]  # and the bytes of weights that a step reads
 
 
 def random_lucie(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool) -> Lucie:
-    """Random weights, made on the device one matrix at a time; `</s>` is never the likeliest."""
+    """Random weights; no token ends a text."""
     with torch.device("meta"):
         model = Lucie(config).to(dtype)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    if int4:
-        quantize.quantize_(model)
-    model.to_empty(device=device)
+    model.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
-
-    def weights():
-        for name, shape in shapes.items():
-            value = torch.ones(shape, device=device, dtype=dtype)
-            if len(shape) > 1:
-                value.normal_(0, 0.02, generator=generator)
-            if name == "lm_head.weight":
-                value[EOS] = 0  # the largest of thousands of logits is over 0
-            yield name, 0, value
-
-    quantize.fill(model, weights())
-    return model
+    for p in model.parameters():
+        p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    model.eos_token_ids = ()
+    return quantize.quantize_(model) if int4 else model
 
 
 def ours(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool = False) -> Built:
@@ -124,16 +112,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Built]] = {
 ON_A_GPU = ("transformers compiled", "bitsandbytes")
 
 
-def seconds(generate: Generate, prompts: list[list[int]], new: int, device: str) -> float:
-    begin = time.perf_counter()
-    tokens = generate(prompts, new)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    if tokens != new:
-        raise RuntimeError(f"{tokens} tokens instead of {new}")
-    return time.perf_counter() - begin
-
-
 def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Namespace) -> dict:
     """Measure, and return the results. No implementation is begun after args.minutes.
 
@@ -177,13 +155,19 @@ def measure(
     """Seconds of a step, and bytes allocated at the peak; None without a GPU."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(4, vocab_size, (batch, args.prompt), generator=generator).tolist()
+
+    def seconds(new: int) -> float:
+        begin = time.perf_counter()
+        if generate(prompts, new) != new:
+            raise RuntimeError(f"not {new} tokens")
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds(generate, prompts, args.new + 1, device)  # compiles
-    times = []
-    for _ in range(args.rounds):
-        first = seconds(generate, prompts, 1, device)
-        times.append(seconds(generate, prompts, args.new + 1, device) - first)
+    seconds(args.new + 1)  # compiles
+    times = [seconds(args.new + 1) - seconds(1) for _ in range(args.rounds)]
     return statistics.median(times) / args.new, torch.cuda.max_memory_allocated() or None
 
 

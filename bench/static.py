@@ -190,8 +190,6 @@ def compile_op(op: str, chip: int) -> tuple[list[dict], list[str]]:
         with fake_gpu(chip) as launches:
             try:
                 call()
-                if not launches:
-                    failures.append(f"{where}: launched nothing")
             except Exception as error:  # the next kernels are still worth a look
                 failures.append(f"{where}: " + " ".join(str(error).split()))
         launch.use(before)

@@ -231,7 +231,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(name: str, config: Config, device: torch.device, profiled: bool) -> dict[str, object]:
+def measure(name: str, config: Config, device: torch.device, profiled: bool) -> dict:
     """Seconds of each step, bytes allocated at the peak (None on a CPU), and if asked for a table
     of the operations of one more step."""
     with IMPLEMENTATIONS[name](config, device) as (model, loss):
@@ -244,18 +244,16 @@ def measure(name: str, config: Config, device: torch.device, profiled: bool) -> 
         seconds(step, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found: dict[str, object] = {"seconds": [seconds(step, device) for _ in range(STEPS)]}
+        found = {"seconds": [seconds(step, device) for _ in range(STEPS)]}
         found["allocated"] = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
-        return found | ({"operations": operations(step, device)} if profiled else {})
-
-
-def operations(step: Callable[[], None], device: torch.device) -> str:
-    """A table of the operations of a step, the slowest first; without those that each calls."""
-    with profile(record_shapes=True) as profiler:
-        seconds(step, device)
-    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    found = profiler.key_averages(group_by_input_shape=True)
-    return found.table(sort_by=order, row_limit=30, max_name_column_width=40)
+        if profiled:
+            with profile(record_shapes=True) as profiler:
+                seconds(step, device)
+            events = profiler.key_averages(group_by_input_shape=True)
+            order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+            columns = {"max_name_column_width": 40, "max_shapes_column_width": 40}
+            found["operations"] = events.table(sort_by=order, row_limit=20, **columns)
+        return found
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
         assert row["speed"] == pytest.approx(work / (row["ms"] / 1e3) / scale)
         assert row["of_ceiling"] == row["speed"] / results["ceilings"][row["unit"]]
-    assert results["stopped"] is None and results["not_begun"] == 0
+    assert results["stopped"] is None
     shown = capsys.readouterr().out
     assert "attention backward, ms" in shown and "int4_linear no-grad-forward, ms" in shown
 
@@ -97,7 +97,7 @@ def test_every_baseline_is_right(name, monkeypatch):
     op = OPS[name]
     found = bench.compare(op, TOY_SIZES, 32, "cpu")
     assert found.keys() == op.implementations.keys() and {OURS, "eager"} <= found.keys()
-    not_here = {"sdpa_cudnn"} | ({"flex"} if name == "attention" else set())  # no CPU backward
+    not_here = {"cudnn"} | ({"flex"} if name == "attention" else set())  # no CPU backward
     failures = {n: f["failure"] for n, f in found.items() if n not in not_here}
     assert set(failures.values()) == {None}, failures
 
@@ -235,22 +235,10 @@ def test_floors_in_flops():
     assert OPS["attention"].floor(LucieConfig(), 4096)["forward"] == 2 * 4096**2 * 4096
 
 
-def test_nothing_is_begun_after_its_minutes_and_every_row_is_on_disk(monkeypatch, tmp_path):
-    """Each measurement takes ten seconds here; two are those of the ceilings."""
-    now, seen = [0.0], []
-    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
-
-    def time_of(function, device):
-        now[0] += 10
-        if (tmp_path / "kernels.json").exists():
-            seen.append(len(json.loads((tmp_path / "kernels.json").read_text())["rows"]))
-        return [1.0, 1.0, 1.0]
-
-    monkeypatch.setattr(bench, "time_of", time_of)
-    results = run(only("rms_norm", OURS, "eager"), tmp_path, minutes=1)
-    assert len(results["rows"]) == 4 and seen == [1, 2, 3]
-    assert "stopped after 1 minutes: 8 rows not begun" in bench.table(results)
-    assert json.loads((tmp_path / "kernels.json").read_text())["not_begun"] == 8
+def test_nothing_is_begun_after_its_minutes(tmp_path):
+    results = run(only("rms_norm", OURS, "eager"), tmp_path, minutes=0)
+    assert results["rows"] == [] and "stopped after 0 minutes" in bench.table(results)
+    assert json.loads((tmp_path / "kernels.json").read_text()) == results
 
 
 def test_the_ratio_is_to_the_fastest_baseline():

@@ -11,15 +11,16 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from bench.static import CASES, REQUIREMENTS, faults
+from bench.static import CASES, REQUIREMENTS, faults, main
+from config.cli import ConfigError
 from gpuless.compiler import Launch
 from gpuless.sass import Program
 
 ROOT = Path(__file__).parents[2]
 
 
-def python(*args: str | Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": interpret}
+def python(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     command = [sys.executable, *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -63,7 +64,6 @@ static.CASES = {"rms_norm": {
     "misaligned": misaligned,
     "spilling": spilling,
     "without a row": lambda: _unheard_of[(1,)](torch.empty(1)),
-    "in torch": lambda: None,
 }}
 raise SystemExit(static.main(["rms_norm", "--chip", "90", "--check"]))
 """
@@ -79,7 +79,6 @@ def test_broken_kernels_are_reported(tmp_path):
         "misaligned": "_rms_norm_forward has ",
         "spilling": "_attention_forward spills ",
         "without a row": "_unheard_of has no row",
-        "in torch": "launched nothing",
     }.items():
         assert f"sm_90 rms_norm {case}: {phrase}" in done.stderr
     assert "_rms_norm_backward was not launched" in done.stderr
@@ -113,19 +112,12 @@ WIDE, NARROW, WGMMA = ["LDG.E.128"] * 4, ["LDG.E.U16"], ["HGMMA.64x128x16"] * 8
         (launch("_swiglu_forward", 100, *WIDE, spills=8), []),
         (launch(DQ, 80, *["HMMA.16816"] * 8), []),
         (launch(DQ, 80, *["HMMA.16816"] * 7), ["7 tensor-core"]),
-        (launch(DQ, 90, *WGMMA, TMA), []),
         (launch(DQ, 90, *WGMMA), ["no TMA load"]),
-        (
-            launch(DQ, 90, *["HGMMA.64x128x16 gsb0,"] * 8, TMA),
-            ["waits for each wgmma by itself"],
-        ),
+        (launch(DQ, 90, *["HGMMA.64x128x16 gsb0,"] * 8, TMA), ["waits for each wgmma"]),
         (launch(DQ, 90, *["HMMA.16816"] * 8, TMA), ["0 wgmma"]),
         (launch(DQ, 100, *["UTCHMMA"] * 8, TMA), []),
         (launch("_attention_forward", 100, *["UTCHMMA"] * 8, TMA), []),
-        (
-            launch("_attention_forward", 90, *WGMMA, TMA),
-            ["overlaps 0.00 of its softmax, less than 0.8"],
-        ),
+        (launch("_attention_forward", 90, *WGMMA, TMA), ["overlaps 0.00 of its softmax"]),
         (launch("_new_kernel", 90, *WIDE), ["no row in REQUIREMENTS"]),
     ],
 )
@@ -144,18 +136,11 @@ def test_every_op_is_measured():
     assert set(CASES) <= public
 
 
-@pytest.mark.parametrize(
-    "args,interpret,said",
-    [
-        (["-m", "bench.static", "softmax"], "0", "no op 'softmax'; there are rms_norm, "),
-        (["-m", "bench.static"], "1", "TRITON_INTERPRET is set"),
-        (
-            ["-c", "import sys; sys.modules['triton'] = None; import bench.static"],
-            "0",
-            "needs pip install triton",
-        ),
-    ],
-)
-def test_what_cannot_run_says_so_in_one_line(args, interpret, said):
-    done = python(*args, interpret=interpret)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+def test_what_cannot_run_says_so_in_one_line():
+    with pytest.raises(ConfigError, match="no op 'softmax'; there are rms_norm, "):
+        main(["softmax"])
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET is set"):
+        main(["rope"])
+    done = python("-c", "import sys; sys.modules['triton'] = None; import bench.static")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "needs pip install triton" in done.stderr
