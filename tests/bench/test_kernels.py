@@ -15,7 +15,6 @@ from bench.kernels import TOY_SIZES
 from config.cli import ConfigError
 from model import LucieConfig
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MODES = {
     "linear_cross_entropy": ["no-grad-forward", "full"],
     "attention_decode": ["no-grad-forward"],
@@ -102,15 +101,6 @@ def test_every_baseline_is_right(name, monkeypatch):
     assert set(failures.values()) == {None}, failures
 
 
-def test_flex_attention_is_causal():
-    inputs = baselines.qkv(Draw("cpu"), TOY_SIZES, 32, 32, grad=False)
-    q, k, v = baselines.heads_first(*inputs)
-    mask = baselines.causal_blocks(32, q.device)
-    found = baselines.flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-    expected = baselines.eager_attention(q, k, v)
-    assert (found - expected).norm() < 1e-2 * expected.norm()
-
-
 @pytest.mark.slow
 def test_torch_compile_is_right_and_a_timed_backward_repeats(tmp_path):
     """It gives its saved tensors away at the first backward, unless told otherwise."""
@@ -143,12 +133,12 @@ def test_a_wrong_baseline_is_compared_once_and_never_timed(wrong, tmp_path):
 
 def test_a_wrong_kernel_of_ours_is_exit_code_1(monkeypatch, tmp_path):
     good = OPS["rms_norm"].implementations[OURS].call
-    for factor, code in ((1.0, 0), (1.05, 1)):
-        # right in fp32, which is the reference, and scaled in bf16
-        scaled = lambda x, w, f=factor: good(x, w) * (f if x.dtype == torch.bfloat16 else 1)  # noqa: E731
-        ops = only("rms_norm", "eager", **{OURS: Implementation(scaled)})
-        monkeypatch.setattr(bench, "OPS", ops)
-        assert bench.main(["--toy", f"--out={tmp_path}"]) == code
+
+    def scaled(x, weight):  # right in fp32, which is the reference
+        return good(x, weight) * (1.05 if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(bench, "OPS", only("rms_norm", "eager", **{OURS: Implementation(scaled)}))
+    assert bench.main(["--toy", f"--out={tmp_path}"]) == 1
 
 
 # --- what is timed, and against what --------------------------------------------------------------
@@ -255,13 +245,9 @@ def test_the_ratio_is_to_the_fastest_baseline():
     assert line.split() == expected.split() and "liger: ValueError: no" in shown
 
 
-@pytest.mark.parametrize(
-    "arguments,told",
-    [
-        pytest.param([], "no CUDA GPU here: --toy", marks=no_gpu),
-        (["--toy", "softmax"], "no op 'softmax'; there are attention"),
-    ],
-)
-def test_bad_input_is_told(arguments, told):
-    with pytest.raises(ConfigError, match=told):
-        bench.main(arguments)
+def test_bad_input_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA GPU here: --toy"):
+        bench.main([])
+    with pytest.raises(ConfigError, match="no op 'softmax'; there are attention"):
+        bench.main(["--toy", "softmax"])

@@ -211,7 +211,6 @@ def test_traffic_by_hand():
 def test_it_prints_a_plan(capsys):
     plan.main(["config/pretrain.py", "--gpus", "512", "--micro_batch_size=2"])
     out = capsys.readouterr().out
-    assert "6,706,958,336 parameters, on 512 x h100, fsdp" in out
     assert "on each GPU 1 micro-batches of 2" in out
     lines = [line for line in out.splitlines() if line.startswith("  ")]
     figures = {line[2:42].strip(): line[42:].split() for line in lines}
@@ -221,7 +220,6 @@ def test_it_prints_a_plan(capsys):
     full = figures["with activation_checkpointing=full"]
     assert total > float(full[0]) and full[1:] == ["of", "80:", "fits"]
     assert figures["tokens a second on a GPU"] == ["9,453"]  # 40 % of 989.4 TFLOP/s
-    assert figures["main memory, to save a checkpoint"] == ["0.16"]
 
 
 @pytest.mark.parametrize(

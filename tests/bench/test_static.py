@@ -48,10 +48,6 @@ def _attention_forward(a, b, c, SIZE: tl.constexpr):
     tile = tl.dot(tl.load(a + i * SIZE + j), tl.load(b + i * SIZE + j))
     tl.store(c + i * SIZE + j, tile)
 
-@triton.jit
-def _unheard_of(x):
-    tl.store(x, 0.0)
-
 def misaligned():
     x = torch.empty(64 * 4096 + 1, dtype=torch.bfloat16)[1:].view(64, 4096)
     kernels.rms_norm(x, torch.empty(4096, dtype=torch.bfloat16), 1e-5)
@@ -60,11 +56,7 @@ def spilling():
     a = torch.empty(128, 128, dtype=torch.bfloat16)
     _attention_forward[(1,)](a, a, a.float(), SIZE=128, num_warps=1)
 
-static.CASES = {"rms_norm": {
-    "misaligned": misaligned,
-    "spilling": spilling,
-    "without a row": lambda: _unheard_of[(1,)](torch.empty(1)),
-}}
+static.CASES = {"rms_norm": {"misaligned": misaligned, "spilling": spilling}}
 raise SystemExit(static.main(["rms_norm", "--chip", "90", "--check"]))
 """
 
@@ -75,12 +67,8 @@ def test_broken_kernels_are_reported(tmp_path):
     script.write_text(MUTANTS, encoding="utf-8")
     done = python(script)
     assert done.returncode == 1, done.stderr
-    for case, phrase in {
-        "misaligned": "_rms_norm_forward has ",
-        "spilling": "_attention_forward spills ",
-        "without a row": "_unheard_of has no row",
-    }.items():
-        assert f"sm_90 rms_norm {case}: {phrase}" in done.stderr
+    assert "sm_90 rms_norm misaligned: _rms_norm_forward has " in done.stderr
+    assert "sm_90 rms_norm spilling: _attention_forward spills " in done.stderr
     assert "_rms_norm_backward was not launched" in done.stderr
 
 

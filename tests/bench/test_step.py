@@ -234,13 +234,6 @@ def test_the_command_at_toy_size(tmp_path, capsys):
     assert Config(**results["config"]).global_batch_size == 2
 
 
-@pytest.mark.parametrize(
-    "arguments,told",
-    [
-        (["--baselines", "megatron"], "invalid choice: 'megatron'"),
-        (["--hidden_size=90"], "hidden_size 90 is not a multiple"),
-    ],
-)
-def test_bad_input_is_told_in_a_line(arguments, told):
-    with pytest.raises(ConfigError, match=told):
-        step.main(["--toy", *arguments])
+def test_an_impossible_model_is_told_in_a_line():
+    with pytest.raises(ConfigError, match="hidden_size 90 is not a multiple"):
+        step.main(["--toy", "--hidden_size=90"])
