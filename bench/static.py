@@ -186,13 +186,13 @@ def compile_op(op: str, chip: int) -> tuple[list[dict], list[str]]:
     rows, failures, launched, seen = [], [], set(), set()
     for case, call in CASES[op].items():
         where = f"sm_{chip} {op} {case}".rstrip()
-        before = launch.use("triton")
         with fake_gpu(chip) as launches:
+            before = launch.use("triton")
             try:
                 call()
             except Exception as error:  # the next kernels are still worth a look
                 failures.append(f"{where}: " + " ".join(str(error).split()))
-        launch.use(before)
+            launch.use(before)
         for record in launches:
             launched.add(record.name)
             if record.cubin not in seen:
