@@ -65,7 +65,8 @@ def of_preparation(
     datasets.disable_progress_bars()
     ours, theirs = load(path), library(path)
     file = folder / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    file.write_text("".join(lines), encoding="utf-8")
 
     def encode(batch: dict) -> dict:
         return {"ids": [found.ids for found in theirs.encode_batch_fast(batch["text"])]}
