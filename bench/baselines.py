@@ -19,22 +19,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import kernels
 from kernels.int4_linear import GROUP, unpack
 from kernels.rope import rope_tables
+from model import LucieConfig
 
 OURS = "nanolucie"
 EPS = 1e-5
 DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the model; the defaults are Lucie-7B's."""
-
-    hidden: int = 4096
-    intermediate: int = 12288
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    vocab: int = 65024
 
 
 @dataclass(frozen=True)
@@ -66,15 +55,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class Op:
-    """inputs(draw, sizes, tokens): what our public function takes; a tensor that requires grad gets
-    its gradient. floor(sizes, tokens): bytes (or FLOPs, unit TFLOP/s) of each mode.
+    """inputs(draw, s, tokens): what our public function takes, for a model of shape s; where it
+    requires grad, it gets its gradient. floor(s, tokens): bytes (or FLOPs) of each mode.
 
     Modes: forward (which keeps what a backward needs), no-grad-forward, backward (alone), full
     (forward and backward). tokens: the numbers of tokens, if not those of the command line.
     """
 
-    inputs: Callable[[Draw, Sizes, int], tuple[Tensor, ...]]
-    floor: Callable[[Sizes, int], dict[str, int]]
+    inputs: Callable[[Draw, LucieConfig, int], tuple[Tensor, ...]]
+    floor: Callable[[LucieConfig, int], dict[str, int]]
     unit: str
     implementations: dict[str, Implementation]
     tokens: tuple[int, ...] = ()
@@ -108,13 +97,13 @@ def compiled(function: Callable) -> Callable:
 # --- rms_norm, add_rms_norm
 
 
-def rms_norm_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    x, weight = 2 * tokens * s.hidden, 2 * s.hidden
+def rms_norm_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    x, weight = 2 * tokens * s.hidden_size, 2 * s.hidden_size
     return training(2 * x + weight, 3 * x + 2 * weight)  # x -> y; x, dy -> dx
 
 
-def add_rms_norm_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    x, weight = 2 * tokens * s.hidden, 2 * s.hidden
+def add_rms_norm_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    x, weight = 2 * tokens * s.hidden_size, 2 * s.hidden_size
     # x, residual -> y, sum; backward: the sum and two gradients -> one that both inputs share
     return training(4 * x + weight, 4 * x + 2 * weight)
 
@@ -146,8 +135,8 @@ ADD_RMS_NORMS = {
 # --- swiglu
 
 
-def swiglu_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    half = 2 * tokens * s.intermediate
+def swiglu_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    half = 2 * tokens * s.intermediate_size
     return training(3 * half, 5 * half)  # gate, up -> y; gate, up, dy -> dgate, dup
 
 
@@ -170,13 +159,14 @@ SWIGLUS = {
 # --- rope
 
 
-def rope_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
-    q, k = (draw(1, tokens, heads, s.head_dim) for heads in (s.heads, s.kv_heads))
+def rope_inputs(draw: Draw, s: LucieConfig, tokens: int) -> tuple[Tensor, ...]:
+    q = draw(1, tokens, s.num_attention_heads, s.head_dim)
+    k = draw(1, tokens, s.num_key_value_heads, s.head_dim)
     return q, k, *rope_tables(s.head_dim, 500_000.0, tokens, draw.device)
 
 
-def rope_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    qk = 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
+def rope_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    qk = 2 * tokens * (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
     tables = 2 * 4 * tokens * s.head_dim // 2
     return training(2 * qk + tables, 2 * qk + tables)
 
@@ -217,18 +207,20 @@ ROPES = {
 # --- attention, attention_decode
 
 
-def qkv(draw: Draw, s: Sizes, queries: int, keys: int, grad: bool) -> tuple[Tensor, ...]:
-    shapes = (queries, s.heads), (keys, s.kv_heads), (keys, s.kv_heads)
-    return tuple(draw(1, length, heads, s.head_dim, grad=grad) for length, heads in shapes)
+def qkv(draw: Draw, s: LucieConfig, queries: int, keys: int, grad: bool) -> tuple[Tensor, ...]:
+    q = draw(1, queries, s.num_attention_heads, s.head_dim, grad=grad)
+    k, v = (draw(1, keys, s.num_key_value_heads, s.head_dim, grad=grad) for _ in "kv")
+    return q, k, v
 
 
-def attention_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    product = tokens**2 * s.heads * s.head_dim  # 2 FLOPs an element, half of them masked away
+def attention_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    # 2 FLOPs an element, half of them masked away
+    product = tokens**2 * s.num_attention_heads * s.head_dim
     return training(2 * product, 5 * product)
 
 
-def decode_floor(s: Sizes, tokens: int) -> dict[str, int]:
-    kv, q = 2 * tokens * s.kv_heads * s.head_dim, 2 * s.heads * s.head_dim
+def decode_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
+    kv, q = 2 * tokens * s.num_key_value_heads * s.head_dim, 2 * s.num_attention_heads * s.head_dim
     return {"no-grad-forward": 2 * kv + 2 * q}
 
 
@@ -238,16 +230,13 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA with the backend that torch chooses."""
+    """SDPA with the backend that torch chooses, which is flash attention where it can be."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
-def sdpa(backend: SDPBackend) -> Implementation:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return eager_attention(q, k, v)
-
-    return Implementation(attend, heads_first, heads_first_views)
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return eager_attention(q, k, v)
 
 
 compiled_flex = compiled(lambda q, k, v, m: flex_attention(q, k, v, block_mask=m, enable_gqa=True))
@@ -266,22 +255,21 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
 ATTENTIONS = {
     OURS: Implementation(kernels.attention),
     "eager": Implementation(eager_attention, heads_first, heads_first_views),
-    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "cudnn": Implementation(cudnn_attention, heads_first, heads_first_views),
     "flex": Implementation(flex, heads_first, heads_first_views),
 }
 
 # --- linear_cross_entropy
 
 
-def loss_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
-    weight = draw(s.vocab, s.hidden, scale=s.hidden**-0.5)
-    return draw(tokens, s.hidden), weight, draw.integers(s.vocab, tokens)
+def loss_inputs(draw: Draw, s: LucieConfig, tokens: int) -> tuple[Tensor, ...]:
+    weight = draw(s.vocab_size, s.hidden_size, scale=s.hidden_size**-0.5)
+    return draw(tokens, s.hidden_size), weight, draw.integers(s.vocab_size, tokens)
 
 
-def loss_floor(s: Sizes, tokens: int) -> dict[str, int]:
+def loss_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
     """No backward alone: ours and Liger's compute the gradients in their forward pass."""
-    product = 2 * tokens * s.vocab * s.hidden
+    product = 2 * tokens * s.vocab_size * s.hidden_size
     return {"no-grad-forward": product, "full": 3 * product}
 
 
@@ -297,52 +285,30 @@ LOSSES = {
     "liger": Implementation(lambda *inputs: liger_loss(*inputs)[0]),  # its z-loss follows
 }
 
-# --- int4_linear: the four matrices of a block, for the few tokens of a decoding step
+# --- int4_linear: gate_up_proj, a block's largest matrix, for the few tokens of a decoding step
 
 
-def int4_shapes(s: Sizes) -> list[tuple[int, int]]:
-    """Rows and columns of q|k|v, o, gate|up and down."""
-    q, kv = s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim
-    shapes = [(q + kv, s.hidden), (s.hidden, q), (2 * s.intermediate, s.hidden)]
-    return [*shapes, (s.hidden, s.intermediate)]
+def int4_inputs(draw: Draw, s: LucieConfig, tokens: int) -> tuple[Tensor, ...]:
+    rows, columns = 2 * s.intermediate_size, s.hidden_size
+    packed = draw.integers(256, rows, columns // 2).to(torch.uint8)
+    return draw(tokens, columns, grad=False), packed, draw(rows, columns // GROUP, grad=False)
 
 
-def int4_inputs(draw: Draw, s: Sizes, tokens: int) -> tuple[Tensor, ...]:
-    """x, packed and scales of each matrix, one after the other."""
-    inputs = []
-    for rows, columns in int4_shapes(s):
-        packed = draw.integers(256, rows, columns // 2).to(torch.uint8)
-        scales = draw(rows, columns // GROUP, grad=False)
-        inputs += [draw(tokens, columns, grad=False), packed, scales]
-    return tuple(inputs)
-
-
-def int4_floor(s: Sizes, tokens: int) -> dict[str, int]:
+def int4_floor(s: LucieConfig, tokens: int) -> dict[str, int]:
     """4-bit weights for all: an implementation that reads 16 bits shows as four times as slow."""
-    shapes = int4_shapes(s)
-    weights = sum(n * (k // 2 + 2 * k // GROUP) for n, k in shapes)
-    return {"no-grad-forward": weights + sum(2 * tokens * (n + k) for n, k in shapes)}
+    rows, columns = 2 * s.intermediate_size, s.hidden_size
+    weights = rows * (columns // 2 + 2 * columns // GROUP)
+    return {"no-grad-forward": weights + 2 * tokens * (rows + columns)}
 
 
-def each_matrix(linear: Callable) -> Callable:
-    return lambda *tensors: tuple(map(linear, tensors[::3], tensors[1::3], tensors[2::3]))
-
-
-def unpack_and_multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    return F.linear(x, unpack(packed, scales, x.dtype))
-
-
-def unpacked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """x and the bf16 weight of each matrix; an empty tensor in the place of its scales."""
-    triples = zip(tensors[::3], tensors[1::3], tensors[2::3])
-    parts = [(x, unpack(packed, scales, x.dtype), x[:0]) for x, packed, scales in triples]
-    return tuple(tensor for part in parts for tensor in part)
+def unpacked(x: Tensor, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return x, unpack(packed, scales, x.dtype)
 
 
 INT4_LINEARS = {
-    OURS: Implementation(each_matrix(kernels.int4_linear)),
-    "eager": Implementation(each_matrix(lambda x, weight, _: F.linear(x, weight)), unpacked),
-    "compile": Implementation(each_matrix(compiled(unpack_and_multiply))),
+    OURS: Implementation(kernels.int4_linear),
+    "eager": Implementation(F.linear, unpacked),
+    "compile": Implementation(compiled(lambda *inputs: F.linear(*unpacked(*inputs)))),
 }
 
 OPS = {  # what matters most comes first: a run that is cut short still tells it
@@ -351,15 +317,20 @@ OPS = {  # what matters most comes first: a run that is cut short still tells it
     ),
     "linear_cross_entropy": Op(loss_inputs, loss_floor, "TFLOP/s", LOSSES),
     "rms_norm": Op(
-        lambda draw, s, t: (draw(t, s.hidden), draw(s.hidden)), rms_norm_floor, "GB/s", RMS_NORMS
+        lambda draw, s, t: (draw(t, s.hidden_size), draw(s.hidden_size)),
+        rms_norm_floor,
+        "GB/s",
+        RMS_NORMS,
     ),
     "add_rms_norm": Op(
-        lambda draw, s, t: (draw(t, s.hidden), draw(t, s.hidden), draw(s.hidden)),
+        lambda draw, s, t: (draw(t, s.hidden_size), draw(t, s.hidden_size), draw(s.hidden_size)),
         add_rms_norm_floor,
         "GB/s",
         ADD_RMS_NORMS,
     ),
-    "swiglu": Op(lambda draw, s, t: (draw(t, 2 * s.intermediate),), swiglu_floor, "GB/s", SWIGLUS),
+    "swiglu": Op(
+        lambda draw, s, t: (draw(t, 2 * s.intermediate_size),), swiglu_floor, "GB/s", SWIGLUS
+    ),
     "rope": Op(rope_inputs, rope_floor, "GB/s", ROPES),
     "attention_decode": Op(
         lambda draw, s, t: qkv(draw, s, 1, t, grad=False), decode_floor, "GB/s", ATTENTIONS

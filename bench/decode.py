@@ -32,10 +32,9 @@ from torch import nn
 from tqdm import tqdm
 
 import quantize
-from bench.kernels import copy_speed, describe, machine, write_json
+from bench.kernels import copy_speed, describe, heading, machine, write_json
 from bench.step import architecture, read_config
 from config.cli import ConfigError, Parser, run_cli
-from data.tokenizer import EOS
 from generate import Sampling, decode
 from model import Lucie, LucieConfig
 
@@ -44,26 +43,15 @@ Built = tuple[Generate, int]  # and the bytes of weights that a step reads
 
 
 def random_lucie(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool) -> Lucie:
-    """Random weights, made on the device one matrix at a time; `</s>` is never the likeliest."""
+    """Random weights; no token ends a text."""
     with torch.device("meta"):
         model = Lucie(config).to(dtype)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    if int4:
-        quantize.quantize_(model)
-    model.to_empty(device=device)
+    model.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
-
-    def weights():
-        for name, shape in shapes.items():
-            value = torch.ones(shape, device=device, dtype=dtype)
-            if len(shape) > 1:
-                value.normal_(0, 0.02, generator=generator)
-            if name == "lm_head.weight":
-                value[EOS] = 0  # the largest of thousands of logits is over 0
-            yield name, 0, value
-
-    quantize.fill(model, weights())
-    return model
+    for p in model.parameters():
+        p.fill_(1) if p.ndim == 1 else p.normal_(0, 0.02, generator=generator)
+    model.eos_token_ids = ()
+    return quantize.quantize_(model) if int4 else model
 
 
 def ours(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool = False) -> Built:
@@ -79,16 +67,12 @@ def ours(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool = Fals
 def transformers(
     config: LucieConfig, device: str, dtype: torch.dtype, nf4: bool = False, **options: str
 ) -> Built:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            llama = LlamaConfig(**vars(config), tie_word_embeddings=False)
-            model = LlamaForCausalLM(llama).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    llama = LlamaConfig(**vars(config), tie_word_embeddings=False)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(llama, dtype=dtype).eval()
     if nf4:
         to_nf4(model.model, device, dtype)
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
@@ -128,75 +112,79 @@ IMPLEMENTATIONS: dict[str, Callable[..., Built]] = {
 ON_A_GPU = ("transformers compiled", "bitsandbytes")
 
 
-def seconds(generate: Generate, prompts: list[list[int]], new: int, device: str) -> float:
-    begin = time.perf_counter()
-    tokens = generate(prompts, new)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    if tokens != new:
-        raise RuntimeError(f"{tokens} tokens instead of {new}")
-    return time.perf_counter() - begin
-
-
 def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Namespace) -> dict:
-    """Measure, and return the results; DIR/decode.json holds what is known after every row."""
+    """Measure, and return the results. No implementation is begun after args.minutes.
+
+    DIR/decode.json holds what is known after each of them.
+    """
     deadline = time.monotonic() + 60 * args.minutes
     copied = copy_speed(device)
     results = machine(device) | {"copy_gb_per_second": copied, "dtype": str(dtype)}
-    results |= {"config": vars(config), "prompt": args.prompt, "new": args.new, "rows": []}
+    results |= {"config": vars(config), "prompt": args.prompt, "new": args.new}
+    results |= {"rows": [], "failures": {}}
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     kv *= dtype.itemsize * (args.prompt + args.new / 2)  # bytes a row, on average
     names = [name for name in IMPLEMENTATIONS if device == "cuda" or name not in ON_A_GPU]
+    write_json(results, args.out / "decode.json")
     for name in (bar := tqdm(names)):
         bar.set_description(name)
-        generate = None
-        for batch in args.batch if time.monotonic() < deadline else ():
-            row = {"name": name, "batch": batch, "failure": None}
-            try:
-                if generate is None:
-                    generate, weights = IMPLEMENTATIONS[name](config, device, dtype)
-                generator = torch.Generator().manual_seed(batch)
-                size = (batch, args.prompt)
-                prompts = torch.randint(4, config.vocab_size, size, generator=generator).tolist()
-                if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds(generate, prompts, args.new + 1, device)  # compiles
-                times = []
-                for _ in range(args.rounds):
-                    first = seconds(generate, prompts, 1, device)
-                    times.append(seconds(generate, prompts, args.new + 1, device) - first)
-                step = statistics.median(times) / args.new
+        if time.monotonic() >= deadline:
+            break
+        try:
+            generate, weights = IMPLEMENTATIONS[name](config, device, dtype)
+            for batch in args.batch:
+                step, peak = measure(generate, config.vocab_size, device, batch, args)
                 floor = (weights + batch * kv) / copied / 1e9
-                row |= {"tokens_per_second": batch / step, "ms_per_step": 1e3 * step}
-                row |= {"floor_ms": 1e3 * floor, "of_floor": floor / step, "weight_bytes": weights}
-                row["peak_bytes"] = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
-            except Exception as error:  # a baseline that cannot run is a result too
-                row["failure"] = describe(error)
-            results["rows"].append(row)
-            write_json(results, args.out / "decode.json")
-        generate = None
+                row = {"name": name, "batch": batch, "tokens_per_second": batch / step}
+                row |= {"ms_per_step": 1e3 * step, "floor_ms": 1e3 * floor}
+                row |= {"of_floor": floor / step, "weight_bytes": weights, "peak_bytes": peak}
+                results["rows"].append(row)
+        except Exception as error:  # a baseline that cannot run is a result too
+            results["failures"][name] = describe(error)
+        write_json(results, args.out / "decode.json")
+        generate = None  # frees the model
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()  # does nothing on a CPU
-    write_json(results, args.out / "decode.json")
     return results
+
+
+def measure(
+    generate: Generate, vocab_size: int, device: str, batch: int, args: argparse.Namespace
+) -> tuple[float, int | None]:
+    """Seconds of a step, and bytes allocated at the peak; None without a GPU."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(4, vocab_size, (batch, args.prompt), generator=generator).tolist()
+
+    def seconds(new: int) -> float:
+        begin = time.perf_counter()
+        if generate(prompts, new) != new:
+            raise RuntimeError(f"not {new} tokens")
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds(args.new + 1)  # compiles
+    times = [seconds(args.new + 1) - seconds(1) for _ in range(args.rounds)]
+    return statistics.median(times) / args.new, torch.cuda.max_memory_allocated() or None
 
 
 def table(results: dict) -> str:
     c = results["config"]
     lines = [
+        heading(results),
         f"{c['num_hidden_layers']} layers of {c['hidden_size']:,}, {results['dtype']}, prompt "
-        f"{results['prompt']}, {results['new']} tokens more; GPU {results['gpu']}, torch "
-        f"{results['torch']}; a copy moves {results['copy_gb_per_second']:,.0f} GB/s",
+        f"{results['prompt']}, {results['new']} tokens more; a copy moves "
+        f"{results['copy_gb_per_second']:,.0f} GB/s",
         f"{'':22} batch  tokens/s  ms a step  floor ms  of floor  peak GB",
     ]
     for row in results["rows"]:
-        line = f"{row['name']:22} {row['batch']:5}  "
-        if row["failure"] is None:
-            peak = f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""
-            line += f"{row['tokens_per_second']:8,.1f} {row['ms_per_step']:10.2f} "
-            line += f"{row['floor_ms']:9.3f} {row['of_floor']:9.0%}{peak}"
-        lines.append(line + (row["failure"] or ""))
+        line = f"{row['name']:22} {row['batch']:5}  {row['tokens_per_second']:8,.1f} "
+        line += f"{row['ms_per_step']:10.2f} {row['floor_ms']:9.3f} {row['of_floor']:9.0%}"
+        lines.append(line + (f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""))
+    lines += [f"{name:22} {failure}" for name, failure in results["failures"].items()]
     return "\n".join(lines)
 
 
@@ -225,7 +213,7 @@ def main(argv: list[str]) -> int:
     dtype = torch.bfloat16 if cuda else torch.float32
     results = run(shape, dtype, "cuda" if cuda else "cpu", args)
     print(table(results))
-    return int(any(r["failure"] for r in results["rows"] if r["name"].startswith("ours")))
+    return int(any(name.startswith("ours") for name in results["failures"]))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 
     python -m bench.kernels [op ...] [--tokens 4096 16384] [--out DIR] [--minutes 7]
     python -m bench.kernels --toy                  a rehearsal at toy size on a CPU
-    python -m bench.kernels --replot DIR/kernels.json
 
-The baselines are eager torch, torch.compile, Liger where it is installed, and for attention torch's
-flash and cuDNN backends and FlexAttention; all in bf16 at Lucie's shapes. At the smallest number of
+The baselines are eager torch, torch.compile, Liger where it is installed, and for attention SDPA,
+the same by cuDNN, and FlexAttention; all in bf16 at Lucie's shapes. At the smallest number of
 tokens each implementation is first compared with the definition in fp32, outputs and gradients; one
 that is wrong is not timed. Times are medians by device events, with the L2 cache flushed before
 each run. Memory is the peak above what was allocated before the call.
 
-Writes kernels.json and a PNG for each operation into DIR. Exit code 1 where one of ours failed or
-was wrong.
+Writes DIR/kernels.json. Exit code 1 where one of ours failed or was wrong.
 """
 
 import argparse
@@ -19,23 +17,28 @@ import importlib.metadata
 import json
 import math
 import platform
+import statistics
 import time
 import timeit
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.baselines import DTYPE, OPS, OURS, Draw, Implementation, Op, Sizes
+from bench.baselines import DTYPE, OPS, OURS, Draw, Implementation, Op
 from config.cli import ConfigError, Parser, run_cli, write_file
 from kernels.launch import use
+from model import LucieConfig
 
 TOKENS, TOY_TOKENS = [4096, 8192, 16384, 32000], [32, 48]
-TOY_SIZES = Sizes(hidden=128, intermediate=256, heads=4, kv_heads=2, head_dim=64, vocab=97)
-TOY_BASELINES = (OURS, "eager", "sdpa_flash")  # a CPU has these, and they need no compiler
+TOY_SIZES = LucieConfig(
+    vocab_size=97, hidden_size=256, intermediate_size=256, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+TOY_BASELINES = (OURS, "eager")  # a CPU has these, and they need no compiler
 TOLERANCE = 2e-2  # relative, in the Frobenius norm: bf16 kernels are near 4e-3
 CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
 
@@ -43,15 +46,14 @@ CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
 # --- what bench.step and bench.decode use too -----------------------------------------------------
 
 
-def time_of(function: Callable[[], object], device: str) -> list[float]:
-    """[median, 20th and 80th percentile] of the function's time in milliseconds."""
+def time_of(function: Callable[[], object], device: str) -> float:
+    """The median time of the function in milliseconds."""
     if device == "cuda":
         import triton.testing
 
-        return triton.testing.do_bench(function, warmup=25, rep=150, quantiles=(0.5, 0.2, 0.8))
+        return triton.testing.do_bench(function, warmup=25, rep=150, return_mode="median")
     function()
-    times = sorted(1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=5))
-    return [times[2], times[1], times[3]]
+    return 1e3 * statistics.median(timeit.repeat(function, number=1, repeat=5))
 
 
 def copy_speed(device: str) -> float:
@@ -59,14 +61,14 @@ def copy_speed(device: str) -> float:
     size = 2**31 if device == "cuda" else 2**28
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / time_of(lambda: target.copy_(source), device)[0] / 1e6
+    return 2 * size / time_of(lambda: target.copy_(source), device) / 1e6
 
 
 def product_speed(device: str) -> float:
     """TFLOP/s of a large product in bf16."""
     side = 8192 if device == "cuda" else 256
     a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in "ab")
-    return 2 * side**3 / time_of(lambda: a @ b, device)[0] / 1e9
+    return 2 * side**3 / time_of(lambda: a @ b, device) / 1e9
 
 
 def machine(device: str) -> dict:
@@ -85,6 +87,12 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+def heading(results: dict) -> str:
+    """The first line of a table: what `machine` found."""
+    names = ("torch", "triton", "transformers", "liger-kernel", "date")
+    return f"GPU {results['gpu']}, " + ", ".join(f"{name} {results[name]}" for name in names)
+
+
 def write_json(results: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(results, indent=1) + "\n").encode())
@@ -93,7 +101,7 @@ def write_json(results: dict, path: Path) -> None:
 # --- is an implementation right? ------------------------------------------------------------------
 
 
-def compare(op: Op, sizes: Sizes, tokens: int, device: str) -> dict[str, dict]:
+def compare(op: Op, sizes: LucieConfig, tokens: int, device: str) -> dict[str, dict]:
     """For each implementation `relative_error`, the largest over outputs and gradients against the
     definition in fp32, and `failure`: why it is not timed, or None."""
 
@@ -165,7 +173,7 @@ def timed(implementation: Implementation, inputs: tuple, mode: str) -> Callable[
 def measure(implementation: Implementation, inputs: tuple, mode: str, device: str) -> dict:
     """Milliseconds, and on a GPU MB (2^20 bytes, as Liger counts) at the peak of a call."""
     function = timed(implementation, inputs, mode)
-    row = dict(zip(("ms", "ms_20", "ms_80"), time_of(function, device)))
+    row = {"ms": time_of(function, device)}
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -175,11 +183,16 @@ def measure(implementation: Implementation, inputs: tuple, mode: str, device: st
 
 
 def run(
-    ops: dict[str, Op], sizes: Sizes, tokens: list[int], device: str, out: Path, minutes: float
+    ops: dict[str, Op],
+    sizes: LucieConfig,
+    tokens: list[int],
+    device: str,
+    out: Path,
+    minutes: float,
 ) -> dict:
-    """Measure, and return the results; out/kernels.json holds what is known after every row.
+    """Measure until `minutes` are over, and return the results.
 
-    Nothing more is begun after `minutes`, or after Ctrl-C.
+    out/kernels.json holds what is known after every row.
     """
     deadline = time.monotonic() + 60 * minutes
     counts = dict.fromkeys([*tokens, *(t for op in ops.values() for t in op.tokens)])
@@ -192,35 +205,31 @@ def run(
         for baseline in op.implementations  # in turns: a GPU that grows warm favours none
     ]
     limits = {"GB/s": copy_speed(device), "TFLOP/s": product_speed(device)}
-    results = machine(device) | {"sizes": asdict(sizes), "ceilings": limits}
-    results |= {"stopped": None, "not_begun": len(plan), "rows": []}
+    results = machine(device) | {"sizes": vars(sizes), "ceilings": limits}
+    results |= {"stopped": None, "rows": []}
     checks: dict[str, dict[str, dict]] = {}
-    try:
-        for name, count, mode, baseline in (bar := tqdm(plan, unit="row")):
-            bar.set_description(f"{name} {mode} {count:,} {baseline}", refresh=False)
-            if time.monotonic() >= deadline:
-                results["stopped"] = f"after {minutes:g} minutes"
-                break
-            op = ops[name]
-            row = {"op": name, "tokens": count, "mode": mode, "baseline": baseline}
-            row |= dict.fromkeys(("ms", "ms_20", "ms_80", "speed", "unit", "of_ceiling", "peak_mb"))
-            try:
-                if name not in checks:
-                    checks[name] = compare(op, sizes, min(op.tokens or tokens), device)
-                row |= checks[name][baseline]
-                if row["failure"] is None:
-                    inputs = op.inputs(Draw(device), sizes, count)
-                    row |= measure(op.implementations[baseline], inputs, mode, device)
-                    work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
-                    row |= {"speed": work / row["ms"], "unit": op.unit}
-                    row["of_ceiling"] = row["speed"] / limits[op.unit]
-            except Exception as error:
-                row["failure"] = describe(error)
-            results["rows"].append(row)
-            results["not_begun"] -= 1
-            write_json(results, out / "kernels.json")
-    except KeyboardInterrupt:
-        results["stopped"] = "by hand"
+    for name, count, mode, baseline in (bar := tqdm(plan, unit="row")):
+        bar.set_description(f"{name} {mode} {count:,} {baseline}", refresh=False)
+        if time.monotonic() >= deadline:
+            results["stopped"] = f"after {minutes:g} minutes"
+            break
+        op = ops[name]
+        row = {"op": name, "tokens": count, "mode": mode, "baseline": baseline}
+        row |= dict.fromkeys(("ms", "speed", "of_ceiling", "peak_mb"))
+        try:
+            if name not in checks:
+                checks[name] = compare(op, sizes, min(op.tokens or tokens), device)
+            row |= checks[name][baseline] | {"unit": op.unit}
+            if row["failure"] is None:
+                inputs = op.inputs(Draw(device), sizes, count)
+                row |= measure(op.implementations[baseline], inputs, mode, device)
+                work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
+                row["speed"] = work / row["ms"]
+                row["of_ceiling"] = row["speed"] / limits[op.unit]
+        except Exception as error:
+            row["failure"] = describe(error)
+        results["rows"].append(row)
+        write_json(results, out / "kernels.json")
     write_json(results, out / "kernels.json")
     return results
 
@@ -228,18 +237,13 @@ def run(
 # --- results --------------------------------------------------------------------------------------
 
 
-def by_op_and_mode(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    keys = dict.fromkeys((row["op"], row["mode"]) for row in rows)
-    return {key: [row for row in rows if (row["op"], row["mode"]) == key] for key in keys}
-
-
 def table(results: dict) -> str:
     """Milliseconds of every implementation; of ours also its speed, the share of the ceiling, and
     the ratio to the fastest baseline (above 1: ours is faster)."""
-    about = (f"{name} {results[name]}" for name in ("torch", "triton", "liger-kernel", "date"))
     limits = (f"{CEILINGS[u]} {speed:,.2f} {u}" for u, speed in results["ceilings"].items())
-    lines = [f"GPU {results['gpu']}, {', '.join(about)}", ", ".join(limits)]
-    for (op, mode), rows in by_op_and_mode(results["rows"]).items():
+    lines = [heading(results), ", ".join(limits)]
+    for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row["op"], row["mode"]) == (op, mode)]
         names = list(dict.fromkeys(row["baseline"] for row in rows))
         head = f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names)
         lines += ["", f"{op} {mode}, ms", f"{head}{'speed':>17}{'ceiling':>9}  against the fastest"]
@@ -261,42 +265,8 @@ def table(results: dict) -> str:
         failures = {(row["baseline"], row["failure"]): None for row in rows if row["failure"]}
         lines += [f"{'':10}{name}: {failure}" for name, failure in failures]
     if results["stopped"]:
-        lines += ["", f"stopped {results['stopped']}: {results['not_begun']} rows not begun"]
+        lines += ["", f"stopped {results['stopped']}"]
     return "\n".join(lines)
-
-
-def plot(results: dict, out: Path) -> None:
-    """Draw out/OP.png for each operation: speed against tokens, a panel for each mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grouped = by_op_and_mode(results["rows"])
-    for op in dict.fromkeys(name for name, _ in grouped):
-        modes = {mode: rows for (name, mode), rows in grouped.items() if name == op}
-        size = (1.6 + 3.6 * len(modes), 4)
-        figure, axes = plt.subplots(
-            1, len(modes), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
-        for panel, (mode, rows) in zip(axes[0], modes.items()):
-            for name in dict.fromkeys(row["baseline"] for row in rows if not row["failure"]):
-                points = [(r["tokens"], r["speed"]) for r in rows if r["baseline"] == name]
-                points = [(tokens, speed) for tokens, speed in points if speed]
-                panel.plot(*zip(*points), "o-", label=name, lw=2.4 if name == OURS else 1.2)
-            unit, ticks = OPS[op].unit, sorted({row["tokens"] for row in rows})
-            ceiling = results["ceilings"][unit]
-            panel.axhline(ceiling, color="black", lw=1, ls="--", label=CEILINGS[unit])
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(ticks, [f"{t:,}" for t in ticks], fontsize="small")
-            panel.set_xticks([], minor=True)
-            panel.set(title=mode, xlabel="tokens", ylabel=unit, ylim=(0, None))
-            panel.grid(alpha=0.3)
-            panel.label_outer()
-        axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"{op}, GPU {results['gpu']}, bf16", x=0.01, ha="left", fontsize="medium")
-        figure.savefig(out / f"{op}.png", dpi=130)
-        plt.close(figure)
 
 
 def main(argv: list[str]) -> int:
@@ -305,39 +275,31 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens to measure at")
-    parser.add_argument("--out", type=Path, help="folder of the results, default out/bench")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing more after these")
     parser.add_argument("--toy", action="store_true", help="toy size on a CPU")
-    parser.add_argument("--replot", type=Path, metavar="JSON", help="show saved results again")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.ops if name not in OPS]:
         raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(OPS)}")
-    if not (args.toy or args.replot or torch.cuda.is_available()):
+    if not (args.toy or torch.cuda.is_available()):
         raise ConfigError(
             "there is no CUDA GPU here: --toy rehearses on a CPU, and `python -m bench.static` "
             "shows what the compiler makes of the kernels"
         )
-    out = args.out or (args.replot.parent if args.replot else Path("out/bench"))
     ops = {name: op for name, op in OPS.items() if not args.ops or name in args.ops}
-    if args.replot:
-        results = json.loads(args.replot.read_text(encoding="utf-8"))
-    elif args.toy:
+    if args.toy:
+        sizes, tokens, device = TOY_SIZES, TOY_TOKENS, "cpu"
         for name, op in ops.items():
             kept = {n: i for n, i in op.implementations.items() if n in TOY_BASELINES}
             ops[name] = replace(op, implementations=kept)
-        results = run(ops, TOY_SIZES, args.tokens or TOY_TOKENS, "cpu", out, args.minutes)
     else:
+        sizes, tokens, device = LucieConfig(), TOKENS, "cuda"
         try:
-            before = use("triton")
+            use("triton")
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        results = run(ops, Sizes(), args.tokens or TOKENS, "cuda", out, args.minutes)
-        use(before)
+    results = run(ops, sizes, args.tokens or tokens, device, args.out, args.minutes)
     print(table(results))
-    try:
-        plot(results, out)
-    except ImportError:
-        print(f"pictures need: pip install matplotlib; then --replot {out}/kernels.json")
     return int(any(row["baseline"] == OURS and row["failure"] for row in results["rows"]))
 
 

@@ -56,8 +56,7 @@ class Job:
         self.fsdp = config.parallel != "ddp" and not self.unwrapped
         self.reduces_each = config.reduce_each_micro_batch and gpus > 1
         # The kernels' definitions run, which make more temporary tensors.
-        on_cpu = config.kernels == "auto" and config.device == "cpu"
-        self.definitions = config.kernels == "torch" or on_cpu
+        self.definitions = config.kernels == "torch" or config.device == "cpu"
         # Bytes of a number in a product (auto stands for bfloat16), and in the residual stream,
         # which autocast leaves in fp32.
         self.compute = 4 if config.dtype == "float32" else 2
@@ -76,7 +75,7 @@ class Job:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def kept_by_a_block(job: Job, mode: str) -> dict[str, int]:
+def kept_by_a_block(job: Job, mode: str) -> int:
     """What a block keeps for its backward in a mode of activation_checkpointing: bytes a token."""
     c, r, b = job.config, job.residual, job.compute
     hidden, wide, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads
@@ -95,7 +94,7 @@ def kept_by_a_block(job: Job, mode: str) -> dict[str, int]:
         "product of gate_up_proj": (b * 2 * wide, "none selective"),
         "gated, input of down_proj": (b * wide, "none"),
     }
-    return {name: size for name, (size, modes) in lines.items() if mode in modes.split()}
+    return sum(size for size, modes in lines.values() if mode in modes.split())
 
 
 def _gradients(job: Job, done: int) -> float:
@@ -127,7 +126,7 @@ def _moments(job: Job) -> Iterator[Moment]:
     c, b, tokens, layers = job.config, job.compute, job.tokens, job.config.num_hidden_layers
     embedding, block, head = job.units
     mode = c.activation_checkpointing
-    kept, recomputed = (tokens * sum(kept_by_a_block(job, m).values()) for m in (mode, "none"))
+    kept, recomputed = (tokens * kept_by_a_block(job, m) for m in (mode, "none"))
     stream = tokens * job.residual * c.hidden_size  # between two blocks, or its gradient
     narrow = tokens * b * c.hidden_size
     cast = b if b < 4 and not job.fsdp else 0  # bytes of a weight in autocast's copies
@@ -245,7 +244,6 @@ def traffic(job: Job) -> dict[str, float]:
 
 def show(job: Job, card: str, mfu: float) -> None:
     """Print the plan of a job; mfu: the share of the card's FLOP/s that the job is to reach."""
-
     c, (_, room, flops) = job.config, GPUS[card]
     moment, parts = peak(job)
     sent = {name: size for name, size in traffic(job).items() if size}
@@ -255,21 +253,20 @@ def show(job: Job, card: str, mfu: float) -> None:
     def line(name: str, figure: float, digits: int, rest: str = "") -> None:
         print(f"  {name:40}{figure:12,.{digits}f}  {rest}".rstrip())
 
-    def line_of_peak(name: str, total: float) -> None:
-        fits = "fits" if total <= room else "does not fit"
-        line(name, total / 1e9, 2, f"of {room / 1e9:.0f}: {fits}")
-
     print(f"{c.name}, {job.parameters:,} parameters, on {job.gpus} x {card}, {c.parallel}")
     print(f"a step: {c.global_batch_size:,} x {c.seq_len:,} tokens, on each GPU", end=" ")
     print(f"{job.micro_batches:,} micro-batches of {job.tokens // c.seq_len}")
     print(f"\nGB of a GPU at the peak of a step: {moment}")
     for name, size in parts.items():
         line(name, size / 1e9, 2)
-    line_of_peak("peak", sum(parts.values()))
+    peaks = {"peak": sum(parts.values())}
     for mode in parallel.ACTIVATION_CHECKPOINTING:
         if mode != c.activation_checkpointing:
             other = Job(replace(c, activation_checkpointing=mode), job.gpus)
-            line_of_peak(f"with activation_checkpointing={mode}", sum(peak(other)[1].values()))
+            peaks[f"with activation_checkpointing={mode}"] = sum(peak(other)[1].values())
+    for name, size in peaks.items():
+        fits = "fits" if size <= room else "does not fit"
+        line(name, size / 1e9, 2, f"of {room / 1e9:.0f}: {fits}")
     line("main memory, to save a checkpoint", 12 * job.parameters / job.shards / 1e9, 2)
     print(f"\nspeed at an MFU of {mfu:.1%}")
     line("tokens a second on a GPU", tokens, 0)

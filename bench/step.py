@@ -1,6 +1,6 @@
 """Speed of a training step beside its baselines, and which operations take our step's time.
 
-    python -m bench.step [CONFIG] [--seq_len=32000] [--layers 16] [--out DIR] [--minutes 5]
+    python -m bench.step [CONFIG] [--seq_len=32000] [--out DIR] [--minutes 5]
     python -m bench.step --toy                     a rehearsal at toy size on a CPU
 
 CONFIG and all other options are train.py's; the default is config/pretrain.py (Lucie-7B) on a CUDA
@@ -33,16 +33,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from tqdm import tqdm
 
 import checkpoint
 import kernels
 import parallel
-from bench.kernels import describe, machine, write_json
+from bench.kernels import describe, heading, machine, write_json
 from config import Config, load
 from config.cli import ConfigError, Parser, run_cli
 from hf import rows_of
@@ -56,7 +55,6 @@ TOY = [
     "--num_attention_heads=4", "--num_key_value_heads=1", "--seq_len=64", "--micro_batch_size=2",
 ]  # fmt: skip
 STEPS = 3  # timed in a row, after one that compiles and makes the moments
-OPERATIONS = 15  # rows in the table of operations
 
 
 # --- the implementations: each is built, with memory that is not filled yet, by entering it -------
@@ -142,7 +140,7 @@ SMALL = Config(
     vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, seq_len=128, rope_theta=1e4, dtype="bfloat16",
 )  # fmt: skip
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-2, 3e-2  # relative: bf16 against fp32, and no more
+TOLERANCES = {"loss": 1e-2, "gradient norm": 3e-2}  # relative: bf16 against fp32, and no more
 
 
 def compare(build: Callable[..., AbstractContextManager], device: torch.device) -> str | None:
@@ -178,11 +176,10 @@ def compare(build: Callable[..., AbstractContextManager], device: torch.device) 
             source = (name, 0, None) if name in weights else rows_of(exact.config)[name]
             parallel.fill_rows(parameter, 0, weights[source[0]].detach()[source[1] : source[2]])
         found = loss_and_norm(model, loss)
-    errors = [abs(a - b) / b for a, b in zip(found, expected)]
-    if errors[0] <= LOSS_TOLERANCE and errors[1] <= NORM_TOLERANCE:  # false for NaN
-        return None
-    pairs = zip(("loss", "gradient norm"), found, expected)
-    return "wrong: " + ", ".join(f"{name} {a:.4f} for {b:.4f}" for name, a, b in pairs)
+    for (what, tolerance), value, right in zip(TOLERANCES.items(), found, expected):
+        if not abs(value - right) <= tolerance * right:  # true for NaN
+            return f"wrong: {what} {value:.4f} for {right:.4f}"
+    return None
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
@@ -198,13 +195,10 @@ def make_step(
     model: nn.Module, loss: Loss, config: Config, device: torch.device
 ) -> Callable[[], None]:
     """A function that makes one optimizer step on random tokens, as train.py's loop does."""
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p.ndim > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups.append({"params": others, "weight_decay": 0.0})
     betas = config.beta1, config.beta2
     optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=betas, eps=config.eps, fused=True)
     generator = torch.Generator(device).manual_seed(1)
@@ -230,17 +224,16 @@ def make_step(
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
     begin = time.perf_counter()
     step()
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
-def measure(name: str, config: Config, device: torch.device, profiled: bool) -> dict[str, object]:
-    """Seconds of each step, bytes allocated at the peak (None on a CPU), and if asked for the time
-    of each operation of one more step."""
+def measure(name: str, config: Config, device: torch.device, profiled: bool) -> dict:
+    """Seconds of each step, bytes allocated at the peak (None on a CPU), and if asked for a table
+    of the operations of one more step."""
     with IMPLEMENTATIONS[name](config, device) as (model, loss):
         generator = torch.Generator(device).manual_seed(0)
         for parameter in model.parameters():
@@ -248,31 +241,19 @@ def measure(name: str, config: Config, device: torch.device, profiled: bool) -> 
             std = config.initializer_range
             rows.fill_(1) if rows.ndim == 1 else rows.normal_(0, std, generator=generator)
         step = make_step(model, loss, config, device)
-        step()
+        seconds(step, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found: dict[str, object] = {"seconds": [seconds(step, device) for _ in range(STEPS)]}
+        found = {"seconds": [seconds(step, device) for _ in range(STEPS)]}
         found["allocated"] = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
-        return found | ({"operations": operations(step, device)} if profiled else {})
-
-
-def operations(step: Callable[[], None], device: torch.device) -> list[dict]:
-    """The operations of a step by name and shapes of their inputs, the slowest first.
-
-    ms: time of the kernels that an operation launched itself; on a CPU, of the operation without
-    those that it calls.
-    """
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities, record_shapes=True) as profiler:
-        seconds(step, device)
-    rows = []
-    for event in profiler.key_averages(group_by_input_shape=True):
-        us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.device_type == DeviceType.CPU and us > 0:  # kernels count for who launched them
-            shapes = " ".join("x".join(map(str, s)) for s in event.input_shapes if s)
-            rows.append({"name": event.key, "shapes": shapes, "calls": event.count, "ms": us / 1e3})
-    return sorted(rows, key=lambda row: -row["ms"])
+        if profiled:
+            with profile(record_shapes=True) as profiler:
+                seconds(step, device)
+            events = profiler.key_averages(group_by_input_shape=True)
+            order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+            columns = {"max_name_column_width": 40, "max_shapes_column_width": 40}
+            found["operations"] = events.table(sort_by=order, row_limit=20, **columns)
+        return found
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -297,9 +278,9 @@ def attempt(name: str, configs: list[Config], device: torch.device, profiled: bo
 def run(
     config: Config, names: list[str], device: torch.device, out: Path, rounds: int, minutes: float
 ) -> dict:
-    """Measure, and return the results; out/step.json holds what is known after every row.
+    """Measure until `minutes` are over, and return the results.
 
-    Nothing more is begun after `minutes`, or after Ctrl-C.
+    out/step.json holds what is known after every row.
     """
     deadline = time.monotonic() + 60 * minutes
     modes = [replace(config, activation_checkpointing=m) for m in ("none", "selective", "full")]
@@ -311,66 +292,54 @@ def run(
     results = machine(device.type) | {"config": asdict(config), "peak_flops": peak}
     results |= {"stopped": None, "rows": [], "failures": {}}
     turns = [(r, name) for r in range(rounds) for name in (names if r % 2 == 0 else names[::-1])]
-    try:
-        for number, name in (bar := tqdm(turns, unit="measurement")):
-            bar.set_description(f"{name}, round {number + 1}")
-            if time.monotonic() >= deadline:
-                results["stopped"] = f"after {minutes:g} minutes"
-                break
-            if name in results["failures"]:
-                continue
-            try:
-                if number == 0 and (wrong := compare(IMPLEMENTATIONS[name], device)):
-                    raise ValueError(wrong)
-                row = attempt(name, configs[name], device, profiled=name == OURS and number == 0)
-                speed = tokens / statistics.median(row["seconds"])
-                row |= {"round": number, "tokens_per_second": speed}
-                row["mfu"] = speed * flops / peak if peak else None
-                results["rows"].append(row)
-            except Exception as error:  # a baseline that cannot run is a result too
-                results["failures"][name] = describe(error)
-            write_json(results, out / "step.json")
-    except KeyboardInterrupt:
-        results["stopped"] = "by hand"
+    for number, name in (bar := tqdm(turns, unit="measurement")):
+        bar.set_description(f"{name}, round {number + 1}")
+        if time.monotonic() >= deadline:
+            results["stopped"] = f"after {minutes:g} minutes"
+            break
+        if name in results["failures"]:
+            continue
+        try:
+            if number == 0 and (wrong := compare(IMPLEMENTATIONS[name], device)):
+                raise ValueError(wrong)
+            row = attempt(name, configs[name], device, profiled=name == OURS and number == 0)
+            speed = tokens / statistics.median(row["seconds"])
+            row |= {"round": number, "tokens_per_second": speed}
+            row["mfu"] = speed * flops / peak if peak else None
+            results["rows"].append(row)
+        except Exception as error:  # a baseline that cannot run is a result too
+            results["failures"][name] = describe(error)
+        write_json(results, out / "step.json")
     write_json(results, out / "step.json")
     return results
 
 
 def table(results: dict) -> str:
     """Medians over the rounds, and the operations of our step that take most time."""
-    c, about = results["config"], ("torch", "triton", "transformers", "liger-kernel", "date")
+    c, rows = results["config"], results["rows"]
     lines = [
-        f"GPU {results['gpu']}, " + ", ".join(f"{name} {results[name]}" for name in about),
+        heading(results),
         f"{c['num_hidden_layers']} layers of {c['hidden_size']:,}, {c['dtype']}, a step of "
         f"{c['global_batch_size']} x {c['seq_len']:,} tokens in micro-batches of "
         f"{c['micro_batch_size']}",
         f"{'':16}{'checkpointing':>14}{'tokens/s':>10}{'MFU':>7}{'GB':>7}{'ours/it':>9}",
     ]
-    speeds: dict[str, dict[int, float]] = {}
-    for row in results["rows"]:
-        speeds.setdefault(row["name"], {})[row["round"]] = row["tokens_per_second"]
-    for name, of_rounds in speeds.items():
-        row = [row for row in results["rows"] if row["name"] == name][-1]
-        speed = statistics.median(of_rounds.values())
-        mfu = f"{row['mfu'] * speed / row['tokens_per_second']:.1%}" if row["mfu"] else ""
-        peak = f"{row['allocated'] / 1e9:.1f}" if row["allocated"] else ""
-        pairs = [speeds[OURS][r] / s for r, s in of_rounds.items() if r in speeds.get(OURS, {})]
-        ratio = f"{statistics.median(pairs):.2f}" if pairs and name != OURS else ""
-        line = f"{name:16}{row['activation_checkpointing']:>14}{speed:10,.0f}{mfu:>7}"
-        lines.append(f"{line}{peak:>7}{ratio:>9}".rstrip())
-    for name, failure in results["failures"].items():
-        hint = " (try fewer --layers)" if "out of memory" in failure.lower() else ""
-        lines.append(f"{name:16} {failure}{hint}")
-    for row in results["rows"]:
-        if found := row.get("operations"):
-            step, total = 1e3 * statistics.median(row["seconds"]), sum(o["ms"] for o in found)
-            lines += ["", f"operations of our step of {step:,.1f} ms; all: {total:,.1f} ms"]
-            for o in found[:OPERATIONS]:
-                line = f"{o['ms']:10,.2f} ms{o['ms'] / total:7.1%}{o['calls']:6} x "
-                lines.append(line + f"{o['name'][:34]:34} {o['shapes'][:32]}".rstrip())
-    if results["stopped"]:
-        lines.append(f"stopped {results['stopped']}")
-    return "\n".join(lines)
+    ours = {row["round"]: row["tokens_per_second"] for row in rows if row["name"] == OURS}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = [row for row in rows if row["name"] == name]
+        last, speed = found[-1], statistics.median(row["tokens_per_second"] for row in found)
+        line = f"{name:16}{last['activation_checkpointing']:>14}{speed:10,.0f}"
+        line += (
+            f"{last['mfu'] * speed / last['tokens_per_second']:7.1%}" if last["mfu"] else " " * 7
+        )
+        line += f"{last['allocated'] / 1e9:7.1f}" if last["allocated"] else " " * 7
+        pairs = [(ours.get(row["round"]), row["tokens_per_second"]) for row in found]
+        if name != OURS and (ratios := [mine / its for mine, its in pairs if mine]):
+            line += f"{statistics.median(ratios):9.2f}"
+        lines.append(line.rstrip())
+    lines += [f"{name:16} {failure}" for name, failure in results["failures"].items()]
+    lines += [row["operations"] for row in rows if "operations" in row]
+    return "\n".join(lines + [f"stopped {results['stopped']}"] * bool(results["stopped"]))
 
 
 def read_config(options: list[str], toy: bool, *more: str) -> Config:
@@ -387,8 +356,10 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--layers", type=int, help="number of blocks; default: all")
-    parser.add_argument("--baselines", nargs="+", help=f"of {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument(
+        "--baselines", nargs="+", choices=list(IMPLEMENTATIONS),
+        help="what runs beside ours; default: all on a GPU, transformers on a CPU",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, help="default: 2 on a GPU, 5 on a CPU")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing more after these")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json")
@@ -397,12 +368,8 @@ def main(argv: list[str]) -> int:
     # Models follow each other, and without this option they would leave holes in the GPU's memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cuda = torch.cuda.is_available() and not args.toy
-    names = list(IMPLEMENTATIONS)
-    if unknown := [name for name in args.baselines or () if name not in names]:
-        raise ConfigError(f"no baseline {unknown[0]!r}; there are {', '.join(names)}")
-    wanted = args.baselines or (names if cuda else ["transformers"])
-    if args.layers:
-        options.append(f"--num_hidden_layers={args.layers}")
+    wanted = args.baselines or (list(IMPLEMENTATIONS) if cuda else ["transformers"])
+    names = [name for name in IMPLEMENTATIONS if name == OURS or name in wanted]
     config = read_config(options, args.toy)
     samples = max(config.micro_batch_size, 32_768 // config.seq_len if cuda else 1)
     config = read_config(options, args.toy, f"--global_batch_size={samples}")
@@ -414,7 +381,6 @@ def main(argv: list[str]) -> int:
         raise ConfigError(str(error)) from None
     if cuda:
         parallel.start_processes(device)
-    names = [name for name in names if name == OURS or name in wanted]
     results = run(config, names, device, args.out, args.rounds or (2 if cuda else 5), args.minutes)
     print(table(results))
     if dist.is_initialized():

@@ -3,12 +3,9 @@
 import json
 
 import pytest
-import torch
 
 from bench import decode
 from config.cli import ConfigError
-from data.tokenizer import EOS
-from model import LucieConfig
 
 
 def run(tmp_path, *arguments):
@@ -20,14 +17,13 @@ def run(tmp_path, *arguments):
 def test_rows_and_their_floor(tmp_path, capsys):
     pytest.importorskip("transformers")
     code, found = run(tmp_path, "--batch", "1", "3")
-    assert code == 0 and "ours int4" in capsys.readouterr().out
+    assert code == 0 and found["failures"] == {} and "ours int4" in capsys.readouterr().out
     rows = {(row["name"], row["batch"]): row for row in found["rows"]}
     assert {name for name, _ in rows} == {"ours", "ours int4", "transformers"}
     # 4 heads of 32 and 1 for keys: q|k|v, its output, gate|up, down, twice; 5 norms; the head
     matrices = 2 * (192 * 128 + 128 * 128 + 3 * 384 * 128)
     read = 4 * (matrices + 5 * 128 + 512 * 128)
     for (name, batch), row in rows.items():
-        assert row["failure"] is None, row
         assert row["tokens_per_second"] == pytest.approx(1000 * batch / row["ms_per_step"])
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
         if name != "ours int4":
@@ -53,14 +49,8 @@ def test_one_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, caps
     assert run(tmp_path, "--batch", "1", "--minutes=0")[1]["rows"] == []
 
 
-def test_the_random_model_never_ends():
-    config = LucieConfig(300, 128, 384, 1, 1, 1, max_position_embeddings=20)
-    model = decode.random_lucie(config, "cpu", torch.float32, int4=False)
-    tokens = torch.randint(300, (40, 20), generator=torch.Generator().manual_seed(0))
-    assert not (model(tokens).argmax(-1) == EOS).any()
-
-
-@pytest.mark.parametrize("args", [["--new=0"], ["--batch", "0"], ["--hidden_size=90"]])
-def test_impossible_sizes_are_refused(args):
-    with pytest.raises(ConfigError, match=r"at least 1|not a multiple"):
-        decode.main(["--toy", *args])
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ConfigError, match="at least 1"):
+        decode.main(["--toy", "--new=0"])
+    with pytest.raises(ConfigError, match="not a multiple"):
+        decode.main(["--toy", "--hidden_size=90"])

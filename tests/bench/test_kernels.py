@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import baselines
 from bench import kernels as bench
-from bench.baselines import OPS, OURS, Draw, Implementation, Sizes
+from bench.baselines import OPS, OURS, Draw, Implementation
 from bench.kernels import TOY_SIZES
 from config.cli import ConfigError
+from model import LucieConfig
 
 MODES = {
     "linear_cross_entropy": ["no-grad-forward", "full"],
@@ -46,18 +47,13 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
     ]
     for row in rows:
         assert row["failure"] is None and 0 < row["relative_error"] < 1e-2
-        assert 0 < row["ms_20"] <= row["ms"] <= row["ms_80"]
         work = OPS[row["op"]].floor(TOY_SIZES, row["tokens"])[row["mode"]]
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
         assert row["speed"] == pytest.approx(work / (row["ms"] / 1e3) / scale)
         assert row["of_ceiling"] == row["speed"] / results["ceilings"][row["unit"]]
-    assert results["stopped"] is None and results["not_begun"] == 0
-    assert {"torch", "triton", "date", "system", "gpu"} <= results.keys()
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(OPS)
+    assert results["stopped"] is None
     shown = capsys.readouterr().out
     assert "attention backward, ms" in shown and "int4_linear no-grad-forward, ms" in shown
-    assert bench.main(["--replot", str(tmp_path / "kernels.json")]) == 0
-    assert capsys.readouterr().out == shown
 
 
 # --- every baseline computes the operation --------------------------------------------------------
@@ -67,7 +63,7 @@ def liger_stand_in(function):
     """What a Liger kernel computes, in its layouts; Liger itself needs a GPU."""
 
     def rope(q, k, cos, sin):
-        assert q.shape[1] == TOY_SIZES.heads and q.transpose(1, 2).is_contiguous()
+        assert q.shape[1] == TOY_SIZES.num_attention_heads and q.transpose(1, 2).is_contiguous()
         assert cos.shape == sin.shape == (1, q.shape[2], TOY_SIZES.head_dim)
         return baselines.eager_rope(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
 
@@ -100,18 +96,9 @@ def test_every_baseline_is_right(name, monkeypatch):
     op = OPS[name]
     found = bench.compare(op, TOY_SIZES, 32, "cpu")
     assert found.keys() == op.implementations.keys() and {OURS, "eager"} <= found.keys()
-    not_here = {"sdpa_cudnn"} | ({"flex"} if name == "attention" else set())  # no CPU backward
+    not_here = {"cudnn"} | ({"flex"} if name == "attention" else set())  # no CPU backward
     failures = {n: f["failure"] for n, f in found.items() if n not in not_here}
     assert set(failures.values()) == {None}, failures
-
-
-def test_flex_attention_is_causal():
-    inputs = baselines.qkv(Draw("cpu"), TOY_SIZES, 32, 32, grad=False)
-    q, k, v = baselines.heads_first(*inputs)
-    mask = baselines.causal_blocks(32, q.device)
-    found = baselines.flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-    expected = baselines.eager_attention(q, k, v)
-    assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.slow
@@ -128,8 +115,6 @@ def test_torch_compile_is_right_and_a_timed_backward_repeats(tmp_path):
         lambda x, weight: 1.05 * baselines.eager_rms_norm(x, weight),  # the output
         lambda x, weight: baselines.eager_rms_norm(2 * x - x.detach(), weight),  # a gradient only
         lambda x, weight: baselines.eager_rms_norm(x, weight) * torch.nan,
-        lambda x, weight: baselines.eager_rms_norm(x, weight)[:1],
-        lambda x, weight: (baselines.eager_rms_norm(x, weight), x),
     ],
 )
 def test_a_wrong_baseline_is_compared_once_and_never_timed(wrong, tmp_path):
@@ -148,12 +133,12 @@ def test_a_wrong_baseline_is_compared_once_and_never_timed(wrong, tmp_path):
 
 def test_a_wrong_kernel_of_ours_is_exit_code_1(monkeypatch, tmp_path):
     good = OPS["rms_norm"].implementations[OURS].call
-    for factor, code in ((1.0, 0), (1.05, 1)):
-        # right in fp32, which is the reference, and scaled in bf16
-        scaled = lambda x, w, f=factor: good(x, w) * (f if x.dtype == torch.bfloat16 else 1)  # noqa: E731
-        ops = only("rms_norm", "eager", **{OURS: Implementation(scaled)})
-        monkeypatch.setattr(bench, "OPS", ops)
-        assert bench.main(["--toy", f"--out={tmp_path}"]) == code
+
+    def scaled(x, weight):  # right in fp32, which is the reference
+        return good(x, weight) * (1.05 if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(bench, "OPS", only("rms_norm", "eager", **{OURS: Implementation(scaled)}))
+    assert bench.main(["--toy", f"--out={tmp_path}"]) == 1
 
 
 # --- what is timed, and against what --------------------------------------------------------------
@@ -229,30 +214,21 @@ def test_floors_in_flops():
     full = count(lambda: baselines.eager_loss(*inputs).backward())
     assert op.floor(TOY_SIZES, 32) == {"no-grad-forward": full // 3, "full": full}
     q, k, v = (x.transpose(1, 2) for x in OPS["attention"].inputs(Draw("cpu"), TOY_SIZES, 32))
-    k, v = (x.repeat_interleave(TOY_SIZES.heads // TOY_SIZES.kv_heads, 1) for x in (k, v))
+    k, v = (
+        x.repeat_interleave(TOY_SIZES.num_attention_heads // TOY_SIZES.num_key_value_heads, 1)
+        for x in (k, v)
+    )
     forward = count(lambda: (q @ k.transpose(2, 3)).softmax(-1) @ v)
     floor = OPS["attention"].floor(TOY_SIZES, 32)  # half is masked; the backward makes q k again
     assert floor == {"forward": forward / 2, "backward": 5 * forward / 4, "full": 7 * forward / 4}
     # Lucie-7B at 4,096 tokens: 2 products of 4,096^2 by 32 heads of 128, half masked: 137 GFLOP
-    assert OPS["attention"].floor(Sizes(), 4096)["forward"] == 2 * 4096**2 * 4096
+    assert OPS["attention"].floor(LucieConfig(), 4096)["forward"] == 2 * 4096**2 * 4096
 
 
-def test_nothing_is_begun_after_its_minutes_and_every_row_is_on_disk(monkeypatch, tmp_path):
-    """Each measurement takes ten seconds here; two are those of the ceilings."""
-    now, seen = [0.0], []
-    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
-
-    def time_of(function, device):
-        now[0] += 10
-        if (tmp_path / "kernels.json").exists():
-            seen.append(len(json.loads((tmp_path / "kernels.json").read_text())["rows"]))
-        return [1.0, 1.0, 1.0]
-
-    monkeypatch.setattr(bench, "time_of", time_of)
-    results = run(only("rms_norm", OURS, "eager"), tmp_path, minutes=1)
-    assert len(results["rows"]) == 4 and seen == [1, 2, 3]
-    assert "stopped after 1 minutes: 8 rows not begun" in bench.table(results)
-    assert json.loads((tmp_path / "kernels.json").read_text())["not_begun"] == 8
+def test_nothing_is_begun_after_its_minutes(tmp_path):
+    results = run(only("rms_norm", OURS, "eager"), tmp_path, minutes=0)
+    assert results["rows"] == [] and "stopped after 0 minutes" in bench.table(results)
+    assert json.loads((tmp_path / "kernels.json").read_text()) == results
 
 
 def test_the_ratio_is_to_the_fastest_baseline():
@@ -262,21 +238,16 @@ def test_the_ratio_is_to_the_fastest_baseline():
 
     rows = [row(OURS, 0.5, 80.0), row("eager", 2.0, 320.0), row("compile", 0.6, 90.0)]
     rows.append(row("liger", None, None, "ValueError: no"))
-    about = dict.fromkeys(("gpu", "torch", "triton", "liger-kernel", "date", "stopped"))
+    about = bench.machine("cpu") | {"stopped": None}
     shown = bench.table(about | {"ceilings": {"GB/s": 4000.0}, "rows": rows})
     line = next(line for line in shown.splitlines() if "4,096" in line)
     expected = "4,096 0.5 2 0.6 failed 3,000.0 GB/s 75% 1.20x compile, 80 MB to 90"
     assert line.split() == expected.split() and "liger: ValueError: no" in shown
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    "arguments,told",
-    [
-        ([], "no CUDA GPU here: --toy"),
-        (["--toy", "softmax"], "no op 'softmax'; there are attention"),
-    ],
-)
-def test_bad_input_is_told(arguments, told):
-    with pytest.raises(ConfigError, match=told):
-        bench.main(arguments)
+def test_bad_input_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA GPU here: --toy"):
+        bench.main([])
+    with pytest.raises(ConfigError, match="no op 'softmax'; there are attention"):
+        bench.main(["--toy", "softmax"])

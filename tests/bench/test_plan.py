@@ -20,18 +20,10 @@ from config import Config, load
 from config.cli import ConfigError
 
 SMALL = dict(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=4096,
-    seq_len=512,
-    micro_batch_size=2,
-    global_batch_size=2,
-    dtype="float32",
-    device="cpu",
-)
+    hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=1, vocab_size=4096, seq_len=512, micro_batch_size=2, global_batch_size=2,
+    dtype="float32", device="cpu",
+)  # fmt: skip
 
 
 def small(**change):
@@ -74,7 +66,7 @@ def prepare(config):
 
 
 def measure(config):
-    """Bytes of the state between two steps, of a step's peak, and of what it leaves behind."""
+    """Bytes of the state between two steps, and of a step's peak."""
     resting, step = prepare(config)
     state = sum(t.untyped_storage().nbytes() for t in resting)
     tries = []
@@ -84,11 +76,11 @@ def measure(config):
             gc.collect()
         tries.append(left_and_highest(allocations(profiler)))
     # What gloo's own thread happens to free goes unseen: the step counts of which all was seen.
-    left, highest = min(tries)
-    return {"state": state, "peak": state + highest, "left": left}
+    return {"state": state, "peak": state + min(tries)[1]}
 
 
 def left_and_highest(events):
+    """Bytes alive at the end of the step and at its peak, beyond those at its begin."""
     alive = highest = 0
     gloos = set()  # its own copies, which NCCL does not make
     for size, address, within in events:
@@ -118,8 +110,9 @@ def allocations(profiler):
 
 
 def planned(config, gpus):
-    name, parts = plan.peak(plan.Job(config, gpus))
-    return name, parts, sum(parts.values())
+    """Bytes of parameters and moments, and of all."""
+    _, parts = plan.peak(plan.Job(config, gpus))
+    return parts["parameters"] + parts["optimizer"], sum(parts.values())
 
 
 FEW = dict(seq_len=64, micro_batch_size=1, global_batch_size=1)  # tokens: the state is nearly all
@@ -142,11 +135,9 @@ CASES = {
 def test_the_planned_peak_is_the_measured_one(change):
     config = small(**change)
     measured = measure(config)
-    _, parts, total = planned(config, 1)
-    assert measured["peak"] > 80e6
+    state, total = planned(config, 1)
     assert total == pytest.approx(measured["peak"], rel=0.02)
-    assert measured["left"] < 0.02 * total
-    assert parts["parameters"] + parts["optimizer"] == pytest.approx(measured["state"], rel=1e-3)
+    assert state == pytest.approx(measured["state"], rel=1e-3)
 
 
 RANKS = {
@@ -174,10 +165,8 @@ def on_two_ranks():
 @pytest.mark.parametrize("case", RANKS)
 def test_of_two_ranks_too(on_two_ranks, case):
     config, measured = small(**RANKS[case]), on_two_ranks[case]
-    _, parts, total = planned(config, 2)
+    state, total = planned(config, 2)
     assert total == pytest.approx(measured["peak"], rel=0.02)
-    assert measured["left"] < 0.02 * total
-    state = parts["parameters"] + parts["optimizer"]
     if config.parallel == "ddp":
         state += 4 * plan.Job(config, 2).parameters
     assert state == pytest.approx(measured["state"], rel=1e-3)
@@ -186,42 +175,9 @@ def test_of_two_ranks_too(on_two_ranks, case):
 # --- what is arithmetic --------------------------------------------------------------------------
 
 
-def pretrain(*options):
-    return load(["config/pretrain.py", *options])
-
-
-def test_activations_of_the_7b():
-    """Counted by hand in numbers of 2 bytes: hidden 4,096, q|k|v 6,144, feed-forward 12,288."""
-    config = pretrain()
-    job = plan.Job(config, 8)
-    hand = {
-        "none": 2 * (5 * 4096 + 6144 + 3 * 12_288) + 8 + 4 * 32,
-        "selective": 2 * (3 * 4096 + 6144 + 2 * 12_288) + 4 * 32,
-        "full": 2 * (2 * 4096) + 4 * 32,
-    }
-    for mode, bytes_a_token in hand.items():
-        assert sum(plan.kept_by_a_block(job, mode).values()) == bytes_a_token
-
-
-@pytest.mark.parametrize(
-    "path,gpus,card,fits",
-    [
-        ("config/pretrain.py", 1, "h200", {"none": True, "selective": True, "full": True}),
-        ("config/extension.py", 1, "h200", {"none": False, "selective": False, "full": True}),
-        ("config/pretrain.py", 1, "h100", {"none": False, "selective": False, "full": False}),
-        ("config/pretrain.py", 8, "h100", {"none": True, "selective": True, "full": True}),
-        ("config/extension.py", 128, "h100", {"none": False, "selective": False, "full": True}),
-    ],
-)
-def test_where_the_7b_fits(path, gpus, card, fits):
-    for mode, expected in fits.items():
-        config = load([path, f"--activation_checkpointing={mode}"])
-        assert (planned(config, gpus)[2] <= plan.GPUS[card].memory) == expected, mode
-
-
 def test_lucies_own_hours():
     """Its logs: 1,782 tokens/s on a GPU and 486,654 GPU hours, 7.5 % of 989.4 TFLOP/s."""
-    tokens, hours = plan.speed(plan.Job(pretrain(), 512), 0.075, 989.4e12)
+    tokens, hours = plan.speed(plan.Job(load(["config/pretrain.py"]), 512), 0.075, 989.4e12)
     assert tokens == pytest.approx(1782, rel=0.01)
     assert hours == pytest.approx(486_654, rel=0.01)
     assert hours == pytest.approx(3_121_742_086_144 / tokens / 3600)
@@ -253,39 +209,31 @@ def test_traffic_by_hand():
 
 
 def test_it_prints_a_plan(capsys):
-    options = ["--gpus", "512", "--card=h100", "--mfu", "0.4", "--micro_batch_size=2"]
-    plan.main(["config/pretrain.py", *options, "--activation_checkpointing=selective"])
+    plan.main(["config/pretrain.py", "--gpus", "512", "--micro_batch_size=2"])
     out = capsys.readouterr().out
-    assert "6,706,958,336 parameters, on 512 x h100, fsdp" in out
     assert "on each GPU 1 micro-batches of 2" in out
     lines = [line for line in out.splitlines() if line.startswith("  ")]
     figures = {line[2:42].strip(): line[42:].split() for line in lines}
-    total = float(figures["peak"][0])
     parts = list(figures.values())[: list(figures).index("peak")]
+    total = float(figures["peak"][0])
     assert len(parts) == 7 and sum(float(p[0]) for p in parts) == pytest.approx(total, abs=0.04)
-    none, full = (figures[f"with activation_checkpointing={m}"] for m in ("none", "full"))
-    assert float(none[0]) > total > float(full[0]) and full[1:] == ["of", "80:", "fits"]
-    assert figures["tokens a second on a GPU"] == ["9,453"]
-    assert figures["main memory, to save a checkpoint"] == ["0.16"]
-    assert max(map(len, out.splitlines())) <= 100
+    full = figures["with activation_checkpointing=full"]
+    assert total > float(full[0]) and full[1:] == ["of", "80:", "fits"]
+    assert figures["tokens a second on a GPU"] == ["9,453"]  # 40 % of 989.4 TFLOP/s
 
 
 @pytest.mark.parametrize(
     "arguments,told",
     [
-        ("--card v100", "v100"),
         ("--gpus 0", "--gpus must be at least 1"),
         ("--mfu 40", "--mfu must be above 0"),
         ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide the 12"),
-        ("--gpus 4 --micro_batchsize=2", "did you mean '--micro_batch_size'"),
         ("--gpus 4 --activation_checkpointing=some", "none, selective, full"),
-        ("nowhere.py", "nowhere.py: No such file"),
     ],
 )
 def test_bad_input_is_told_in_a_line(arguments, told):
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=told):
         plan.main(arguments.split())
-    assert "\n" not in str(caught.value)
 
 
 if __name__ == "__main__":

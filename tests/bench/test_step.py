@@ -50,23 +50,27 @@ def test_losses_and_gradients_are_those_of_our_definitions(name, one_rank):
 
 
 @needs_transformers
-@pytest.mark.parametrize("change", [dict(rope_theta=2e4), dict(rms_norm_eps=0.1)])
-def test_an_implementation_that_computes_something_else_is_found(change):
+def test_an_implementation_with_another_theta_is_found():
     def build(config, device):
-        return step.transformers(replace(config, **change), device)
+        return step.transformers(replace(config, rope_theta=2e4), device)
 
     assert step.compare(build, CPU).startswith("wrong: loss ")
 
 
-def test_a_wrong_gradient_or_nan_is_found():
-    for wrong in (lambda loss: loss * math.nan, lambda loss: 2 * loss - loss.detach()):
+@pytest.mark.parametrize(
+    "wrong,what",
+    [
+        (lambda loss: loss * math.nan, "loss nan"),
+        (lambda loss: 2 * loss - loss.detach(), "gradient norm"),
+    ],
+)
+def test_a_wrong_gradient_or_nan_is_found(wrong, what):
+    @contextmanager
+    def build(config, device):
+        with step.ours(config, device) as (model, loss):
+            yield model, lambda *args: wrong(loss(*args))
 
-        @contextmanager
-        def build(config, device, wrong=wrong):
-            with step.ours(config, device) as (model, loss):
-                yield model, lambda *args: wrong(loss(*args))
-
-        assert step.compare(build, CPU).startswith("wrong: loss ")
+    assert step.compare(build, CPU).startswith(f"wrong: {what}")
 
 
 @needs_transformers
@@ -143,11 +147,8 @@ def measured(monkeypatch):
     def measure(name, config, device, profiled):
         calls.append((name, config.activation_checkpointing, profiled))
         found = speeds[name](config) if callable(speeds.get(name)) else speeds.get(name, 1.0)
-        return {"seconds": [found] * 3, "allocated": 5e9} | (
-            {"operations": [{"name": "aten::mm", "shapes": "2x2", "calls": 3, "ms": 250.0}]}
-            if profiled
-            else {}
-        )
+        row = {"seconds": [found] * 3, "allocated": 5e9}
+        return row | ({"operations": "aten::mm"} if profiled else {})
 
     monkeypatch.setattr(step, "measure", measure)
     monkeypatch.setattr(step, "compare", lambda build, device: None)
@@ -171,12 +172,9 @@ def test_all_take_turns_and_the_ratio_is_the_median_of_the_rounds(measured, tmp_
     flops = Lucie(step.architecture(SMALL)).flops_per_token(24)
     assert results["rows"][0]["mfu"] == pytest.approx(tokens * flops / 1e12)
     lines = step.table(results).splitlines()
+    assert lines[-1] == "aten::mm"
     assert lines[3].split() == ["ours", "none", "96", f"{tokens * flops / 1e12:.1%}", "5.0"]
     assert lines[4].split()[-1] == "2.00"
-    assert lines[-2:] == [
-        "operations of our step of 1,000.0 ms; all: 250.0 ms",
-        "    250.00 ms 100.0%     3 x aten::mm" + " " * 27 + "2x2",
-    ]
     assert json.loads((tmp_path / "step.json").read_text()) == results
 
 
@@ -198,7 +196,7 @@ def test_where_memory_fails_the_next_activation_checkpointing_is_tried(measured,
     assert modes["transformers"] == ["none", "full", "full"]
     assert results["rows"][0]["activation_checkpointing"] == "full"
     assert [name for name, _, _ in calls].count("liger") == 2  # none, full; not in the next round
-    assert "out of memory (try fewer --layers)" in step.table(results)
+    assert "CUBLAS error: out of memory" in step.table(results)
 
 
 def test_one_that_is_wrong_or_fails_stops_none_of_the_others(measured, tmp_path, monkeypatch):
@@ -207,36 +205,27 @@ def test_one_that_is_wrong_or_fails_stops_none_of_the_others(measured, tmp_path,
     def fails(config):
         raise NotImplementedError("no such\nkernel")
 
+    def compare(build, device):
+        return "wrong: loss 1" if build is step.IMPLEMENTATIONS["transformers"] else None
+
     speeds["liger"] = fails
-    wrong = step.IMPLEMENTATIONS["transformers"]
-    monkeypatch.setattr(
-        step, "compare", lambda build, _: "wrong: loss 1" if build is wrong else None
-    )
+    monkeypatch.setattr(step, "compare", compare)
     results = run(tmp_path, ["transformers", "liger", OURS])
     assert [row["name"] for row in results["rows"]] == [OURS, OURS]
-    assert results["failures"] == {
-        "transformers": "ValueError: wrong: loss 1",
-        "liger": "NotImplementedError: no such kernel",
-    }
+    assert results["failures"]["transformers"] == "ValueError: wrong: loss 1"
+    assert results["failures"]["liger"] == "NotImplementedError: no such kernel"
 
 
-def test_nothing_is_begun_after_its_minutes_or_an_interruption(measured, tmp_path):
-    _, speeds = measured
-    assert run(tmp_path, [OURS], minutes=0)["stopped"] == "after 0 minutes"
-
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    speeds["transformers"] = interrupted
-    results = run(tmp_path, [OURS, "transformers"])
-    assert len(results["rows"]) == 1 and results["stopped"] == "by hand"
+def test_nothing_is_begun_after_its_minutes(measured, tmp_path):
+    results = run(tmp_path, [OURS], minutes=0)
+    assert results["stopped"] == "after 0 minutes" and results["rows"] == []
     assert json.loads((tmp_path / "step.json").read_text()) == results
 
 
 @needs_transformers
 @pytest.mark.slow
 def test_the_command_at_toy_size(tmp_path, capsys):
-    assert step.main(["--toy", "--rounds=2", f"--out={tmp_path}", "--layers", "1"]) == 0
+    assert step.main(["--toy", "--rounds=2", f"--out={tmp_path}", "--num_hidden_layers=1"]) == 0
     results = json.loads((tmp_path / "step.json").read_text())
     assert {row["name"] for row in results["rows"]} == {OURS, "transformers"}
     assert results["failures"] == {} and results["config"]["num_hidden_layers"] == 1
@@ -245,15 +234,6 @@ def test_the_command_at_toy_size(tmp_path, capsys):
     assert Config(**results["config"]).global_batch_size == 2
 
 
-@pytest.mark.parametrize(
-    "arguments,told",
-    [
-        (["--baselines", "megatron"], "no baseline 'megatron'; there are ours, transformers"),
-        (["--hidden_size=90"], "hidden_size 90 is not a multiple"),
-        (["--micro_batchsize=2"], "did you mean '--micro_batch_size'"),
-        (["nowhere.py"], "nowhere.py: No such file"),
-    ],
-)
-def test_bad_input_is_told_in_a_line(arguments, told):
-    with pytest.raises(ConfigError, match=told):
-        step.main(["--toy", *arguments])
+def test_an_impossible_model_is_told_in_a_line():
+    with pytest.raises(ConfigError, match="hidden_size 90 is not a multiple"):
+        step.main(["--toy", "--hidden_size=90"])
