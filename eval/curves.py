@@ -388,11 +388,9 @@ def picture(label: str, figure: "Figure") -> str:
     return f'<img alt="{html.escape(label)}" src="{source}">\n'
 
 
-def page(found: Results, behind: Results, baselines: list[Score], x: str, smooth: int) -> str:
-    """All results as HTML."""
+def page(found: Results, losses: "Figure", scores: "Figure | None") -> str:
+    """All results as HTML; losses, scores: what `draw` and `draw_scores` have drawn of them."""
     curves, names = found.curves, [curve.name for curve in found.curves]
-    if not curves:
-        raise DataError("--html needs a run or a log")
     facts = [
         ["trained", *map(length_of, curves)],
         ["share of the phase", *(f"{curve.log['share'][-1]:.0%}" for curve in curves)],
@@ -406,12 +404,10 @@ def page(found: Results, behind: Results, baselines: list[Score], x: str, smooth
         values = [curve.options.get(option, "") for curve in curves]
         if any(value != default.get(option) for value in values):
             chosen.append([option, *values])
-    scored = (found.scores, tests_of(found.scores), behind.scores, baselines, x)
-    losses = draw(curves, behind.curves, x, smooth)
     maps = (picture(cells[2], needle.draw(*cells)) for cells in found.maps)
     sections = {
         "Training": table(["", *names], *facts) + picture("loss and learning rate", losses),
-        "Benchmarks": picture("scores over training", draw_scores(*scored)) if scored[1] else "",
+        "Benchmarks": picture("scores over training", scores) if scores else "",
         "Needle in a haystack": "".join(maps),
         "Samples": table(("prompt", "checkpoint", "completion"), *texts) if texts else "",
         "Configuration": table(["option", *names], *chosen) + "All others have their defaults.",
@@ -442,19 +438,25 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--smooth must be at least 1")
     found, behind, baselines = read(args.runs), read(args.behind), read(args.baselines).scores
     written = [path for path in (args.png, args.scores, args.html) if path]
+    if (args.png or args.html) and not found.curves:
+        raise DataError("no loss to draw: --png and --html need a run or a log")
+    if args.scores and not found.scores:
+        raise DataError("no scores to draw: python -m eval.harness RUN --tasks NAMES")
+    losses = scores = None
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for path in written:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if args.png or args.html:
+            losses = draw(found.curves, behind.curves, args.x, args.smooth)
+        if found.scores and (args.scores or args.html):
+            tests = tests_of(found.scores)
+            scores = draw_scores(found.scores, tests, behind.scores, baselines, args.x)
         if args.png:
-            draw(found.curves, behind.curves, args.x, args.smooth).savefig(args.png)
+            losses.savefig(args.png)
         if args.scores:
-            if not found.scores:
-                raise DataError("no scores to draw: python -m eval.harness RUN --tasks NAMES")
-            shown = (found.scores, tests_of(found.scores), behind.scores, baselines, args.x)
-            draw_scores(*shown).savefig(args.scores)
+            scores.savefig(args.scores)
         if args.html:
-            content = page(found, behind, baselines, args.x, args.smooth)
-            write_file(args.html, content.encode())
+            write_file(args.html, page(found, losses, scores).encode())
     except ImportError:
         raise ConfigError("drawing needs matplotlib: pip install matplotlib") from None
     for path in written:

@@ -39,10 +39,10 @@ from tqdm import tqdm
 import checkpoint
 import hf
 from checkpoint import CheckpointError
-from config.cli import ConfigError, Parser, in_one_line, nearest, run_cli, write_file
+from config.cli import ConfigError, in_one_line, nearest, run_cli, write_file
 from data.dataset import DataError
 from data.tokenizer import BOS, EOS, Tokenizer
-from eval.perplexity import add_model_options, newest_of, open_model, token_scores, write_table
+from eval.perplexity import model_parser, newest_of, open_model, token_scores, write_table
 from generate import Sampling, complete, decode
 from model import Lucie
 from parallel import gather, rank, start_processes, together, world_size
@@ -410,9 +410,7 @@ def evaluate_source(
 
 
 def main(argv: list[str]) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.harness", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+    parser = model_parser("python -m eval.harness", __doc__)
     parser.add_argument("--tasks", default="", help="names, separated by commas")
     parser.add_argument("--limit", type=int, help="only this many questions of each task")
     parser.add_argument(

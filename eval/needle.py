@@ -20,7 +20,6 @@ command continues there; a .png beside it is the map. Lengths past the trained o
 Floor of a cell of T tokens: 2 N T FLOPs, and 2 L D T^2 of attention in L layers of width D.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -37,13 +36,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError
-from config.cli import ConfigError, Parser, run_cli, write_file
+from config.cli import ConfigError, run_cli, write_file
 from data.dataset import DataError
 from data.prepare import find_files, read_documents
 from data.tokenizer import BOS, Tokenizer
 from eval.perplexity import (
-    add_model_options,
     make_room,
+    model_parser,
     newest_of,
     open_model,
     token_scores,
@@ -157,9 +156,9 @@ def room_for_answer(tokenizer: Tokenizer, needles: list[Needle]) -> int:
     return max(len(continuation(tokenizer, f" {needle.fact}")) for needle in needles)
 
 
-def generated(model: Lucie, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
-    """The first line of a greedy completion that is not blank."""
-    steps = decode(model, [prompt], room_for_answer(tokenizer, needles), Sampling(temperature=0))
+def generated(model: Lucie, tokenizer: Tokenizer, room: int, prompt: list[int]) -> str:
+    """The first line of a greedy completion, of at most `room` tokens, that is not blank."""
+    steps = decode(model, [prompt], room, Sampling(temperature=0))
     text = tokenizer.decode(token for step in steps for _, token, _ in step)
     return (text.strip().splitlines() or [""])[0]
 
@@ -268,9 +267,7 @@ def claim(file: Path, settings: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.needle", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+    parser = model_parser("python -m eval.needle", __doc__)
     parser.add_argument(
         "--haystack", nargs="+", required=True, metavar="FILES", help="files, folders or globs"
     )
@@ -322,7 +319,7 @@ def main(argv: list[str]) -> None:
             needle = random.Random(f"42 {length} {depth}").choice(needles)
             ids, position = hide(haystack, needle, length, depth, tokenizer, room)
             if args.scoring == "generate":
-                answer = generated(model, tokenizer, needles, ids)
+                answer = generated(model, tokenizer, room, ids)
                 score = words_found(answer, needle.answer)
             else:
                 answer = picked(model, tokenizer, needles, ids)

@@ -53,7 +53,10 @@ HEAD_ROWS = 1024  # positions whose logits exist at one time: 266 MB of fp32 for
 # --- what harness.py and needle.py use, too -------------------------------------------------------
 
 
-def add_model_options(parser: Parser) -> None:
+def model_parser(prog: str, description: str | None) -> Parser:
+    """The parser of a command whose first options say which model, and how it runs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, formatter_class=raw)
     parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
     parser.add_argument(
         "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
@@ -63,10 +66,11 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
     )
+    return parser
 
 
 def open_model(args: argparse.Namespace, source: str) -> tuple[Lucie, Tokenizer]:
-    """The model and tokenizer of a source, with the options of `add_model_options`.
+    """The model and tokenizer of a source, with the options of `model_parser`.
 
     Raises CheckpointError, DataError, or ValueError for a device that is not available.
     """
@@ -213,9 +217,7 @@ def token_losses(model: Lucie, batch: list[Window]) -> tuple[np.ndarray, np.ndar
 
 
 def main(argv: list[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.perplexity", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+    parser = model_parser("python -m eval.perplexity", __doc__)
     parser.add_argument(
         "--texts", nargs="+", required=True, metavar="NAME=FILES", help="a file, folder or glob"
     )

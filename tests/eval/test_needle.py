@@ -120,13 +120,9 @@ def test_a_haystack_is_read_as_far_as_needed_or_repeated(capsys):
 
 def test_needles_of_ones_own(tmp_path):
     file = tmp_path / "needles.json"
-    form = {
-        "fact": "{place}: {answer}.",
-        "question": "{place}?",
-        "needles": {"Oslo": "7", "Rome": "9"},
-    }
+    form = {"fact": "{place}: {answer}.", "question": "{place}?", "needles": {"Oslo": "7"}}
     file.write_text(json.dumps({"fr": form}), encoding="utf-8-sig")  # as some editors do
-    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7"), ("Rome: 9.", "Rome?", "9")]
+    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7")]
     with pytest.raises(DataError, match=r"needles.json: not of the form .*'en'"):
         read_needles("en", file)
 
@@ -225,11 +221,12 @@ def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, scoring, 
     assert (folder / "out" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_random_model_finds_next_to_nothing(folder):
+def test_a_random_model_finds_next_to_nothing(folder, capsys):
     """The real one, past the 512 positions it has."""
     for scoring in ("generate", "likelihood"):
-        run(folder, "--scoring", scoring, lengths=(450, 700, 2), depths=2)
-        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 3
+        run(folder, "--scoring", scoring, lengths=(450, 600, 2), depths=1)
+        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 2
+    assert "600 tokens at once: the model was trained on 512" in capsys.readouterr().err
 
 
 def test_goes_on_where_it_stopped(folder, monkeypatch):
@@ -289,18 +286,11 @@ def test_log_probabilities_equal_those_of_whole_sequences(model, monkeypatch, ch
         assert ours == pytest.approx(exact, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("answer", "score"),
-    [
-        ("Eat a sandwich, and sit in DOLORES Park on a sunny day!", 1),
-        ("sit and eat", 3 / 11),  # eleven words: "a" counts once
-        ("sandwiches", 0),
-        ("", 0),
-    ],
-)
-def test_words_found(answer, score):
+def test_words_found():
     expected = "eat a sandwich and sit in Dolores Park on a sunny day"
-    assert words_found(answer, expected) == pytest.approx(score)
+    assert words_found("Eat a sandwich, and sit in DOLORES Park on a sunny day!", expected) == 1
+    assert words_found("sit and eat", expected) == 3 / 11  # eleven words: "a" counts once
+    assert words_found("sandwiches", expected) == words_found("", expected) == 0
     assert words_found("s'asseoir, l'été", "s'asseoir l'été") == 1
 
 

@@ -81,11 +81,6 @@ def test_windows_share_a_batch_with_those_of_similar_length(monkeypatch):
     assert sizes == [[300], [90], [50, 49], [12, 11, 10, 9]]
 
 
-def test_only_documents_of_enough_tokens_count(model):
-    _, tokens, _, count, size, *_ = evaluate(model, BYTES, documents(5, 20, 19, 30), 32, 16, 20)[0]
-    assert (count, size, tokens) == (2, 50, 50)
-
-
 def test_special_tokens_in_a_text_are_text(model):
     """One `<s>` per document, no `</s>`, whatever the text says."""
     read = []
@@ -124,6 +119,8 @@ def test_the_command_prints_and_writes_a_table(folder, model, capsys):
     names = [(row["text"], row["positions"]) for row in rows]
     assert names == [(text, name) for text in ("fr", "en") for name in positions]
     assert int(rows[0]["bytes"]) == 8 * len(GIVEN.encode()) and rows[0]["documents"] == "2"
+    fewer = evaluate(model, BYTES, documents(5, 20, 19, 30), 32, 16, min_tokens=20)[0]
+    assert fewer[1] == fewer[4] == 50 and fewer[3] == 2
     assert all(row["loss"] in shown.out for row in rows)
     assert "fr: " in shown.err and "trained on" not in shown.err
 
