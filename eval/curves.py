@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from config import Config
 from config.cli import ConfigError, Parser, run_cli, write_file
 from data.dataset import DataError
 from eval import needle
@@ -399,18 +398,15 @@ def page(found: Results, losses: "Figure", scores: "Figure | None") -> str:
     ]
     texts = [(prompt, f"{run}, {at}", text) for run, at, prompt, text in found.samples]
     texts.sort(key=lambda line: line[0])  # the answers to one prompt together, in their order
-    default, chosen = vars(Config()), []
-    for option in dict.fromkeys(option for curve in curves for option in curve.options):
-        values = [curve.options.get(option, "") for curve in curves]
-        if any(value != default.get(option) for value in values):
-            chosen.append([option, *values])
+    options = dict.fromkeys(option for curve in curves for option in curve.options)
+    chosen = ([option, *(curve.options.get(option, "") for curve in curves)] for option in options)
     maps = (picture(cells[2], needle.draw(*cells)) for cells in found.maps)
     sections = {
         "Training": table(["", *names], *facts) + picture("loss and learning rate", losses),
         "Benchmarks": picture("scores over training", scores) if scores else "",
         "Needle in a haystack": "".join(maps),
         "Samples": table(("prompt", "checkpoint", "completion"), *texts) if texts else "",
-        "Configuration": table(["option", *names], *chosen) + "All others have their defaults.",
+        "Configuration": table(["option", *names], *chosen) if options else "",
     }
     parts = (f"<h2>{name}</h2>\n{content}\n" for name, content in sections.items() if content)
     return PAGE.substitute(title=html.escape(" · ".join(names)), sections="".join(parts))
