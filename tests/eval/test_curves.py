@@ -253,7 +253,6 @@ def test_the_page_holds_everything_and_asks_nothing_of_a_network(runs):
         (["maps"], "fr_generate.json: No such file"),
         (["annealing", "--scores=s.png"], "no scores to draw"),
         (["main", "--png=c.xyz"], "xyz"),
-        (["main", "--smooth=0"], "--smooth must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(runs, monkeypatch, args, message):

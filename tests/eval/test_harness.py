@@ -380,7 +380,6 @@ def test_two_ranks_give_the_scores_of_one(folder, tmp_path):
     ("args", "message"),
     [
         (["/tmp/none", "--tasks=letters"], "/tmp/none: no such|/tmp/none/config.json: No such"),
-        (["{}", "--tasks=letters", "--limit=0"], "--limit must be at least 1"),
         (["{}"], "nothing to do: use --tasks NAMES, --samples, or both"),
         (["{}", "--tasks=letters", "--out=x.json"], "must end with .csv"),
         (["{}", "--tasks=a", "--include_path=/tmp/none"], "no such folder of tasks"),

@@ -156,7 +156,6 @@ def test_where_results_go(tmp_path, monkeypatch):
         (["--texts", "fr.jsonl"], "fr.jsonl: a text is NAME=FILES"),
         (["--texts", "x={}/empty"], "no document with 1 tokens"),
         (["--texts", "fr={}/fr.jsonl", "--stride", "97"], "at most the window of 96, not 97"),
-        (["--texts", "fr={}/fr.jsonl", "--window", "0"], "--window must be at least 1"),
         (["--texts", "fr={}/fr.jsonl", "--device", "cuda:77"], "device 'cuda:77' is not available"),
     ],
 )
