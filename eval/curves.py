@@ -191,8 +191,8 @@ def draw(
     """One column per phase: the loss on a common scale, and the learning rate below.
 
     behind: curves in grey, the first one in the first column and so on. smooth: rows to a mean,
-    drawn over the rows themselves. It begins and ends where a window is whole, because a mean of
-    fewer rows would bend it.
+    as many before a row as after it, drawn over the rows themselves. There are fewer in the steep
+    beginning; the mean ends where rows are lacking, because a mean of fewer would bend its end.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -218,7 +218,8 @@ def draw(
             loss.text(0, 1.02, length_of(first), transform=loss.transAxes, size=8)
             loss.set_ylim(low, high)
             if (start := first.log["training_loss"][0]) > high:
-                loss.text(0, 0.98, f" from {start:.2f}", transform=loss.transAxes, va="top", size=8)
+                style = {"transform": loss.transAxes, "va": "top", "size": 8}
+                loss.text(0.1, 0.98, f"from {start:.2f}", **style)
             loss.legend(loc="upper right")
             rate.set_xlabel(f"{unit} tokens".strip())
         axes[0, 0].set_ylabel("loss (nats per token)")
@@ -236,8 +237,9 @@ def draw_loss(axes: "Axes", curve: Curve, xs: np.ndarray, ink: str, smooth: int)
     label, mean, at = f"{name} {loss[-1]:.3f}", loss, xs
     if 1 < smooth <= len(loss):
         axes.plot(xs, loss, color=ink, lw=0.8, alpha=0.3, zorder=order - 1)
-        mean = np.convolve(loss, np.full(smooth, 1 / smooth), "valid")
-        at, label = xs[smooth // 2 :][: len(mean)], f"{label}, mean of {smooth} rows"
+        reach = [min(smooth // 2, row) for row in range(len(loss) - smooth // 2)]
+        mean = [loss[row - r : row + r + 1].mean() for row, r in enumerate(reach)]
+        at, label = xs[: len(mean)], f"{label}, mean of {smooth} rows"
     axes.plot(at, mean, color=ink, lw=1.8, label=label, zorder=order)
     if ink != BEHIND and (known := ~np.isnan(validation)).any():
         style = {"color": ink, "mfc": "white", "ms": 4, "lw": 1.2, "ls": "--", "marker": "o"}
@@ -424,14 +426,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--baselines", help="tables of scores of other models", **many)
     share = "share: of the phase's tokens, to compare runs of other lengths"
     parser.add_argument("--x", choices=("tokens", "share"), default="tokens", help=share)
-    mean = "draw means of so many rows of the log; default: 1"
+    mean = "draw means of so many rows of the log, an odd number; default: 1"
     parser.add_argument("--smooth", type=int, default=1, metavar="ROWS", help=mean)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw loss and learning rate here")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="draw benchmark scores here")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with everything")
     args = parser.parse_args(argv)
-    if args.smooth < 1:
-        raise ConfigError("--smooth must be at least 1")
+    if args.smooth < 1 or args.smooth % 2 == 0:
+        raise ConfigError(f"--smooth is an odd number, not {args.smooth}")
     found, behind, baselines = read(args.runs), read(args.behind), read(args.baselines).scores
     written = [path for path in (args.png, args.scores, args.html) if path]
     if (args.png or args.html) and not found.curves:

@@ -116,13 +116,13 @@ def test_a_mean_bends_neither_end_and_the_first_fall_is_cut(phases):
     loss, rate = curves.draw([phases[0]._replace(log=log)], smooth=5).axes
     raw, mean = loss.get_lines()
     assert raw.get_ydata().tolist() == losses and mean.get_label().endswith("mean of 5 rows")
-    assert list(mean.get_ydata()) == pytest.approx([22 / 5, 14 / 5, 53 / 5])
-    assert list(mean.get_xdata()) == [3, 4, 5] and rate.get_xlabel() == "billion tokens"
+    assert list(mean.get_ydata()) == pytest.approx([9, 14 / 3, 22 / 5, 14 / 5, 53 / 5])
+    assert list(mean.get_xdata()) == [1, 2, 3, 4, 5] and rate.get_xlabel() == "billion tokens"
     log["training_loss"] = np.array([9.0] + [2 - n / 100 for n in range(99)])
     log |= {name: np.arange(1, 101) for name in ("training_tokens", "learning_rate")}
     log["validation_loss"] = np.full(100, math.nan)
     loss = curves.draw([phases[0]._replace(log=log)]).axes[0]
-    assert loss.get_ylim()[1] < 3 and " from 9.00" in [text.get_text() for text in loss.texts]
+    assert loss.get_ylim()[1] < 3 and "from 9.00" in [text.get_text() for text in loss.texts]
 
 
 # --- benchmarks -----------------------------------------------------------------------------------
