@@ -23,9 +23,7 @@ from data.tokenizer import Tokenizer
 from generate import Sampling, complete
 from model import Lucie
 
-EXPECTED = 0.9  # recalled in the worst language; below this the command says so
 COUNTRY = "China"  # its capital has another name in each of the five languages
-WIDTH = 24  # characters of a completion that are shown
 
 
 @torch.no_grad()
@@ -83,7 +81,8 @@ def main(argv: list[str]) -> int:
     table = [["greedy completion after", *(name for name, _ in columns)]]
     table += [[prompt, *(lines[row] for _, lines in columns)] for row, prompt in enumerate(prompts)]
     for prompt, *cells in table:
-        print("  ".join([f"{prompt:{prompt_width}}", *map(_cell, cells)]).rstrip())
+        shown = (f"{cell[:24]:24}" for cell in cells)
+        print("  ".join([f"{prompt:{prompt_width}}", *shown]).rstrip())
 
     print(f"\n{'capitals answered right':{prompt_width}}  recalled  transferred")
     shares, asked = examine(model, tokenizer), len(demo.countries())
@@ -92,15 +91,7 @@ def main(argv: list[str]) -> int:
     worst, transferred = (min(column) for column in zip(*shares.values()))
     run = f"seed {config['seed']}, {config['dtype']}"
     print(f"worst language: recalled {worst:.1%}, transferred {transferred:.1%} ({run})")
-    if worst < EXPECTED:
-        low = ", ".join(language for language, (share, _) in shares.items() if share < EXPECTED)
-        print(f"fewer than {EXPECTED:.0%} recalled in {low}, with {run}")
     return int(args.at_least is not None and worst < args.at_least)
-
-
-def _cell(text: str) -> str:
-    """A text as wide as a column; what is longer is cut."""
-    return f"{text if len(text) <= WIDTH else text[: WIDTH - 3] + '...':{WIDTH}}"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from config import Config
 from config.cli import ConfigError, Parser, run_cli, write_file
 from data.dataset import DataError
 from eval import needle
@@ -51,6 +50,8 @@ STYLE = {
 CATEGORIES = {"humanities", "other", "social sciences", "stem"}
 # Models tuned to follow instructions do not belong on a curve of pretraining.
 TUNED = re.compile("^4_instruct|Instruct|Chat")
+# What Python raises for a file that is not what it should be.
+DAMAGED = (AttributeError, LookupError, TypeError, ValueError, EOFError, zlib.error, csv.Error)
 Test = tuple[str, str, str]  # dataset, num_fewshot, score_name: what may be compared
 
 
@@ -102,14 +103,12 @@ def read(paths: Sequence[Path]) -> Results:
                 found.maps.extend(map(needle.read_map, sorted(path.rglob("*.csv"))))
             elif "dataset" in (rows := read_csv(path))[0]:
                 found.scores.extend(scores_of(rows))
-            elif "depth" in rows[0]:
-                found.maps.append(needle.read_map(path))
             else:  # Lucie's own logs are called training_logs_1_pretraining.csv
                 name = re.sub(r"^training_logs_\d_", "Lucie ", path.stem)
                 found.curves.append(curve_of(path, name, {}))
         except OSError as error:
             raise DataError(f"{error.filename or path}: {error.strerror or error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, csv.Error) as error:
+        except DAMAGED as error:
             what = "no run, log, table of scores or needle map, or a damaged one"
             raise DataError(f"{path}: {what} ({type(error).__name__}: {error})") from None
     return found
@@ -117,12 +116,9 @@ def read(paths: Sequence[Path]) -> Results:
 
 def read_csv(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV, without one that a crash has cut short."""
-    content = file.read_bytes()
-    try:
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-    except (EOFError, zlib.error) as error:
-        raise ValueError(error) from None
-    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
     return rows[:-1] if rows and None in rows[-1].values() else rows
 
 
@@ -136,7 +132,7 @@ def curve_of(file: Path, name: str, options: dict) -> Curve:
         whole = schedule.samples_after(schedule.num_steps()) * options["seq_len"]
     log["share"] = log["training_tokens"] / whole
     log.setdefault("validation_loss", np.full(len(rows), math.nan))
-    needed = ("training_steps", "training_loss", "learning_rate", "walltime", "gputime")
+    needed = ("training_steps", "training_loss", "learning_rate", "walltime")
     if missing := set(needed) - log.keys() or not tokens:
         raise ValueError(f"no {missing}")
     return Curve(name, options, log)
@@ -166,22 +162,11 @@ def scale_of(number: float) -> tuple[float, str]:
     return 10.0**power, names[power]
 
 
-def magnitude(number: float) -> str:
-    """Three digits: `3.12 trillion`."""
-    scale, name = scale_of(number)
-    return f"{number / scale:.3g} {name}".strip()
-
-
 def length_of(curve: Curve) -> str:
-    """How long a phase has been trained; GPU hours if GPUs, more than one, trained it."""
-    tokens, hours, gpu = (curve.log[n][-1] for n in ("training_tokens", "walltime", "gputime"))
-    words = [f"{magnitude(tokens)} tokens", f"{hours:,.3g} h" if hours < 100 else f"{hours:,.0f} h"]
-    if hours < 1:
-        words[1] = f"{60 * hours:.2g} min"
-    # The MFU is known for GPUs alone; Lucie's logs, which lack the column, are of GPUs.
-    if gpu > hours and not np.isnan(curve.log.get("mfu", np.zeros(1))).all():
-        words.append(f"{gpu:,.3g} GPU h" if gpu < 100 else f"{gpu:,.0f} GPU h")
-    return ", ".join(words)
+    """How long a phase has been trained: `3.12 trillion tokens, 950.4 h`."""
+    tokens, hours = curve.log["training_tokens"][-1], curve.log["walltime"][-1]
+    scale, name = scale_of(tokens)
+    return f"{tokens / scale:.3g} {name} tokens, {hours:,.1f} h".replace("  ", " ")
 
 
 def last_validation(curve: Curve) -> str:
@@ -202,7 +187,6 @@ def draw(
     behind: Sequence[Curve] = (),
     x: str = "tokens",
     smooth: int = 1,
-    limits: tuple[float, float] | None = None,
 ) -> "Figure":
     """One column per phase: the loss on a common scale, and the learning rate below.
 
@@ -220,7 +204,7 @@ def draw(
         axes = figure.subplots(
             2, len(columns), squeeze=False, sharex="col", sharey="row", height_ratios=(4, 1)
         )
-        low, high = limits or limits_of([curve for pair in columns for curve in pair if curve])
+        low, high = limits_of([*curves, *behind])
         for number, ((ours, grey), (loss, rate)) in enumerate(zip(columns, axes.T)):
             first = ours or grey
             end = max(curve.log["training_tokens"][-1] for curve in (ours, grey) if curve)
@@ -234,9 +218,8 @@ def draw(
             loss.text(0, 1.02, length_of(first), transform=loss.transAxes, size=8)
             loss.set_ylim(low, high)
             if (start := first.log["training_loss"][0]) > high:
-                loss.text(
-                    0.1, 0.98, f"from {start:.2f}", transform=loss.transAxes, va="top", size=8
-                )
+                style = {"transform": loss.transAxes, "va": "top", "size": 8}
+                loss.text(0.1, 0.98, f"from {start:.2f}", **style)
             loss.legend(loc="upper right")
             rate.set_xlabel(f"{unit} tokens".strip())
         axes[0, 0].set_ylabel("loss (nats per token)")
@@ -267,8 +250,7 @@ def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
     """A range that shows all but the first fall: 97 % of every curve, and room for the legend."""
     low = min(curve.log["training_loss"].min() for curve in curves)
     high = max(np.quantile(curve.log["training_loss"], 0.97) for curve in curves)
-    validation = np.concatenate([curve.log["validation_loss"] for curve in curves])
-    high = np.nanmax([high, *validation])
+    high = np.nanmax([high, *(value for curve in curves for value in curve.log["validation_loss"])])
     room = (high - low) or 0.5
     return low - 0.06 * room, high + 0.2 * room
 
@@ -280,10 +262,8 @@ def tests_of(scores: Sequence[Score]) -> list[Test]:
     """The tests that stand for a benchmark: mmlu, and not its 57 subjects. In their order.
 
     A subject's name begins with its benchmark's. What has subjects of its own is a benchmark, such
-    as mmlu_continuation. Raises DataError if there are none.
+    as mmlu_continuation.
     """
-    if not scores:
-        raise DataError("no scores to draw: python -m eval.harness RUN --tasks NAMES")
     names = {score.test[0] for score in scores}
     whole = {name for name in names if any(other.startswith(f"{name}_") for other in names)}
     parts = {name for name in names for other in whole if name.startswith(f"{other}_")}
@@ -377,14 +357,11 @@ PAGE = Template("""<!doctype html>
 <style>
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: #24292f; background: #fff;
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-.pictures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-img { width: 100%; max-width: 40rem; height: auto; }
+img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; min-width: 6rem;
   border-bottom: 1px solid #dfe2e6; font-weight: 400; }
-details { background: #f5f6f8; border-radius: 8px; padding: .5rem .9rem; margin: .6rem 0; }
 </style>
 <h1>$title</h1>
 $sections</html>
@@ -401,62 +378,37 @@ def table(*rows: Sequence[object]) -> str:
     return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
-def pictures(figures: dict[str, "Figure"]) -> str:
-    """Figures by what they show, as SVG, beside each other where the screen is wide enough."""
+def picture(label: str, figure: "Figure") -> str:
+    """A figure as SVG within HTML; label: what it shows."""
     from matplotlib import rc_context
 
-    parts = []
-    for label, figure in figures.items():
-        svg = io.BytesIO()
-        with rc_context(STYLE):
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-        source = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
-        parts.append(f'<img alt="{html.escape(label)}" src="{source}">\n')
-    return f'<div class="pictures">{"".join(parts)}</div>\n' if parts else ""
+    svg = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
+    return f'<img alt="{html.escape(label)}" src="{source}">\n'
 
 
-def page(found: Results, behind: Results, baselines: list[Score], x: str, smooth: int) -> str:
-    """All results as HTML."""
+def page(found: Results, losses: "Figure", scores: "Figure | None") -> str:
+    """All results as HTML; losses, scores: what `draw` and `draw_scores` have drawn of them."""
     curves, names = found.curves, [curve.name for curve in found.curves]
-    if not curves:
-        raise DataError("--html needs a run or a log")
-    common = limits_of([*curves, *behind.curves])
-    losses = {
-        f"loss and learning rate of {curve.name}": draw([curve], grey, x, smooth, common)
-        for number, curve in enumerate(curves)
-        for grey in [behind.curves[number : number + 1]]
-    }
     facts = [
         ["trained", *map(length_of, curves)],
         ["share of the phase", *(f"{curve.log['share'][-1]:.0%}" for curve in curves)],
-        ["steps", *(f"{curve.log['training_steps'][-1]:,.0f}" for curve in curves)],
         ["loss", *(f"{curve.log['training_loss'][-1]:.3f}" for curve in curves)],
         ["validation loss", *map(last_validation, curves)],
     ]
-    scores = {
-        f"{test[0]} over training": draw_scores(found.scores, [test], behind.scores, baselines, x)
-        for test in (tests_of(found.scores) if found.scores else ())
-    }
-    maps = {title: needle.draw(scores, trained, title) for scores, trained, title in found.maps}
-    texts: dict[str, list] = {}
-    for run, checkpoint, prompt, text in found.samples:
-        texts.setdefault(prompt, []).append((f"{run}, {checkpoint}", text))
-    samples = "".join(
-        f"<details><summary>{html.escape(prompt)}</summary>"
-        f"{table(('checkpoint', 'completion'), *rows)}</details>\n"
-        for prompt, rows in texts.items()
-    )
-    default, chosen = vars(Config()), []
-    for option in dict.fromkeys(option for curve in curves for option in curve.options):
-        values = [curve.options.get(option, "") for curve in curves]
-        if any(value != default.get(option) for value in values):
-            chosen.append([option, *values])
+    texts = [(prompt, f"{run}, {at}", text) for run, at, prompt, text in found.samples]
+    texts.sort(key=lambda line: line[0])  # the answers to one prompt together, in their order
+    options = dict.fromkeys(option for curve in curves for option in curve.options)
+    chosen = ([option, *(curve.options.get(option, "") for curve in curves)] for option in options)
+    maps = (picture(cells[2], needle.draw(*cells)) for cells in found.maps)
     sections = {
-        "Training": table(["", *names], *facts) + pictures(losses),
-        "Benchmarks": pictures(scores),
-        "Needle in a haystack": pictures(maps),
-        "Samples": samples,
-        "Configuration": table(["option", *names], *chosen) + "All others have their defaults.",
+        "Training": table(["", *names], *facts) + picture("loss and learning rate", losses),
+        "Benchmarks": picture("scores over training", scores) if scores else "",
+        "Needle in a haystack": "".join(maps),
+        "Samples": table(("prompt", "checkpoint", "completion"), *texts) if texts else "",
+        "Configuration": table(["option", *names], *chosen) if options else "",
     }
     parts = (f"<h2>{name}</h2>\n{content}\n" for name, content in sections.items() if content)
     return PAGE.substitute(title=html.escape(" · ".join(names)), sections="".join(parts))
@@ -465,7 +417,7 @@ def page(found: Results, behind: Results, baselines: list[Score], x: str, smooth
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m eval.curves", description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", type=Path, help="runs, CSVs or needle folders, in order")
@@ -482,24 +434,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.smooth < 1 or args.smooth % 2 == 0:
         raise ConfigError(f"--smooth is an odd number, not {args.smooth}")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
     found, behind, baselines = read(args.runs), read(args.behind), read(args.baselines).scores
     written = [path for path in (args.png, args.scores, args.html) if path]
+    if (args.png or args.html) and not found.curves:
+        raise DataError("no loss to draw: --png and --html need a run or a log")
+    if args.scores and not found.scores:
+        raise DataError("no scores to draw: python -m eval.harness RUN --tasks NAMES")
+    losses = scores = None
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for path in written:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if args.png or args.html:
+            losses = draw(found.curves, behind.curves, args.x, args.smooth)
+        if found.scores and (args.scores or args.html):
+            tests = tests_of(found.scores)
+            scores = draw_scores(found.scores, tests, behind.scores, baselines, args.x)
         if args.png:
-            draw(found.curves, behind.curves, args.x, args.smooth).savefig(args.png)
+            losses.savefig(args.png)
         if args.scores:
-            shown = (found.scores, tests_of(found.scores), behind.scores, baselines, args.x)
-            draw_scores(*shown).savefig(args.scores)
+            scores.savefig(args.scores)
         if args.html:
-            content = page(found, behind, baselines, args.x, args.smooth)
-            write_file(args.html, content.encode())
+            write_file(args.html, page(found, losses, scores).encode())
     except ImportError:
         raise ConfigError("drawing needs matplotlib: pip install matplotlib") from None
     for path in written:

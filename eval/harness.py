@@ -20,8 +20,6 @@ begin with evaluation_limitN. Under torchrun every rank holds the whole model an
 
 import argparse
 import csv
-import difflib
-import io
 import json
 import logging
 import os
@@ -29,7 +27,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,10 +39,10 @@ from tqdm import tqdm
 import checkpoint
 import hf
 from checkpoint import CheckpointError
-from config.cli import ConfigError, Parser, in_one_line, run_cli, write_file
+from config.cli import ConfigError, in_one_line, nearest, run_cli, write_file
 from data.dataset import DataError
 from data.tokenizer import BOS, EOS, Tokenizer
-from eval.perplexity import HEAD_ROWS, add_model_options, newest_of, open_model
+from eval.perplexity import model_parser, newest_of, open_model, token_scores, write_table
 from generate import Sampling, complete, decode
 from model import Lucie
 from parallel import gather, rank, start_processes, together, world_size
@@ -141,7 +138,7 @@ class LucieLM(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """What follows each (context, generation_kwargs), up to `</s>`, a text of "until", or
-        max_gen_toks (256 by default). Greedy texts do not depend on batches or ranks.
+        max_gen_toks (256 by default). Texts are greedy and do not depend on batches or ranks.
 
         Raises ValueError for generation_kwargs that are not known here, or for max_gen_toks that
         leave no room for a context.
@@ -155,19 +152,14 @@ class LucieLM(TemplateLM):
         for asked, numbers in alike.items():
             how = normalize_gen_kwargs(json.loads(asked))
             stops, new = handle_stop_sequences(how["until"], "</s>"), how["max_gen_toks"]
-            if unknown := how.keys() - KNOWN:
-                raise ValueError(f"generation_kwargs {', '.join(sorted(unknown))}: not known here")
+            if how.keys() - KNOWN or how["do_sample"]:
+                raise ValueError(f"generation_kwargs {asked}: only greedy decoding is known here")
             if not 0 < new < self.room:
                 limits = f"max_gen_toks is 1 to {self.room - 1:,} with this model's context"
                 raise ValueError(f"{limits}, not {new:,}: set it in the task's generation_kwargs")
-            drawn = (how.get("temperature", 1.0), how.get("top_k", 0), how.get("top_p", 1.0))
-            sampling = Sampling(*drawn) if how["do_sample"] else Sampling(temperature=0)
-            manner = (new, sampling, [stop for stop in stops if stop])
-            generator = torch.Generator(self._device).manual_seed(42)
-            prompts = [
-                (self.tok_encode(requests[n].args[0])[new - self.room :], *manner, generator)
-                for n in numbers
-            ]
+            stops, room = [stop for stop in stops if stop], self.room - new
+            contexts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            prompts = [(ids, new, stops) for ids in contexts]
             found = self._share(prompts, lambda prompt: len(prompt[0]) + prompt[1], self._continued)
             for number, text in zip(numbers, found):
                 texts[number] = text
@@ -204,29 +196,27 @@ class LucieLM(TemplateLM):
         for hidden, (read, continuations) in zip(self.model.hidden(tokens.to(self._device)), batch):
             found.append([])
             for ids in continuations:
-                logprob, greedy = 0.0, True
-                rows = hidden[len(read) - len(ids) : len(read)].split(HEAD_ROWS)
-                targets = torch.tensor(ids, device=self._device).split(HEAD_ROWS)
-                for x, target in zip(rows, targets):
-                    logits = self.model.lm_head(x).float()
-                    chosen = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
-                    logprob += float(chosen.double().sum())
-                    greedy &= bool((logits.argmax(-1) == target).all())
-                found[-1].append((logprob, greedy))
+                targets = torch.tensor(ids, device=self._device)
+                rows = hidden[len(read) - len(ids) : len(read)]
+                nats, likeliest = token_scores(self.model, rows, targets)
+                found[-1].append((float(nats.double().sum()), bool(likeliest.all())))
         return found
 
     def _continued(self, batch: list[tuple]) -> list[str]:
-        """The text after each (prompt ids, max_gen_toks, Sampling, stop texts, generator)."""
-        _, new, sampling, stops, generator = batch[0]
+        """The greedy text after each (prompt ids, max_gen_toks, stop texts)."""
+        _, new, stops = batch[0]
         ids: list[list[int]] = [[] for _ in batch]
         prompts = [prompt for prompt, *_ in batch]
-        for number, step in enumerate(decode(self.model, prompts, new, sampling, generator), 1):
+        steps = decode(self.model, prompts, new, Sampling(temperature=0))
+        for number, step in enumerate(steps, 1):
             for row, token, _ in step:
                 ids[row].append(token)
             if number % 16 == 0:  # reading texts at every step would take longer
                 texts = [self._tokenizer.decode(row) for row in ids]
-                ended = [row[-1] in self.model.eos_token_ids for row in ids]
-                if all(end or any(map(text.count, stops)) for end, text in zip(ended, texts)):
+                if all(
+                    row[-1] in self.model.eos_token_ids or any(stop in text for stop in stops)
+                    for row, text in zip(ids, texts)
+                ):
                     break
         texts = [self._tokenizer.decode(row) for row in ids]
         for stop in stops:
@@ -237,7 +227,7 @@ class LucieLM(TemplateLM):
 # --- what is evaluated and recorded ---------------------------------------------------------------
 
 
-def tasks_of(names: Sequence[str], include_path: str | None, fewshot: int | None = None) -> tuple:
+def tasks_of(names: Sequence[str], include_path: str | None) -> tuple:
     """(lm-evaluation-harness's TaskManager, the tasks that names stand for, each once).
 
     Raises ConfigError if lm-evaluation-harness, a name or the folder of include_path is missing.
@@ -260,11 +250,8 @@ def tasks_of(names: Sequence[str], include_path: str | None, fewshot: int | None
         manager = TaskManager(include_path=include_path)  # reads 14,000 files
     for task in tasks:
         if task.name not in manager.task_index:
-            near = difflib.get_close_matches(task.name, [*GROUPS, *manager.task_index], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = nearest(task.name, [*GROUPS, *manager.task_index])
             raise ConfigError(f"no task {task.name}: --include_path DIR for your own{hint}")
-    if fewshot is not None:
-        tasks = [task._replace(num_fewshot=fewshot) for task in tasks]
     return manager, list(dict.fromkeys(tasks))
 
 
@@ -293,10 +280,18 @@ def evaluate(lm: LucieLM, manager: Any, task: Task, weights: dict, out: Path, li
 
     options = {"num_fewshot": task.num_fewshot, "task_manager": manager, "limit": limit}
     options["bootstrap_iters"] = 100_000 if rank() == 0 else 0  # for errors without a formula
-    with left_as_found(lm.model):
-        if world_size() > 1:  # a task that one rank cannot load fails on all
-            together(manager.load, [task.name], errors=(Exception,))
-        results = simple_evaluate(lm, tasks=[task.name], log_samples=False, **options)
+    training, python, numpy = lm.model.training, random.getstate(), np.random.get_state()
+    device = lm.model.embed_tokens.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            lm.model.eval()
+            if world_size() > 1:  # a task that one rank cannot load fails on all
+                together(manager.load, [task.name], errors=(Exception,))
+            results = simple_evaluate(lm, tasks=[task.name], log_samples=False, **options)
+        finally:
+            lm.model.train(training)
+            random.setstate(python)
+            np.random.set_state(numpy)
     if rank() == 0:
         file = record_of(out, weights, task)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -306,21 +301,6 @@ def evaluate(lm: LucieLM, manager: Any, task: Task, weights: dict, out: Path, li
             print(f"{row['dataset']:36} {row['score_name']:24} {float(row['score']):.4f}{error}")
         add_rows(out, rows)
         write_file(file, json.dumps(results, indent=1, ensure_ascii=False, default=str).encode())
-
-
-@contextmanager
-def left_as_found(model: Lucie) -> Iterator[None]:
-    """Evaluation mode within; afterwards the mode and the generators of before."""
-    training, python, numpy = model.training, random.getstate(), np.random.get_state()
-    device = model.embed_tokens.weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            model.eval()
-            yield
-        finally:
-            model.train(training)
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def record_of(out: Path, weights: dict, task: Task) -> Path:
@@ -355,31 +335,25 @@ def read_rows(out: Path) -> list[dict]:
     """The rows of a table of scores, none if there is no file. Raises DataError for another one."""
     if not out.exists():
         return []
-    try:
-        reader = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8"), newline=""))
+    with out.open(encoding="utf-8", errors="replace", newline="") as stream:
+        reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) == COLUMNS:
             return list(reader)
-    except (UnicodeDecodeError, csv.Error):
-        pass
     raise DataError(f"{out}: not a table of scores with the columns {','.join(COLUMNS)}")
 
 
 def add_rows(out: Path, rows: list[dict]) -> None:
     """Put rows in the table; a score that is there already is replaced."""
     table = {tuple(row[name] for name in COLUMNS[:7]): row for row in [*read_rows(out), *rows]}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table.values())
-    write_file(out, text.getvalue().encode())
+    write_table(out, COLUMNS, (row.values() for row in table.values()))
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def checkpoints(run: Path, follow: bool, poll: float = 30.0) -> Iterator[str]:
+def checkpoints(run: Path, follow: bool) -> Iterator[str]:
     """The complete checkpoints of a run, the oldest first, each once. follow: also those to come,
-    up to that of the run's last step; poll: seconds between looks. Raises CheckpointError."""
+    up to that of the run's last step. Raises CheckpointError if there are none."""
     last, seen = 0, set()
     if follow:
         options = hf.read_json(run / "config.json")
@@ -392,17 +366,16 @@ def checkpoints(run: Path, follow: bool, poll: float = 30.0) -> Iterator[str]:
         elif not follow or (there and there[-1][0] >= last):
             break
         else:
-            time.sleep(poll)
+            time.sleep(30)
     if not seen:
         raise CheckpointError(f"{run}: no complete checkpoint there")
 
 
-def evaluate_source(source: str, run: Path, args: argparse.Namespace, found: tuple) -> bool:
-    """Do for one checkpoint or model what is not done yet; whether all tasks succeeded.
-
-    found: what `tasks_of` returns.
-    """
-    (manager, tasks), name, fine = found, Path(source).name, True
+def evaluate_source(
+    source: str, run: Path, args: argparse.Namespace, manager: Any, tasks: Sequence[Task]
+) -> bool:
+    """Do for one checkpoint or model what is not done yet; whether all tasks succeeded."""
+    name, fine = Path(source).name, True
     weights = weights_of(source)
     out = args.out or run / f"evaluation{f'_limit{args.limit}' if args.limit else ''}.csv"
     read_rows(out)  # an error now, not after hours
@@ -436,12 +409,9 @@ def evaluate_source(source: str, run: Path, args: argparse.Namespace, found: tup
     return fine
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.harness", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+def main(argv: list[str]) -> int:
+    parser = model_parser("python -m eval.harness", __doc__)
     parser.add_argument("--tasks", default="", help="names, separated by commas")
-    parser.add_argument("--fewshot", type=int, help="few-shot examples; default: each task's own")
     parser.add_argument("--limit", type=int, help="only this many questions of each task")
     parser.add_argument(
         "--batch_tokens", type=int, default=16_384, help="of one forward pass; default: %(default)s"
@@ -454,10 +424,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--follow", action="store_true", help=follow)
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: RUN/evaluation.csv")
     args = parser.parse_args(argv)
-    for name, least in (("fewshot", 0), ("limit", 1), ("batch_tokens", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} must be at least {least}")
+    for name in ("limit", "batch_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1")
     args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not args.tasks and not args.samples:
         raise ConfigError("nothing to do: use --tasks NAMES, --samples, or both")
@@ -465,21 +434,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"--out {args.out}: the name must end with .csv")
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return args
-
-
-def main(argv: list[str]) -> int:
-    args, found = parse(argv), (None, [])
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if args.tasks:  # a mistake is reported before minutes of loading
-        found = tasks_of(args.tasks, args.include_path, args.fewshot)
+    # A mistake is reported before minutes of loading.
+    tasks = tasks_of(args.tasks, args.include_path) if args.tasks else (None, [])
     if "RANK" in os.environ and not dist.is_initialized():
         start_processes(torch.device(args.device))
     source, run = newest_of(args.model)
     every, fine = args.all_checkpoints, True
-    for path in checkpoints(Path(args.model), args.follow) if every else [source]:
+    run = Path(args.model) if every else run
+    for path in checkpoints(run, args.follow) if every else [source]:
         try:
-            fine &= evaluate_source(path, Path(args.model) if every else run, args, found)
+            fine &= evaluate_source(path, run, args, *tasks)
         except (CheckpointError, OSError):
             if not every or gather(Path(path).is_dir())[0]:
                 raise

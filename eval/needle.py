@@ -20,16 +20,14 @@ command continues there; a .png beside it is the map. Lengths past the trained o
 Floor of a cell of T tokens: 2 N T FLOPs, and 2 L D T^2 of attention in L layers of width D.
 """
 
-import argparse
 import csv
 import hashlib
-import io
 import json
 import random
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,11 +36,18 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError
-from config.cli import ConfigError, Parser, run_cli, write_file
+from config.cli import ConfigError, run_cli, write_file
 from data.dataset import DataError
 from data.prepare import find_files, read_documents
 from data.tokenizer import BOS, Tokenizer
-from eval.perplexity import add_model_options, make_room, newest_of, open_model
+from eval.perplexity import (
+    make_room,
+    model_parser,
+    newest_of,
+    open_model,
+    token_scores,
+    write_table,
+)
 from generate import PREFILL, Sampling, check_room, decode
 from model import KVCache, Lucie
 
@@ -52,7 +57,6 @@ if TYPE_CHECKING:
 NEEDLES = Path(__file__).with_name("needles.json")
 COLUMNS = ("length", "depth", "score", "position", "expected", "answer")
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "es": "Spanish", "it": "Italian"}
-RETRIEVED = 0.9  # a mean score above this, over all depths, is retrieval at a length
 # A sentence ends where white space follows one of these, and where a line does; the white space
 # belongs to the next one.
 BORDER = re.compile(r"(?<=[.!?…])(?=\s)|(?<=\S)(?=\n)")
@@ -79,16 +83,14 @@ def read_needles(language: str, file: Path = NEEDLES) -> list[Needle]:
     """Those of one language. Raises DataError for a file that is not of the form of NEEDLES."""
     try:
         form = json.loads(file.read_text(encoding="utf-8-sig"))[language]
-        found = []
-        for place, answer in form["needles"].items():
-            texts = (form[part].format(place=place, answer=answer) for part in ("fact", "question"))
-            found.append(Needle(*texts, answer))
+        fact, question = form["fact"], form["question"]
+        return [
+            Needle(fact.format(place=place, answer=answer), question.format(place=place), answer)
+            for place, answer in form["needles"].items()
+        ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
+        what = f"{type(error).__name__}: {error}"
         raise DataError(f"{file}: not of the form of eval/needles.json ({what})") from None
-    if not found:
-        raise DataError(f"{file}: no needles in {language}")
-    return found
 
 
 def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -154,9 +156,9 @@ def room_for_answer(tokenizer: Tokenizer, needles: list[Needle]) -> int:
     return max(len(continuation(tokenizer, f" {needle.fact}")) for needle in needles)
 
 
-def generated(model: Lucie, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
-    """The first line of a greedy completion that is not blank."""
-    steps = decode(model, [prompt], room_for_answer(tokenizer, needles), Sampling(temperature=0))
+def generated(model: Lucie, tokenizer: Tokenizer, room: int, prompt: list[int]) -> str:
+    """The first line of a greedy completion, of at most `room` tokens, that is not blank."""
+    steps = decode(model, [prompt], room, Sampling(temperature=0))
     text = tokenizer.decode(token for step in steps for _, token, _ in step)
     return (text.strip().splitlines() or [""])[0]
 
@@ -185,8 +187,7 @@ def log_probabilities(model: Lucie, prompt: list[int], texts: list[list[int]]) -
         hidden = last
         if len(ids) > 1:
             hidden = torch.cat([last, model.hidden(tokens[:, :-1], cache=cache)], dim=1)
-        likely = model.lm_head(hidden).float().log_softmax(-1)
-        found.append(float(likely.gather(2, tokens[..., None]).double().sum()))
+        found.append(float(token_scores(model, hidden[0], tokens[0])[0].double().sum()))
     return found
 
 
@@ -199,75 +200,34 @@ def words_found(answer: str, expected: str) -> float:
 # --- the map --------------------------------------------------------------------------------------
 
 
-def read_rows(file: Path) -> tuple[list[dict[str, str]], Scores]:
+def read_scores(file: Path) -> tuple[list[list[str]], Scores]:
     """(the rows of a map's CSV, their scores), both empty if there is no file. Raises DataError."""
     if not file.is_file():
         return [], {}
     try:
-        rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"), newline="")))
-        return rows, {(int(r["length"]), int(r["depth"])): float(r["score"]) for r in rows}
-    except (UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError):
+        with file.open(encoding="utf-8", newline="") as stream:
+            _, *rows = csv.reader(stream)
+        return rows, {(int(row[0]), int(row[1])): float(row[2]) for row in rows}
+    except (ValueError, IndexError, csv.Error):
         raise DataError(f"{file}: not the scores of a needle test") from None
-
-
-def measure(
-    cells: list[tuple[int, int]], answer_of: Callable[[int, int], dict], file: Path
-) -> Scores:
-    """The score of each cell (length, depth); those that the CSV has are not computed.
-
-    answer_of: (length, depth) -> the other columns.
-    """
-    rows, scores = read_rows(file)
-    left = [cell for cell in cells if cell not in scores]
-    total = sum(length for length, _ in left)
-    with tqdm(desc=file.stem, total=total, unit=" tokens", unit_scale=True) as bar:
-        for length, depth in left:
-            rows.append({"length": length, "depth": depth} | answer_of(length, depth))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_file(file, text.getvalue().encode())
-            bar.update(length)
-    scores = read_rows(file)[1]
-    return {cell: scores[cell] for cell in cells}
-
-
-def as_array(scores: Scores) -> tuple[list[int], list[int], np.ndarray]:
-    """(lengths, depths, scores `[depths, lengths]`), ascending; NaN where there is none."""
-    lengths, depths = (sorted(set(axis)) for axis in zip(*scores))
-    values = [[scores.get((length, depth), np.nan) for length in lengths] for depth in depths]
-    return lengths, depths, np.array(values)
-
-
-def longest_retrieved(scores: Scores) -> int:
-    """The longest length up to which the mean score is over RETRIEVED at every length, or 0."""
-    lengths, _, values = as_array(scores)
-    missed = np.flatnonzero(~(values.mean(0) > RETRIEVED))
-    return [0, *lengths][missed[0] if len(missed) else -1]
 
 
 def draw(scores: Scores, trained: int, title: str) -> "Figure":
     """The heat map: length across, depth down. A dashed line marks the trained length.
 
-    Two colours if all scores are 0 or 1, else a scale that the colour-blind and a grey printer
-    show as well. Raises ConfigError without matplotlib.
+    Its colours are plain to the colour-blind and on a grey printer. Raises ConfigError without
+    matplotlib.
     """
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("the map needs matplotlib: pip install matplotlib") from None
-    lengths, depths, values = as_array(scores)
-    binary = bool(np.isin(values[~np.isnan(values)], (0, 1)).all())
+    lengths, depths = (sorted(set(axis)) for axis in zip(*scores))
+    cells = [[scores.get((length, depth), np.nan) for length in lengths] for depth in depths]
     figure = Figure(figsize=(7, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["cividis"].resampled(2 if binary else 256)
-    style = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.5}
-    cells = axes.pcolormesh(lengths, depths, values, shading="nearest", **style)
-    bar = figure.colorbar(cells, ticks=(0.25, 0.75) if binary else None)
-    if binary:
-        bar.set_ticklabels(("not found", "found"))
+    style = {"cmap": "cividis", "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.5}
+    figure.colorbar(axes.pcolormesh(lengths, depths, cells, shading="nearest", **style))
     axes.set_xlim(axes.get_xlim())  # the line may lie beyond; its label says where
     axes.axvline(trained, color="#d62728", ls="--", lw=2, label=f"trained on {trained:,} tokens")
     shown = lengths[:: 1 + len(lengths) // 8]
@@ -286,7 +246,7 @@ def read_map(file: Path) -> tuple[Scores, int, str]:
     language, _, scoring = file.stem.partition("_")
     how = "words of the answer found" if scoring == "generate" else "right answer picked from all"
     title = f"{settings['model']}: a needle in a haystack\n{LANGUAGES[language]}, {how}"
-    return read_rows(file)[1], settings["trained"], title
+    return read_scores(file)[1], settings["trained"], title
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -306,10 +266,8 @@ def claim(file: Path, settings: dict) -> None:
     write_file(beside, json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.needle", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+def main(argv: list[str]) -> None:
+    parser = model_parser("python -m eval.needle", __doc__)
     parser.add_argument(
         "--haystack", nargs="+", required=True, metavar="FILES", help="files, folders or globs"
     )
@@ -321,17 +279,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--needles", type=Path, default=NEEDLES, metavar="FILE", help=own)
     scorings = ("generate", "likelihood")
     parser.add_argument("--scoring", choices=scorings, default="generate", help="default: generate")
-    parser.add_argument("--seed", type=int, default=42, help="decides which fact a cell gets")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/needle/CHECKPOINT")
     args = parser.parse_args(argv)
     low, high, steps = args.lengths or (1, 1, 1)
     if not (1 <= low <= high and steps >= 1 and args.depths >= 1):
         raise ConfigError("--lengths must be MIN <= MAX, in STEPS >= 1, and --depths >= 1")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
     files, needles = find_files(args.haystack), read_needles(args.language, args.needles)
     source, run = newest_of(args.model)
     model, tokenizer = open_model(args, source)
@@ -354,27 +306,31 @@ def main(argv: list[str]) -> None:
     settings["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     settings["haystack"] = [Path(str(file)).name for file in files]
     settings["needles"] = hashlib.sha256(args.needles.read_bytes()).hexdigest()[:16]
-    settings["seed"] = args.seed
     folder = args.out or run / "needle" / (name if name != run.name else "")
     file = folder / f"{args.language}_{args.scoring}.csv"
     claim(file, settings)
 
-    def answer_of(length: int, depth: int) -> dict:
-        needle = random.Random(f"{args.seed} {length} {depth}").choice(needles)
-        ids, position = hide(haystack, needle, length, depth, tokenizer, room)
-        if args.scoring == "generate":
-            answer = generated(model, tokenizer, needles, ids)
-            score = words_found(answer, needle.answer)
-        else:
-            answer = picked(model, tokenizer, needles, ids)
-            score = float(answer == needle.answer)
-        return dict(zip(COLUMNS[2:], (f"{score:.4f}", position, needle.answer, answer)))
-
-    scores = measure([(length, depth) for length in lengths for depth in depths], answer_of, file)
+    cells = [(length, depth) for length in lengths for depth in depths]
+    rows, scores = read_scores(file)
+    left = [cell for cell in cells if cell not in scores]
+    total = sum(length for length, _ in left)
+    with tqdm(desc=file.stem, total=total, unit=" tokens", unit_scale=True) as bar:
+        for length, depth in left:
+            needle = random.Random(f"42 {length} {depth}").choice(needles)
+            ids, position = hide(haystack, needle, length, depth, tokenizer, room)
+            if args.scoring == "generate":
+                answer = generated(model, tokenizer, room, ids)
+                score = words_found(answer, needle.answer)
+            else:
+                answer = picked(model, tokenizer, needles, ids)
+                score = float(answer == needle.answer)
+            rows.append([length, depth, f"{score:.4f}", position, needle.answer, answer])
+            write_table(file, COLUMNS, rows)
+            scores[length, depth] = score
+            bar.update(length)
+    scores = {cell: scores[cell] for cell in cells}
     draw(scores, *read_map(file)[1:]).savefig(file.with_suffix(".png"))
-    mean, reached = sum(scores.values()) / len(scores), longest_retrieved(scores)
-    where = f"every length up to {reached:,} tokens" if reached else "no length"
-    print(f"mean of the map {mean:.3f}; retrieval over {RETRIEVED} at {where}")
+    print(f"mean of the map: {sum(scores.values()) / len(scores):.3f}")
     print(f"{file}, {file.with_suffix('.png')}")
 
 

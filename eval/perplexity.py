@@ -20,7 +20,7 @@ import dataclasses
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -50,10 +50,13 @@ POOL = 256  # windows that are read ahead, to be batched by length
 HEAD_ROWS = 1024  # positions whose logits exist at one time: 266 MB of fp32 for 65,024 tokens
 
 
-# --- the model of an evaluation's command line, also for harness.py and needle.py -----------------
+# --- what harness.py and needle.py use, too -------------------------------------------------------
 
 
-def add_model_options(parser: Parser) -> None:
+def model_parser(prog: str, description: str | None) -> Parser:
+    """The parser of a command whose first options say which model, and how it runs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, formatter_class=raw)
     parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
     parser.add_argument(
         "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
@@ -63,10 +66,11 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
     )
+    return parser
 
 
 def open_model(args: argparse.Namespace, source: str) -> tuple[Lucie, Tokenizer]:
-    """The model and tokenizer of a source, with the options of `add_model_options`.
+    """The model and tokenizer of a source, with the options of `model_parser`.
 
     Raises CheckpointError, DataError, or ValueError for a device that is not available.
     """
@@ -99,6 +103,29 @@ def make_room(model: Lucie, length: int) -> None:
         model._rope_tables = None  # the tables of fewer positions, if the model has run before
 
 
+@torch.no_grad()
+def token_scores(model: Lucie, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probability in nats of each target, fp32; whether it is the likeliest token).
+
+    hidden: the last layer's output before each target, `[n, hidden_size]`. The head sees HEAD_ROWS
+    of them at a time.
+    """
+    nats, likeliest = [], []
+    for x, y in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
+        logits = model.lm_head(x).float()
+        nats.append(-F.cross_entropy(logits, y, reduction="none"))
+        likeliest.append(logits.argmax(-1) == y)
+    return torch.cat(nats), torch.cat(likeliest)
+
+
+def write_table(file: Path, columns: Sequence[str], rows: Iterable[Iterable]) -> None:
+    """Write a CSV with a heading, in one piece, into a folder that need not exist."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, text.getvalue().encode())
+
+
 # --- what texts cost -----------------------------------------------------------------------------
 
 
@@ -110,26 +137,6 @@ class Window(NamedTuple):
     start: int  # tokens of the document before the window, `<s>` among them
 
 
-class Tally(NamedTuple):
-    """What a text has cost. `tokens` and `nats` are by position, one entry per bucket."""
-
-    documents: int
-    bytes: int  # of UTF-8
-    tokens: np.ndarray
-    nats: np.ndarray
-
-    def rows(self, name: str) -> list[tuple]:
-        """Values of COLUMNS: of all tokens, then of each bucket of positions that has tokens."""
-        tokens, nats = self.tokens.sum(), self.nats.sum()
-        loss, bits = nats / tokens, nats / math.log(2) / self.bytes
-        whole = (self.documents, self.bytes, f"{bits:.6f}", f"{math.exp(loss):.4f}")
-        rows = [(name, "all", tokens, f"{loss:.6f}", *whole)]
-        for bucket, tokens, nats in zip(BUCKET_NAMES, self.tokens, self.nats):
-            if tokens:
-                rows.append((name, bucket, tokens, f"{nats / tokens:.6f}", "", "", "", ""))
-        return rows
-
-
 def evaluate(
     model: Lucie,
     tokenizer: Tokenizer,
@@ -137,12 +144,13 @@ def evaluate(
     window: int = 4096,
     stride: int = 2048,
     min_tokens: int = 1,
-) -> Tally:
-    """The cost of all tokens of the documents that have at least min_tokens of them.
+) -> list[tuple]:
+    """What the documents cost that have at least min_tokens: the values of COLUMNS but the first.
 
-    Raises DataError if there are none.
+    A row is of all tokens, those after it of each bucket of positions that has tokens. Raises
+    DataError if there is no such document.
     """
-    sizes = [0]  # bytes of documents
+    sizes: list[int] = []  # bytes of documents
     tokens, nats = np.zeros(len(BUCKETS), np.int64), np.zeros(len(BUCKETS))
 
     def all_windows() -> Iterator[Window]:
@@ -153,14 +161,19 @@ def evaluate(
                 yield from windows(ids, window, stride)
 
     for batch in batches(all_windows()):
-        for part, losses in zip(batch, token_losses(model, batch)):
-            position = part.start + part.first + 1 + np.arange(len(losses))
-            bucket = np.searchsorted(BUCKETS, position, side="right") - 1
-            tokens += np.bincount(bucket, minlength=len(BUCKETS))
-            nats += np.bincount(bucket, losses.double().numpy(), minlength=len(BUCKETS))
-    if not any(sizes):
+        positions, losses = token_losses(model, batch)
+        bucket = np.searchsorted(BUCKETS, positions, side="right") - 1
+        tokens += np.bincount(bucket, minlength=len(BUCKETS))
+        nats += np.bincount(bucket, losses, minlength=len(BUCKETS))
+    if not sizes:
         raise DataError(f"no document with {min_tokens:,} tokens")
-    return Tally(len(sizes) - 1, sum(sizes), tokens, nats)
+    loss, bits = nats.sum() / tokens.sum(), nats.sum() / math.log(2) / sum(sizes)
+    whole = (len(sizes), sum(sizes), f"{bits:.6f}", f"{math.exp(loss):.4f}")
+    rows = [("all", tokens.sum(), f"{loss:.6f}", *whole)]
+    for name, count, sum_of_nats in zip(BUCKET_NAMES, tokens, nats):
+        if count:
+            rows.append((name, count, f"{sum_of_nats / count:.6f}", "", "", "", ""))
+    return rows
 
 
 def windows(ids: list[int], window: int, stride: int) -> Iterator[Window]:
@@ -187,11 +200,8 @@ def batches(all_windows: Iterable[Window]) -> Iterator[list[Window]]:
 
 
 @torch.no_grad()
-def token_losses(model: Lucie, batch: list[Window]) -> list[Tensor]:
-    """The loss in nats of each token that a window scores: one fp32 tensor per window, on the CPU.
-
-    The head sees only the scored tokens, HEAD_ROWS at a time.
-    """
+def token_losses(model: Lucie, batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """(positions in their documents, losses in nats, fp64) of all tokens that windows score."""
     device = model.embed_tokens.weight.device
     tokens = torch.zeros(len(batch), max(len(part.ids) for part in batch) - 1, dtype=torch.int64)
     for row, part in zip(tokens, batch):  # the padding comes after the window, which is causal
@@ -199,60 +209,32 @@ def token_losses(model: Lucie, batch: list[Window]) -> list[Tensor]:
     hidden = model.hidden(tokens.to(device))
     rows = torch.cat([x[part.first : len(part.ids) - 1] for x, part in zip(hidden, batch)])
     targets = torch.tensor([i for part in batch for i in part.ids[part.first + 1 :]], device=device)
-    losses = [
-        F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
-        for x, y in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS))
-    ]
-    return list(torch.cat(losses).cpu().split([len(part.ids) - 1 - part.first for part in batch]))
+    spans = [np.arange(part.first + 1, len(part.ids)) + part.start for part in batch]
+    return np.concatenate(spans), -token_scores(model, rows, targets)[0].double().cpu().numpy()
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def read(files: list, limit: int | None, bar: tqdm) -> Iterator[str]:
-    """The documents of files, up to `limit` bytes of text if given: the last one is cut there,
-    before a character. The bar counts bytes, of the files or of the limit."""
-    if not limit:
-        sizes = [size_of(file) for file in files]
-        bar.total = None if None in sizes else sum(sizes)
-        yield from read_documents(files, bar)
-        return
-    bar.total = limit
-    for text in read_documents(files):
-        content = text.encode("utf-8", "surrogatepass")[: limit - bar.n]
-        yield content.decode("utf-8", "ignore")
-        bar.update(len(content))
-        if bar.n >= limit:
-            return
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.perplexity", description=__doc__, formatter_class=raw)
-    add_model_options(parser)
+def main(argv: list[str]) -> None:
+    parser = model_parser("python -m eval.perplexity", __doc__)
     parser.add_argument(
         "--texts", nargs="+", required=True, metavar="NAME=FILES", help="a file, folder or glob"
     )
     parser.add_argument("--window", type=int, help="tokens read at once; default: the model's own")
     parser.add_argument("--stride", type=int, help="between two windows; default: half a window")
-    parser.add_argument("--bytes", type=int, help="read only this many bytes of each text")
     parser.add_argument("--min_tokens", type=int, default=1, help="skip shorter documents")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here, too")
     args = parser.parse_args(argv)
-    for name in ("window", "stride", "bytes", "min_tokens"):
+    for name in ("window", "stride", "min_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
-    texts: dict[str, list] = {}
+    files_of: dict[str, list] = {}
     for given in args.texts:
         name, _, pattern = given.partition("=")
         if not (name and pattern):
             raise ConfigError(f"{given}: a text is NAME=FILES")
-        texts.setdefault(name, []).extend(find_files([pattern]))
+        files_of.setdefault(name, []).extend(find_files([pattern]))
     model, tokenizer = open_model(args, args.model)
     trained = model.config.max_position_embeddings
     window = args.window or trained
@@ -261,21 +243,16 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--stride must be at most the window of {window:,}, not {stride:,}")
     make_room(model, window)
     rows = []
-    for name, files in texts.items():
-        with tqdm(unit="B", unit_scale=True, desc=name) as bar:
-            documents = read(files, args.bytes, bar)
-            try:
-                tally = evaluate(model, tokenizer, documents, window, stride, args.min_tokens)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from None
-        rows += tally.rows(name)
+    for name, files in files_of.items():
+        sizes = [size_of(file) or 0 for file in files]
+        with tqdm(unit="B", unit_scale=True, desc=name, total=sum(sizes)) as bar:
+            texts = read_documents(files, bar)
+            found = evaluate(model, tokenizer, texts, window, stride, args.min_tokens)
+        rows += [(name, *values) for values in found]
     for row in (COLUMNS, *rows):
         print("".join(f"{value!s:>14}" for value in row))
     if args.csv:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.csv, text.getvalue().encode())
+        write_table(args.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,6 @@ def test_agrees_with_greedy_generation():
         expected.append(space == " ")
     assert right(model, tokenizer, questions) == expected
 
-    # teach the head to answer: a model that always continues with the same byte
-    with torch.no_grad():
-        model.norm.weight.zero_()
-    assert right(model, tokenizer, [("x", "\u0000")]) == [False]
-
 
 def test_counts_only_exact_answers():
     class Parrot(Lucie):
@@ -72,7 +67,7 @@ def run(tmp_path):
     return str(folder)
 
 
-def test_a_low_quality_is_told_and_is_no_error(run, capsys):
+def test_a_low_quality_is_no_error(run, capsys):
     assert capitals.main([run, run]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["greedy", "completion", "after", "phase", "phase"]
@@ -81,10 +76,7 @@ def test_a_low_quality_is_told_and_is_no_error(run, capsys):
     assert [line.split() for line in lines if "of 60" in line] == [
         [language, "0.0%", "0.0%", "of", "60"] for language in demo.LANGUAGES
     ]
-    assert lines[-2:] == [
-        "worst language: recalled 0.0%, transferred 0.0% (seed 7, float32)",
-        "fewer than 90% recalled in en, fr, de, es, it, with seed 7, float32",
-    ]
+    assert lines[-1] == "worst language: recalled 0.0%, transferred 0.0% (seed 7, float32)"
 
 
 def test_the_bar_is_the_worst_language(run, capsys, monkeypatch):
@@ -100,8 +92,6 @@ def test_a_completion_is_shown_to_the_end_of_its_line(monkeypatch):
     found = [Completion("", [], text=text) for text in (" Pékin\nQuelle", " none ends")]
     monkeypatch.setattr(capitals, "complete", lambda *args: found)
     assert capitals.first_lines(None, None, ["a", "b"]) == ["Pékin", "none ends"]
-    assert capitals._cell("Pékin") == f"{'Pékin':24}"
-    assert capitals._cell("x" * 25) == 21 * "x" + "..."
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from eval.needle import (
     draw,
     hide,
     log_probabilities,
-    longest_retrieved,
     read_haystack,
     read_needles,
     room_for_answer,
@@ -47,11 +46,6 @@ def essays(count, seed=0):
         return text.capitalize() + rng.choice(".!?…")
 
     return ["".join(sentence() + rng.choice(" \n") for _ in range(20)) for _ in range(count)]
-
-
-def corpus(language):
-    with gzip.open(SHARED / "corpus" / f"{language}.jsonl.gz", "rt", encoding="utf-8") as f:
-        return [json.loads(line)["text"] for line in itertools.islice(f, 600)]
 
 
 def check_random_prompts(tokenizer, haystack, needles, lengths, count):
@@ -89,27 +83,26 @@ def test_prompts_have_their_exact_length_and_parts():
 
 
 @needs_shared
-def test_prompts_of_lucie(language="fr"):
+def test_prompts_of_lucie():
     """On real text, up to the longest of the published lengths. Sentences are encoded one by one,
     which does not show in their ids."""
     lucie = tokenizers.load(SHARED / "lucie" / "tokenizer.json")
-    texts = [text.strip() for text in corpus(language)]
+    with gzip.open(SHARED / "corpus" / "fr.jsonl.gz", "rt", encoding="utf-8") as f:
+        texts = [json.loads(line)["text"].strip() for line in itertools.islice(f, 600)]
     haystack = read_haystack(texts, lucie, 62_872)
     whole = lucie.encode_ordinary("\n\n".join(texts[:20]))
     assert haystack.ids[: len(whole)] == whole
-    check_random_prompts(lucie, haystack, read_needles(language), (200, 62_872), 20)
+    check_random_prompts(lucie, haystack, read_needles("fr"), (200, 62_872), 20)
 
 
 def test_sentences_begin_where_they_do():
     text = "One. Two 3.5 times!  Three\n\nFour? \n Five"
     haystack = read_haystack([text], BYTES, 5)
-    starts = [text[at:] for at in haystack.borders]
-    first_words = [start.split()[0] for start in starts]
-    assert first_words == ["One.", "Two", "Three", "Four?", "Five"]
-    assert haystack.borders[:3] == [0, 4, 19]
+    starts = [text[at:].split()[0] for at in haystack.borders]
+    assert starts == ["One.", "Two", "Three", "Four?", "Five"] and haystack.borders[2] == 19
 
 
-def test_reads_no_more_than_it_takes(capsys):
+def test_a_haystack_is_read_as_far_as_needed_or_repeated(capsys):
     def texts():
         yield "  "
         yield "A first text. "
@@ -119,33 +112,19 @@ def test_reads_no_more_than_it_takes(capsys):
     haystack = read_haystack(texts(), BYTES, 28)
     assert BYTES.decode(haystack.ids) == "A first text.\n\nAnd a second."
     assert "repeated" not in capsys.readouterr().err
-
-
-def test_a_short_haystack_is_repeated_and_that_is_said(capsys):
     haystack = read_haystack(["It rains. It pours."], BYTES, 50)
     assert BYTES.decode(haystack.ids) == "It rains. It pours.\n\n" * 3
     assert haystack.borders == [0, 9, 21, 30, 42, 51]
     assert "19 tokens of 50: it is repeated" in capsys.readouterr().err
-    for nothing in ([], ["", " \n"]):
-        with pytest.raises(DataError, match="holds no text"):
-            read_haystack(nothing, BYTES, 50)
 
 
 def test_needles_of_ones_own(tmp_path):
     file = tmp_path / "needles.json"
-    form = {
-        "fact": "{place}: {answer}.",
-        "question": "{place}?",
-        "needles": {"Oslo": "7", "Rome": "9"},
-    }
+    form = {"fact": "{place}: {answer}.", "question": "{place}?", "needles": {"Oslo": "7"}}
     file.write_text(json.dumps({"fr": form}), encoding="utf-8-sig")  # as some editors do
-    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7"), ("Rome: 9.", "Rome?", "9")]
-    with pytest.raises(DataError, match=r"needles.json: not of the form .*\(no 'en'\)"):
+    assert read_needles("fr", file) == [("Oslo: 7.", "Oslo?", "7")]
+    with pytest.raises(DataError, match=r"needles.json: not of the form .*'en'"):
         read_needles("en", file)
-    for other in ("[1]", "{", '{"fr": {"fact": "", "question": "", "needles": [1]}}'):
-        file.write_text(other)
-        with pytest.raises(DataError, match=r"needles.json: not of the form"):
-            read_needles("fr", file)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -216,9 +195,6 @@ def stand_in(monkeypatch, window=10**9, asked=None):
         place, known = answer(prompt)
         others = [n.answer for n in read_needles("en") if f" {place} " not in n.fact]
         likely = BYTES.encode_ordinary(f" {known or others[0]}")
-        assert all(
-            len(prompt + ids) <= model.config.max_position_embeddings for ids in continuations
-        )
         return [(-1.0 if ids == likely else -2.0) * len(ids) for ids in continuations]
 
     monkeypatch.setattr(needle, "decode", decode)
@@ -240,63 +216,45 @@ def test_a_window_of_attention_is_the_map(folder, monkeypatch, capsys, scoring, 
         assert (row["answer"] == row["expected"]) == inside
         low = 0 if scoring == "likelihood" else 0.4
         assert float(row["score"]) == 1 if inside else float(row["score"]) <= low
-    out, err = capsys.readouterr()
-    assert "retrieval over 0.9 at every length up to 500 tokens" in out
-    assert "2,500 tokens at once: the model was trained on 512" in err
+    mean = sum(float(row["score"]) for row in found) / len(found)
+    assert f"mean of the map: {mean:.3f}" in capsys.readouterr().out
     assert (folder / "out" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_random_model_finds_next_to_nothing(folder):
+def test_a_random_model_finds_next_to_nothing(folder, capsys):
     """The real one, past the 512 positions it has."""
     for scoring in ("generate", "likelihood"):
-        run(folder, "--scoring", scoring, lengths=(450, 700, 2), depths=2)
-        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 3
+        run(folder, "--scoring", scoring, lengths=(450, 600, 2), depths=1)
+        assert sum(float(row["score"]) for row in rows(folder, f"en_{scoring}")) < 2
+    assert "600 tokens at once: the model was trained on 512" in capsys.readouterr().err
 
 
 def test_goes_on_where_it_stopped(folder, monkeypatch):
     stand_in(monkeypatch)
     run(folder)
     file = folder / "out" / "en_generate.csv"
-    whole = file.read_text()
-    file.unlink()
-
-    asked = []
-
-    class Seven(list):
-        def append(self, prompt):
-            if len(self) == 7:
-                raise KeyboardInterrupt
-            super().append(prompt)
-
-    stand_in(monkeypatch, asked=Seven())
-    with pytest.raises(KeyboardInterrupt):
-        run(folder)
-    assert len(rows(folder)) == 7
+    whole, asked = file.read_text(), []
+    kept = whole.splitlines(keepends=True)[:8]
+    file.write_text("".join(kept))  # as after seven cells
     stand_in(monkeypatch, asked=asked)
-    run(folder)
-    assert len(asked) == 20 - 7 and file.read_text() == whole
-    run(folder)
-    assert len(asked) == 13 and file.read_text() == whole
+    for _ in range(2):
+        run(folder)
+        assert len(asked) == 20 - 7 and file.read_text() == whole
     run(folder, lengths=(1000, 2500, 4))  # another grid adds what is new
     assert len(asked) == 13 + 5 and file.read_text().startswith(whole)
 
 
-@pytest.mark.parametrize("other", ["haystack", "needles", "seed"])
-def test_a_csv_of_something_else_is_refused(folder, monkeypatch, other):
+def test_a_csv_of_something_else_is_refused(folder, monkeypatch):
     stand_in(monkeypatch)
     run(folder)
-    before = (folder / "out" / "en_generate.csv").read_text()
-    own = json.loads(NEEDLES.read_text(encoding="utf-8"))
+    file = folder / "out" / "en_generate.csv"
+    before, own = file.read_text(), json.loads(NEEDLES.read_text(encoding="utf-8"))
     own["en"]["needles"].popitem()
     (folder / "own.json").write_text(json.dumps(own), encoding="utf-8")
-    more = {
-        "haystack": ["--haystack", folder / "essays" / "01.txt"],
-        "needles": ["--needles", folder / "own.json"],
-        "seed": ["--seed", 7],
-    }
-    with pytest.raises(ConfigError, match=f"has another {other}: choose another --out"):
-        run(folder, *more[other])
-    assert (folder / "out" / "en_generate.csv").read_text() == before
+    for other, path in (("haystack", "essays/01.txt"), ("needles", "own.json")):
+        with pytest.raises(ConfigError, match=f"has another {other}: choose another --out"):
+            run(folder, f"--{other}", folder / path)
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize("trained", [512, 32_000])
@@ -328,35 +286,21 @@ def test_log_probabilities_equal_those_of_whole_sequences(model, monkeypatch, ch
         assert ours == pytest.approx(exact, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("answer", "score"),
-    [
-        ("Eat a sandwich, and sit in DOLORES Park on a sunny day!", 1),
-        ("sit and eat", 3 / 11),  # eleven words: "a" counts once
-        ("sandwiches", 0),
-        ("", 0),
-    ],
-)
-def test_words_found(answer, score):
+def test_words_found():
     expected = "eat a sandwich and sit in Dolores Park on a sunny day"
-    assert words_found(answer, expected) == pytest.approx(score)
+    assert words_found("Eat a sandwich, and sit in DOLORES Park on a sunny day!", expected) == 1
+    assert words_found("sit and eat", expected) == 3 / 11  # eleven words: "a" counts once
+    assert words_found("sandwiches", expected) == words_found("", expected) == 0
     assert words_found("s'asseoir, l'été", "s'asseoir l'été") == 1
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--haystack", "nowhere/"], "nowhere/: no such file"),
         (["--haystack", "{}/empty"], "the haystack holds no text"),
         (["--lengths", "50", "100", "2"], "length 50 is too short"),
         (["--lengths", "100", "50", "2"], "--lengths must be MIN <= MAX"),
-        (["--depths", "0"], "--depths >= 1"),
-        (["--needles", "{}/nowhere.json"], "No such file.*nowhere.json"),
-        (["--tokenizer", "{}/nowhere"], "nowhere: No such file"),
-        (
-            ["--lengths", "1000", "100000000000", "2"],
-            "1 x 100,000,000,000 tokens take",
-        ),
+        (["--lengths", "1000", "100000000000", "2"], "1 x 100,000,000,000 tokens take"),
     ],
 )
 def test_bad_input_is_an_error_and_writes_nothing(folder, more, message):
@@ -370,35 +314,19 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, more, message):
 # --- the map --------------------------------------------------------------------------------------
 
 
-def scores(**rows):
-    """rows: the scores of a length, l100=(...), at depths 0, 50 and 100."""
-    depths = (0, 50, 100)
-    return {(int(key[1:]), d): x for key, row in rows.items() for d, x in zip(depths, row)}
-
-
-def test_the_longest_length_is_one_up_to_which_all_are_retrieved():
-    good, fair, bad = (1, 1, 0.9), (1, 0.7, 1), (0, 1, 1)  # means 0.967, exactly 0.9, 0.667
-    assert longest_retrieved(scores(l300=good, l100=good, l200=good)) == 300
-    assert longest_retrieved(scores(l300=good, l100=good, l200=bad)) == 100
-    assert longest_retrieved(scores(l100=bad, l200=good)) == 0
-    assert sum(fair) / 3 == 0.9 and longest_retrieved(scores(l100=fair)) == 0
-
-
-@pytest.mark.parametrize("binary", [True, False])
-def test_the_picture_shows_cells_where_they_are_and_the_trained_length(tmp_path, binary):
-    half = 1 if binary else 0.5
-    found = scores(l4000=(1, 1, 1), l1000=(1, half, 0), l2000=(0, 0, 1))
+def test_the_picture_shows_cells_where_they_are_and_the_trained_length(tmp_path):
+    """Lengths and depths of no order, with even distances or without, and one that is missing."""
+    of_length = {4000: (1, 1, 1), 1000: (1, 0.5, 0), 2000: (0, 0, 1)}
+    found = {(n, 50 * row): x for n, column in of_length.items() for row, x in enumerate(column)}
+    del found[4000, 100]
     figure = draw(found, 2500, "a title in words")
-    axes, bar = figure.axes
+    axes, _ = figure.axes
     (mesh,) = axes.collections
     across = mesh.get_coordinates()[0, :, 0].tolist()
     assert across == [500, 1500, 3000, 5000]  # half-way between neighbours
     assert mesh.get_coordinates()[:, 0, 1].tolist() == [-25, 25, 75, 125]
-    assert mesh.get_array().tolist() == [[1, 0, 1], [half, 0, 1], [0, 1, 1]]
-    assert mesh.cmap.name.startswith("cividis") and mesh.cmap.N == (2 if binary else 256)
-    named = [text.get_text() for text in bar.get_yticklabels()]
-    assert (named == ["not found", "found"]) == binary
+    assert mesh.get_array().tolist() == [[1, 0, 1], [0.5, 0, 1], [0, 1, None]]
     (line,) = axes.lines
-    assert set(line.get_xdata()) == {2500} and line.get_linestyle() == "--"
+    assert set(line.get_xdata()) == {2500}
     assert axes.yaxis_inverted() and axes.get_title(loc="left") == "a title in words"
     draw({(64, 0): 1.0}, 64, "one cell").savefig(tmp_path / "one.png")
