@@ -9,11 +9,13 @@ tokens each implementation is first compared with the definition in fp32, output
 that is wrong is not timed. Times are medians by device events, with the L2 cache flushed before
 each run. Memory is the peak above what was allocated before the call.
 
-Writes DIR/kernels.json. Exit code 1 where one of ours failed or was wrong.
+Writes DIR/kernels.json, and with matplotlib DIR/kernels.png. Exit code 1 where one of ours failed
+or was wrong.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -269,6 +271,27 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def plot(results: dict, path: Path) -> None:
+    """Draw speed against tokens: a panel for each operation and mode."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row["op"], row["mode"]) for row in results["rows"] if row["ms"]))
+    figure = Figure(figsize=(10, 3 * -(-len(panels) // 3)), layout="constrained")
+    for number, (op, mode) in enumerate(panels, start=1):
+        axes = figure.add_subplot(-(-len(panels) // 3), 3, number)
+        rows = [r for r in results["rows"] if (r["op"], r["mode"]) == (op, mode) and r["ms"]]
+        for name in dict.fromkeys(row["baseline"] for row in rows):
+            points = [(row["tokens"], row["speed"]) for row in rows if row["baseline"] == name]
+            axes.plot(*zip(*points), "o-", label=name, lw=2.4 if name == OURS else 1.2)
+        unit = rows[0]["unit"]
+        ceiling = {"color": "black", "lw": 1, "ls": "--", "label": CEILINGS[unit]}
+        axes.axhline(results["ceilings"][unit], **ceiling)
+        axes.set(title=f"{op} {mode}", xlabel="tokens", ylabel=unit, ylim=(0, None))
+        axes.legend(fontsize="small", frameon=False)
+    figure.suptitle(heading(results), fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(
         prog="bench.kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -300,6 +323,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(str(error)) from None
     results = run(ops, sizes, args.tokens or tokens, device, args.out, args.minutes)
     print(table(results))
+    if any(row["ms"] for row in results["rows"]) and importlib.util.find_spec("matplotlib"):
+        plot(results, args.out / "kernels.png")
     return int(any(row["baseline"] == OURS and row["failure"] for row in results["rows"]))
 
 

@@ -302,6 +302,7 @@ def draw_scores(
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(score.model for score in baselines))
+    order = list(dict.fromkeys(score.model for score in [*scores, *behind]))
     across = min(4, len(tests))
     down = -(-len(tests) // across)
     with rc_context(STYLE | {"axes.titlesize": "small"}):
@@ -316,8 +317,8 @@ def draw_scores(
                 for _, score, _ in points_of(baselines, test).get(model, ()):
                     style = {"color": colormaps["Dark2"](number % 8), "ls": "--", "lw": 1}
                     panel.axhline(score, label=model, **style)
-            draw_phases(panel, points_of(behind, test), x, ours=False)
-            draw_phases(panel, points_of(scores, test), x, ours=True)
+            draw_phases(panel, points_of(behind, test), x, order, ours=False)
+            draw_phases(panel, points_of(scores, test), x, order, ours=True)
             panel.tick_params(labelsize=7)
             name, shots, kind = test
             panel.set_title(name.replace("_", " "), loc="left")
@@ -329,14 +330,18 @@ def draw_scores(
     return figure
 
 
-def draw_phases(panel: "Axes", phases: dict[str, np.ndarray], x: str, ours: bool) -> None:
+def draw_phases(
+    panel: "Axes", phases: dict[str, np.ndarray], x: str, order: list[str], ours: bool
+) -> None:
+    """Draw one line per phase. order: of all phases, of which a test may lack some."""
     if not phases:
         return
     end = next(iter(phases.values()))[:, 0].max() or 1  # 0 where tokens are not known
     scale, unit = (end / 100, "% of the first phase's") if x == "share" else scale_of(end)
-    for number, (model, points) in enumerate(phases.items()):
+    for place, (model, points) in enumerate(phases.items()):
+        number = order.index(model)
         tokens, score, error = points.T
-        if number:
+        if place:
             tokens = end * np.linspace(0, 0.06, len(tokens)) + end * (0.97 + 0.09 * number)
         ink = COLOURS[number % len(COLOURS)] if ours else BEHIND
         label = re.sub(r"^\d_", "", model) if ours else "behind"

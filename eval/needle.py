@@ -215,10 +215,11 @@ def read_scores(file: Path) -> tuple[list[list[str]], Scores]:
 def draw(scores: Scores, trained: int, title: str) -> "Figure":
     """The heat map: length across, depth down. A dashed line marks the trained length.
 
-    Its colours are plain to the colour-blind and on a grey printer. Raises ConfigError without
-    matplotlib.
+    Two colours if all scores are 0 or 1, else a scale; the colour-blind and a grey printer tell
+    them apart. Raises ConfigError without matplotlib.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("the map needs matplotlib: pip install matplotlib") from None
@@ -226,8 +227,13 @@ def draw(scores: Scores, trained: int, title: str) -> "Figure":
     cells = [[scores.get((length, depth), np.nan) for length in lengths] for depth in depths]
     figure = Figure(figsize=(7, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    style = {"cmap": "cividis", "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.5}
-    figure.colorbar(axes.pcolormesh(lengths, depths, cells, shading="nearest", **style))
+    binary = set(scores.values()) <= {0.0, 1.0}
+    colours = colormaps["cividis"].resampled(2 if binary else 256)
+    style = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.5}
+    mesh = axes.pcolormesh(lengths, depths, cells, shading="nearest", **style)
+    bar = figure.colorbar(mesh, ticks=(0.25, 0.75) if binary else None)
+    if binary:
+        bar.set_ticklabels(("not found", "found"))
     axes.set_xlim(axes.get_xlim())  # the line may lie beyond; its label says where
     axes.axvline(trained, color="#d62728", ls="--", lw=2, label=f"trained on {trained:,} tokens")
     shown = lengths[:: 1 + len(lengths) // 8]
