@@ -27,18 +27,14 @@ import tiktoken
 
 from config.cli import write_file
 from data.dataset import BOS, EOS, DataError, token_dtype
-from data.lucie_tokenizer import (
-    SPECIAL_TOKENS,
-    LucieBPE,
-    last_merge,
-    nfc,
-)
+from data.lucie_tokenizer import SPECIAL_TOKENS, LucieBPE, last_merge, nfc
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
 PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\n+|\t+| +(?= )| +|\s"
 
 CONFIG = Path(__file__).with_name("tokenizer_config.json")  # Lucie's, but for tokenizer_class
+BYTE_LEVEL = Path(__file__).with_name("byte_level.json")  # a tokenizer.json of ours without tokens
 
 
 class ByteLevelBPE:
@@ -274,56 +270,10 @@ def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
     if None in made or len(vocab) != bpe.vocab_size:
         raise DataError("some tokens of this vocabulary cannot be made by merges")
     merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added_tokens(),
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, level | {"use_regex": False}],
-        },
-        "post_processor": bos_template(),
-        "decoder": level | {"use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def added_tokens() -> list[dict]:
-    """The special tokens as a tokenizer.json lists them."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
-    ]
-
-
-def bos_template() -> dict:
-    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
-
-    def text(name: str, number: int) -> list[dict]:
-        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
-        return [bos, {"Sequence": {"id": name, "type_id": number}}]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": text("A", 0),
-        "pair": text("A", 0) + text("B", 1),
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
-    }
+    written = json.loads(BYTE_LEVEL.read_text())
+    written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
+    written["model"] |= {"vocab": vocab, "merges": merges}
+    return written
 
 
 def byte_characters() -> dict[int, str]:

@@ -284,12 +284,10 @@ def test_what_is_of_others_or_being_written_is_left_alone(tmp_path):
     with pytest.raises(DataError, match=r"x\.train\.bin: was made from .*--overwrite"):
         run(file, out, split_by=("split",))
     assert files_of(tmp_path / "x.train") == train
-    for options in ({}, dict(overwrite=True, split_length=1)):
-        before = contents(tmp_path)
-        with lock(out), pytest.raises(DataError, match="another process is writing"):
-            run(file, out, **options)
-        assert contents(tmp_path) == before
-        run(file, out, **options)
+    before = contents(tmp_path)
+    with lock(out), pytest.raises(DataError, match="another process is writing"):
+        run(file, out, overwrite=True)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -340,13 +338,14 @@ def test_streams_by_fields_length_and_held_out_have_names_of_their_own(tmp_path)
 
 
 def test_a_value_that_cannot_be_part_of_a_name_is_an_error(tmp_path):
-    values = ["fr", 2019, "", "a\nb", "\ud800", "y" * 101, "é" * 17, 3.5, True, None, ["fr"]]
-    lines = [json.dumps({"text": "a", "language": value}) for value in values]
-    file = write(tmp_path / "t.jsonl", "\n".join([*lines, '{"text": "lost"}']))
+    values = ["fr", 2019, "", "a\nb", "\ud800", "y" * 101, "é" * 17, 3.5, True, None]
+    file = write(
+        tmp_path / "t.jsonl", "".join(json_lines(["a"], language=v).decode() for v in values)
+    )
     report = run(file, tmp_path / "d", "skip", split_by=("language",))
-    assert report["streams"].keys() == {"d.fr", "d.2019"} and report["left_out"]["error"] == 10
+    assert report["streams"].keys() == {"d.fr", "d.2019"} and report["left_out"]["error"] == 8
     assert "line 3: its field 'language' cannot be part of a file's name" in report["errors"][0]
-    assert "line 12: no field 'language'" in report["errors"][-1]
+    assert "line 10: no field 'language'" in report["errors"][-1]
     write(file, "\n".join(json.dumps({"text": "x", "language": str(n)}) for n in range(1001)))
     with pytest.raises(DataError, match="over 1,000 streams: the fields to split by"):
         run(file, tmp_path / "x", split_by=("language",))
@@ -495,16 +494,12 @@ def test_files_folders_and_globs_of_a_store_are_found_in_order(store):
         return [re.sub("^memory://(/?)bucket/", "", file) for file in find_files(addresses)]
 
     assert found("memory://bucket") == names[:4]
+    assert found("memory://bucket/b/", "memory://bucket/b/a.json") == names[1:4]
     assert found("memory://bucket/b/*.json*", "memory://bucket/a.jsonl") == ["b/a.json", "a.jsonl"]
-    assert found("memory://bucket/b/c/*.csv") == ["b/c/x.csv"]
-    assert found("memory://bucket/b/c/x.csv", "memory://bucket/b/a.txt.gz") == [names[4], names[2]]
+    assert found("memory://bucket/b/c/x.csv", "memory://bucket/**/*.jsonl") == [names[4], names[0]]
     for nothing in ("memory://bucket/none.jsonl", "memory://bucket/b/d", "nope://bucket/a.jsonl"):
         with pytest.raises(DataError, match=f"^{nothing}: (no such file|.*Protocol not known)"):
             find_files([nothing])
-    assert found("memory://bucket/b/", "memory://bucket/b/a.json") == names[1:4]
-    assert found("memory://bucket/**/*.jsonl") == ["a.jsonl"]
-    store.pipe_file("/bucket/spark.parquet/part-0.parquet", b"")
-    assert found("memory://bucket/spark.parquet") == ["spark.parquet/part-0.parquet"]
 
 
 @pytest.mark.parametrize("form", ["lines", "lines.gz", "string parquet"])
@@ -673,15 +668,10 @@ SHARES = ("vocabulary", "{0}/fr.jsonl.gz", "{0}/en.jsonl.gz", "--out={0}/y", "--
         ((*TOKENS, "--validation=1"), "a share from 0 to under 1, not 1.0"),
         ((*TOKENS, "--text_field=b"), "fr.jsonl.gz, line 1: no field 'b' (--on_error skip"),
         ((*TOKENS, "--out=/"), "--out /: must end in a name"),
-        ((*TOKENS, "--out={0}/y/"), "--out {0}/y/: must end in a name"),
         ((*TOKENS, "--split_length=0"), "--processes and --split_length must be 1 or more"),
-        (
-            ("tokens", "{0}/blank.md", *TOKENS[2:]),
-            "y: no document was kept; left out: error 0, ",
-        ),
+        (("tokens", "{0}/blank.md", *TOKENS[2:]), "y: no document was kept; left out: error 0,"),
         ((*SHARES, "0.5", "--out={0}/src"), "src: is a folder"),
         (SHARES, "--shares has a number over 0 for each of the inputs"),
-        ((*SHARES, "-1"), "--shares has a number over 0 for each of the inputs"),
         (("vocabulary", "{0}/empty.md", *SHARES[2:], "0.5"), "empty.md: no text"),
     ],
 )
