@@ -121,16 +121,13 @@ def print_shares(sources: list[Source], samples: int, seq_len: int) -> None:
             print(f"{kind:<16}{share:>10}{100 * after:>8.1f} %")
         print()
     width = max(len(source.name) for source in sources) + 2
-    print(
-        f"{'source':<{width}}{'tokens':>17}{'weight':>12}{'tokens seen':>19}{'epochs':>11}  files"
-    )
+    columns = f"{'tokens':>17}{'weight':>12}{'tokens seen':>19}{'epochs':>11}"
+    print(f"{'source':<{width}}{columns}  files")
     for source in sources:
         tokens = "-" if source.tokens is None else f"{source.tokens:,}"
         seen, files = source.samples * seq_len, "on disk" if source.on_disk else "missing"
-        print(
-            f"{source.name:<{width}}{tokens:>17}{100 * source.weight:>10.5f} %"
-            f"{seen:>19,}{source.epochs(seq_len):>11,.3f}  {files}"
-        )
+        line = f"{source.name:<{width}}{tokens:>17}{100 * source.weight:>10.5f} %"
+        print(line + f"{seen:>19,}{source.epochs(seq_len):>11,.3f}  {files}")
     total = f"{len(sources)} sources, {sum(source.tokens or 0 for source in sources):,} tokens"
     print(f"{total}; {samples:,} samples of {seq_len:,}: {samples * seq_len:,} tokens")
     for source in sources:
@@ -215,10 +212,9 @@ def verify(stream: TokenStream, vocab_size: int, progress: Callable[[int], objec
     if outside:
         past = f"{outside:,} ids are past the vocabulary of {vocab_size:,}"
         faults.append(f"{stream.bin}: {past}, first {first}")
-    digests = {"bin": digest.hexdigest()}
-    digests["idx"] = hashlib.sha256(stream.idx.read_bytes()).hexdigest()
+    idx = hashlib.sha256(stream.idx.read_bytes())
     for kind, written in checksums(stream).items():
-        if digests.get(kind) != written:
+        if {"bin": digest, "idx": idx}[kind].hexdigest() != written:
             faults.append(f"{stream.path}.{kind}: not the file whose sha256 was written down")
     return faults
 

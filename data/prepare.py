@@ -246,8 +246,7 @@ def read_documents(
 
 def location(source: Source, number: int) -> str:
     """Where a record is, in words."""
-    words = {".jsonl": "line", ".json": "item", ".parquet": "row"}
-    word = words.get(kind_of(source))
+    word = {".jsonl": "line", ".json": "item", ".parquet": "row"}.get(kind_of(source))
     return f"{source}, {word} {number:,}" if word else str(source)
 
 
@@ -899,10 +898,7 @@ def main(argv: list[str]) -> None:
     add("--vocab_size", type=int, default=65_024, help="special tokens included (65,024)")
     add("--shares", nargs="+", type=float, help="of the bytes, one number for each of the inputs")
     args = parser.parse_args(argv)
-    if args.command == "vocabulary":
-        _vocabulary(args)
-    else:
-        _tokens(args)
+    (_vocabulary if args.command == "vocabulary" else _tokens)(args)
 
 
 def _tokens(args: argparse.Namespace) -> None:

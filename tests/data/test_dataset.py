@@ -338,22 +338,6 @@ def test_a_server_with_a_fault_is_not_one_without_the_file(
         mixture_of(tiny_data, "remote", partial=True)
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (FileNotFoundError("/bucket/x"), "x: no such file"),
-        # The package `datasets` has a FileNotFoundError of its own, with a message of its own.
-        (type("NotOnTheHub", (FileNotFoundError,), {})("no x"), "x: NotOnTheHub: no x"),
-        (RuntimeError("\ngone\nfor ever"), "x: RuntimeError: gone"),
-        (ImportError("Install s3fs"), "x: Install s3fs"),
-    ],
-)
-def test_what_packages_raise_is_one_line(error, message):
-    with pytest.raises(DataError) as raised, dataset.store_errors("x"):
-        raise error
-    assert str(raised.value) == message
-
-
 def test_files_on_disk_are_read_without_slow_imports(tiny_data):
     code = "import sys; from data.dataset import Mixture; Mixture(sys.argv[1], 7, 42, 97)[0]; "
     code += "assert not {'fsspec', 'torch'} & set(sys.modules)"
