@@ -18,6 +18,7 @@ checksums that data.prepare wrote beside them. Memory: 30 bytes for each documen
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -62,8 +63,8 @@ class Source(NamedTuple):
     on_disk: bool  # or in the object store that its path is an address in
     samples: int = 0  # of the run
 
-    def epochs(self, seq_len: int) -> float | None:
-        return self.samples * seq_len / self.tokens if self.tokens else None
+    def epochs(self, seq_len: int) -> float:
+        return self.samples * seq_len / self.tokens if self.tokens else math.nan
 
 
 def read_sources(path: str | Path, partial: bool = False, samples: int = 0) -> list[Source]:
@@ -81,10 +82,8 @@ def read_sources(path: str | Path, partial: bool = False, samples: int = 0) -> l
             tokens = TokenStream(row["path"]).tokens if on_disk else tokens and int(tokens)
             weight = row["epochs"] * tokens if row["weight"] is None else row["weight"]
         except (TypeError, ValueError):
-            raise DataError(
-                f"{path}: {row['name']} has no files, and {row.get('tokens')!r} in the column "
-                "tokens is not a whole number"
-            ) from None
+            said = f"{row['name']} has no files, and {row.get('tokens')!r} in the column tokens"
+            raise DataError(f"{path}: {said} is not a whole number") from None
         category = row.get("category") or "unknown"
         language = "parallel" if category == "aligned" else row.get("language") or "unknown"
         sources.append(Source(row["name"], language, category, weight, tokens, on_disk))
@@ -122,23 +121,17 @@ def print_shares(sources: list[Source], samples: int, seq_len: int) -> None:
             print(f"{kind:<16}{share:>10}{100 * after:>8.1f} %")
         print()
     width = max(len(source.name) for source in sources) + 2
-    header = f"{'source':<{width}}{'tokens':>17}{'weight':>12}"
-    header += f"{'samples':>13}{'tokens seen':>19}{'epochs':>11}" if samples else ""
-    print(header + "  files")
+    columns = f"{'tokens':>17}{'weight':>12}{'tokens seen':>19}{'epochs':>11}"
+    print(f"{'source':<{width}}{columns}  files")
     for source in sources:
         tokens = "-" if source.tokens is None else f"{source.tokens:,}"
+        seen, files = source.samples * seq_len, "on disk" if source.on_disk else "missing"
         line = f"{source.name:<{width}}{tokens:>17}{100 * source.weight:>10.5f} %"
-        if samples:
-            epochs = source.epochs(seq_len)
-            line += f"{source.samples:>13,}{source.samples * seq_len:>19,}"
-            line += f"{'-' if epochs is None else f'{epochs:,.3f}':>11}"
-        print(line + ("  on disk" if source.on_disk else "  missing"))
+        print(line + f"{seen:>19,}{source.epochs(seq_len):>11,.3f}  {files}")
     total = f"{len(sources)} sources, {sum(source.tokens or 0 for source in sources):,} tokens"
-    if samples:
-        total += f"; {samples:,} samples of {seq_len:,}: {samples * seq_len:,} tokens"
-    print(total)
+    print(f"{total}; {samples:,} samples of {seq_len:,}: {samples * seq_len:,} tokens")
     for source in sources:
-        if (source.epochs(seq_len) or 0) > SEEN_TOO_OFTEN:
+        if source.epochs(seq_len) > SEEN_TOO_OFTEN:
             print(f"warning: {source.name} is seen {source.epochs(seq_len):,.1f} times")
     missing = sum(not source.on_disk for source in sources)
     if missing:
@@ -157,47 +150,25 @@ def draw_shares(sources: list[Source], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 6.5), layout="constrained")  # 1,000 pixels wide
     for axes, column in zip(figure.subplots(1, 2), ("language", "category")):
         found = shares(sources, column)
-        names, places = list(found), np.arange(len(found))
+        places = np.arange(len(found))
         kinds = (("of the tokens there are", BEFORE), ("of the tokens trained on", AFTER))
         for k, (label, color) in enumerate(kinds):
-            percent = [100 * (both[k] or 0) for both in found.values()]
+            percent = [100 * both[k] for both in found.values() if both[k] is not None]
+            if not percent:  # the size of a source is unknown
+                continue
             bars = axes.barh(places + 0.4 * k - 0.2, percent, 0.38, color=color, label=label)
-            if found[names[0]][k] is not None:
-                axes.bar_label(bars, [f"{value:.1f}" for value in percent], padding=2, fontsize=10)
-        axes.set_yticks(places, names, fontsize=12)
+            axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.set_yticks(places, list(found))
         axes.invert_yaxis()  # the largest at the top
-        axes.set_title(f"by {column}, in percent", fontsize=13)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"by {column}, in percent")
         axes.margins(x=0.12)
-    legend = axes.get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False, fontsize=12)
-    figure.suptitle(f"{title}: {len(sources)} sources, before and after upsampling", fontsize=14)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(f"{title}: {len(sources)} sources, before and after upsampling")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=100)
 
 
 # --- samples and streams -------------------------------------------------------------------------
-
-
-def print_sample(mixture: Mixture, i: int, decode: Callable[..., str]) -> None:
-    """The text of sample i, special tokens included, and where it comes from."""
-    source, epoch, position = mixture.locate(i)
-    stream, start = mixture.streams[source], position * mixture.seq_len
-    print(
-        f"sample {i:,}: {mixture.names[source]}, epoch {epoch:,}, its sample {position:,} of "
-        f"{mixture.lengths[source]:,}\n{stream.bin}, tokens {start:,} to "
-        f"{start + mixture.seq_len:,} of {stream.tokens:,}; the last one is only a target\n"
-    )
-    print(decode(mixture[i], skip_special=False))
-
-
-def print_counts(rows: list[dict]) -> None:
-    """Documents and tokens of the stream of each row of a mixture."""
-    width = max(len(row["name"]) for row in rows) + 2
-    print(f"{'source':<{width}}{'documents':>17}{'tokens':>20}")
-    for row in rows:
-        stream = TokenStream(row["path"])
-        print(f"{row['name']:<{width}}{stream.documents:>17,}{stream.tokens:>20,}")
 
 
 def index_faults(stream: TokenStream) -> Iterator[str]:
@@ -241,10 +212,9 @@ def verify(stream: TokenStream, vocab_size: int, progress: Callable[[int], objec
     if outside:
         past = f"{outside:,} ids are past the vocabulary of {vocab_size:,}"
         faults.append(f"{stream.bin}: {past}, first {first}")
-    digests = {"bin": digest.hexdigest()}
-    digests["idx"] = hashlib.sha256(stream.idx.read_bytes()).hexdigest()
+    idx = hashlib.sha256(stream.idx.read_bytes())
     for kind, written in checksums(stream).items():
-        if digests.get(kind) != written:
+        if {"bin": digest, "idx": idx}[kind].hexdigest() != written:
             faults.append(f"{stream.path}.{kind}: not the file whose sha256 was written down")
     return faults
 
@@ -272,12 +242,12 @@ def verify_all(rows: list[dict], vocab_size: int) -> int:
             try:
                 stream = TokenStream(row["path"])
                 faults = verify(stream, vocab_size, bar.update)
-                sums = "sha256 as written down" if checksums(stream) else "no sha256 to compare"
             except DataError as error:
                 faults = [str(error)]
             for fault in faults:
                 bar.write(f"{row['name']}: {fault}", file=sys.stderr)
             if not faults:
+                sums = "sha256 as written down" if checksums(stream) else "no sha256 to compare"
                 whole = f"{stream.documents:,} documents, {stream.tokens:,} tokens"
                 bar.write(f"{row['name']}: whole, {whole}, {sums}")
             found += len(faults)
@@ -305,9 +275,8 @@ def main(argv: list[str]) -> None:
     for command in (sample, check):
         command.add_argument("--tokenizer", required=True, help="ranks or tokenizer.json")
     args = parser.parse_args(argv)
-    numbers = [getattr(args, name, 0) for name in ("samples", "number")]
-    if min(numbers) < 0 or getattr(args, "seq_len", 1) < 1:
-        raise ConfigError("--samples and --number must be 0 or more, and --seq_len at least 1")
+    if getattr(args, "seq_len", 1) < 1 or getattr(args, "number", 0) < 0:
+        raise ConfigError("--seq_len must be at least 1, and --number 0 or more")
     if args.command == "shares":
         sources = read_sources(args.mixture, args.partial, args.samples)
         print_shares(sources, args.samples, args.seq_len)
@@ -319,12 +288,20 @@ def main(argv: list[str]) -> None:
     if missing:
         print(f"without files: {', '.join(missing)}")
     if args.command == "count":
-        print_counts(rows)
+        for row in rows:
+            stream = TokenStream(row["path"])
+            print(f"{row['name']}: documents {stream.documents:,}, tokens {stream.tokens:,}")
         return
     loaded = tokenizer.load(args.tokenizer)
     if args.command == "sample":
         mixture = Mixture(args.mixture, args.seq_len, args.seed, loaded.vocab_size, args.partial)
-        print_sample(mixture, args.number, loaded.decode)
+        source, epoch, position = mixture.locate(args.number)
+        stream, start = mixture.streams[source], position * args.seq_len
+        place = f"its sample {position:,} of {mixture.lengths[source]:,}"
+        print(f"sample {args.number:,}: {mixture.names[source]}, epoch {epoch:,}, {place}")
+        end = f"{start + args.seq_len:,} of {stream.tokens:,}; the last one is only a target"
+        print(f"{stream.bin}, tokens {start:,} to {end}\n")
+        print(loaded.decode(mixture[args.number], skip_special=False))
     elif found := verify_all(rows, loaded.vocab_size):
         raise DataError(f"{args.mixture}: {found} fault{'s' * (found > 1)}")
 

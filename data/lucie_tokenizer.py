@@ -1,9 +1,8 @@
 """The released Lucie tokenizer: its `tokenizer.json` read, and run through tiktoken.
 
 **What it is.** A text is composed (NFC), loses "\\r" and "\\0", gets a space in front and after
-each opener such as "(" or a line break that a word or a space follows; spaces become "▁". So
-"(word" is "▁(▁word", and a word has one token wherever it stands. Decoding takes these spaces
-out again.
+each opener such as "(" or a line break that a word or a space follows; spaces become "▁". So a word
+has one token wherever it stands. Decoding takes these spaces out again.
 
 Then BPE: start from the characters, and of all neighbours that are in the list of merges join
 those that come first in it, the leftmost first, until no neighbours are in the list. A character
@@ -30,10 +29,9 @@ one to the other, and none is an approximation.
 
 The gain is that pieces are short: a merge costs its piece, not its document.
 
-**Unicode.** `unicodedata` and `re` follow Unicode from version 14 in Python 3.11 to 16 in 3.14 and
-on. The `tokenizers` library does not: its NFC is that of Unicode 9, its word characters are those
-of one release of the Oniguruma regex library. Ids must not depend on the Python that runs this, so
-unicode.json has both as ranges of code points in hexadecimal, ends included.
+**Unicode.** `unicodedata` and `re` follow the Unicode version of their Python, the `tokenizers`
+library does not: its NFC is that of Unicode 9, its word characters are those of one release of the
+Oniguruma regex library. unicode.json has both as hexadecimal ranges of code points, ends included.
 """
 
 import hashlib
@@ -109,15 +107,17 @@ class LucieBPE:
 
         byte_ids = list(self.byte_of)
         merged = _reachable(merges)
-        characters = {_spaced(c): i for c, i in vocab.items() if len(c) == 1 and c not in BLANKS}
+        characters = {
+            c.replace(SPACE, " "): i for c, i in vocab.items() if len(c) == 1 and c not in BLANKS
+        }
         known = {text.encode(): i for text, i in characters.items()}
-        known |= {_spaced(token).encode(): vocab[token] for token in merged}
+        merged_keys = [token.replace(SPACE, " ").encode() for token in merged]
+        known |= {key: vocab[token] for key, token in zip(merged_keys, merged)}
         prefixes = {c.encode()[:n] for c in characters for n in range(2, len(c.encode()) + 1)}
         # Those that are no character come first, so that the ranks tell whether any is left.
         keys = sorted(prefixes, key=lambda prefix: (prefix in known, len(prefix), prefix))
         self.partial = len(prefixes - known.keys())
-        keys += [bytes([b]) for b in range(256)]
-        keys += [_spaced(token).encode() for token in merged]
+        keys += [bytes([b]) for b in range(256)] + merged_keys
         self.encoding = tiktoken.Encoding(
             "lucie",
             pat_str=_pieces(merged),
@@ -218,10 +218,6 @@ def last_merge(parts: Sequence, merges: Mapping[tuple, int]) -> tuple | None:
         pair = (parts[i], parts[i + 1])
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return pair
-
-
-def _spaced(token: str) -> str:
-    return token.replace(SPACE, " ")
 
 
 def _reachable(merges: dict[tuple[str, str], int]) -> list[str]:

@@ -4,21 +4,17 @@
     python -m data.prepare tokens INPUTS... --tokenizer out/mine/ranks.tiktoken --out out/mine/fr
 
 INPUTS are files, globs and folders, on this machine or at any address that fsspec knows: s3://,
-gs://, https://, hf://datasets/NAME ... A .txt or .md is a document, a .jsonl has a JSON object a
-line, a .json the same, or one object, or one array of them; a .parquet or .arrow has a document a
-row. All but the tables may be compressed: .gz .bz2 .xz .zst. A file of another kind that is named,
-or matched by a glob, is read as text.
+gs://, https://, hf://datasets/NAME ... A .txt or .md is a document, a .jsonl has a JSON object per
+line, a .json the same, or one object, or one array of them; a .parquet has a document per row. All
+but tables may be compressed: .gz .bz2 .xz .zst. Other files are read as text where they are named.
 
 `tokens` writes each document, cleaned, as `<s> text </s>` to OUT.bin and OUT.idx (the format of
-data/dataset.py), and a report, OUT.json, which counts what was left out by its reason. Documents
-held out by --validation go to OUT.valid; --split_by language makes streams OUT.fr, OUT.en ...;
---split_length 4096 makes OUT.short and OUT.long; together OUT.fr.short and OUT.fr.long.valid.
-OUT.csv and OUT.valid.csv are mixtures of them to train on, every token as often as any other.
+data/dataset.py), and a report, OUT.json. --validation holds out documents in OUT.valid; --split_by
+language makes streams OUT.fr, OUT.en ...; --split_length 4096 makes OUT.short and OUT.long. OUT.csv
+and OUT.valid.csv are mixtures of them to train on, every token as often as any other.
 
 The same command, given again, skips the input files that are finished. The bytes written are the
-same for any number of processes. What is there is replaced only with --overwrite. Memory: for each
-process four batches of 256 kB or one document, the row group of a .parquet, the window of a .zst
-(up to 2 GB); at the end 40 bytes for each document of a stream.
+same for any number of processes. Results are replaced only with --overwrite.
 
 `vocabulary` learns a byte-level BPE from the texts, whole or each in a share of the bytes, as in
 `vocabulary french/ english/ --shares 0.6 0.4`.
@@ -36,9 +32,11 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -50,9 +48,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -77,17 +75,17 @@ from data.dataset import (
 from data.tokenizer import LucieBPE, Tokenizer
 
 try:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
+    from compression import zstd  # from Python 3.14 on
 except ImportError:
-    zstd = None
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
 
 Source = Path | str  # a string is an address of fsspec
 
-PLAIN, TABLES = (".txt", ".md"), (".parquet", ".arrow")
-KINDS = (*PLAIN, ".jsonl", ".json", *TABLES)
+PLAIN = (".txt", ".md")
+KINDS = (*PLAIN, ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What people and `datasets` put beside data, read only where it is named.
 BESIDE_DATA = re.compile(
@@ -105,7 +103,7 @@ OTHER = "other inputs or options: choose another --out, or give --overwrite"
 ERRORS = 100  # listed in the report; all are counted
 STREAMS = 1000  # that one run may write
 HELD_OUT = 10  # documents that should be held out; where fewer would be, tails are
-REASONS = ("error", "empty", "short")  # for leaving a document out
+REASONS = ("error", "empty")  # for leaving a document out
 # Of a StreamWriter, in progress.json:
 SAVED = ("run", "tails", "files_done", "counts", "errors", "sizes", "stored", "report")
 
@@ -117,7 +115,6 @@ class Options:
     text_field: str = "text"
     split_by: tuple[str, ...] = ()  # fields, whose every combination of values is a stream
     validation: float = 0.0  # share of the text held out; a document's text alone decides
-    min_characters: int = 0  # shorter documents are left out
     split_length: int | None = None  # documents of more tokens, <s> and </s> included, are apart
 
 
@@ -154,28 +151,21 @@ def find_files(inputs: Iterable[str | Path]) -> list[Source]:
 
 
 def _find_local(given: str) -> list[Path]:
+    names = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
     files: list[Path] = []
-    for name in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)):
-        if os.path.isdir(name):  # a pattern matches nothing hidden, and follows links
-            inside = map(Path, glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
-            # Of several ways to a file, through links in a circle perhaps, the shortest.
-            ways = sorted(inside, key=lambda path: (len(path.parts), path), reverse=True)
-            once = {os.path.realpath(path): path for path in ways if path.is_file()}
-            files += _data_among(sorted(once.values()), name)
-        elif os.path.isfile(name):  # no pipe, and no link to nowhere
-            files.append(Path(name))
+    for name in map(Path, names):
+        if name.is_dir():
+            inside = (path for path in sorted(name.rglob("*")) if path.is_file())
+            files += _data_among([p for p in inside if "/." not in f"/{p.relative_to(name)}"], name)
+        elif name.is_file():  # no pipe, and no link to nowhere
+            files.append(name)
     return files
 
 
-def _data_among(files: list[Any], folder: str) -> list[Any]:
-    """Those of a folder's files that are data. Says what the others are.
-
-    A README is a document only among other texts.
-    """
+def _data_among(files: list[Any], folder: str | Path) -> list[Any]:
+    """The files of a folder that are data. Prints the kinds of the others."""
     names = {file: str(file).rpartition("/")[2] for file in files}
-    data = [file for file in files if kind_of(file)]
-    if any(kind_of(file) not in PLAIN for file in data):
-        data = [file for file in data if not BESIDE_DATA.match(names[file].lower())]
+    data = [f for f in files if kind_of(f) and not BESIDE_DATA.match(names[f].lower())]
     others = Counter(Path(names[f]).suffix or names[f] for f in set(files).difference(data))
     if others:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.most_common(5))
@@ -189,11 +179,6 @@ def _find_remote(address: str) -> list[str]:
         if "*" in path or "[" in path:
             found = store.glob(path, detail=True).items()
             found = [f for f, info in found if info["type"] == "file" and "/." not in f]
-        elif address.startswith("http"):
-            if not kind_of(address):
-                known = ", ".join(KINDS)
-                raise DataError(f"{address}: a web server has no folders; name {known} files")
-            found = [path] if size_of(address) is not None else []
         elif store.isfile(path):
             found = [path]
         else:
@@ -218,8 +203,9 @@ class Record(NamedTuple):
 def records(source: Source, columns: list[str]) -> Iterator[Record]:
     """The records of a file. columns: names of the fields to read, that of the text first.
 
-    A file that breaks ends in a record with the error. Raises DataError only where a package for
-    this kind of file is not installed, and where a connection fails.
+    A file on disk that breaks ends in a record with the error. Raises DataError where a package for
+    this kind of file is not installed, and for a file of a store that breaks: the connection may be
+    lost, and what it would have given must not be left out.
     """
     number = 0
     try:
@@ -229,6 +215,9 @@ def records(source: Source, columns: list[str]) -> Iterator[Record]:
     except DataError:
         raise
     except Exception as error:  # what damaged files make their readers raise has no class in common
+        if isinstance(source, str):
+            with store_errors(source):
+                raise
         yield Record(number + 1, None, 0, f"cannot be read further: {in_one_line(error)}")
 
 
@@ -257,8 +246,7 @@ def read_documents(
 
 def location(source: Source, number: int) -> str:
     """Where a record is, in words."""
-    words = {".jsonl": "line", ".json": "item", ".parquet": "row", ".arrow": "row"}
-    word = words.get(kind_of(source))
+    word = {".jsonl": "line", ".json": "item", ".parquet": "row"}.get(kind_of(source))
     return f"{source}, {word} {number:,}" if word else str(source)
 
 
@@ -294,12 +282,7 @@ def _decode(content: bytes) -> str:
 def _parse_json(content: bytes) -> Any:
     text = _decode(content)
     try:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # Python refuses to make a number of over 4,300 digits
-            return json.loads(text, parse_int=lambda n: int(n) if len(n) < 99 else float(n))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos:,}") from None
     except RecursionError:
@@ -308,9 +291,13 @@ def _parse_json(content: bytes) -> Any:
 
 def _records(source: Source, columns: list[str]) -> Iterator[Record]:
     kind = kind_of(source)
-    raw = open(source, "rb", 0) if isinstance(source, Path) else _RemoteFile(source)
+    if isinstance(source, Path):
+        raw = open(source, "rb", 0)
+    else:
+        store, path = open_store(source)
+        raw = store.open(path, "rb")
     with io.BufferedReader(raw, 1 << 20) as stored, _unpacked(source, stored) as stream:
-        if kind in TABLES:
+        if kind == ".parquet":
             yield from _table(source, stream, columns)
         elif kind == ".jsonl":
             yield from _lines(stream)
@@ -319,31 +306,6 @@ def _records(source: Source, columns: list[str]) -> Iterator[Record]:
         else:
             for number, content in enumerate(_pieces(stream), start=1):
                 yield Record(number, {columns[0]: content}, len(content))
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of a store. Whatever fails in reading it is a DataError, and ends the run."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        with store_errors(address):
-            store, path = open_store(address)
-            self.file = store.open(path, "rb")
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def readinto(self, buffer: memoryview) -> int:
-        with store_errors(self.address):
-            piece = self.file.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with store_errors(self.address):
-            return self.file.seek(offset, whence)
 
 
 def _unpacked(source: Source, stored: io.BufferedReader) -> BinaryIO:
@@ -376,14 +338,12 @@ def _lines(stream: BinaryIO, number: int = 0) -> Iterator[Record]:
 
 def _json(stream: BinaryIO) -> Iterator[Record]:
     """An object a line, where the first line is a whole one; or else one array or one object."""
-    number, first, whole = 0, b"\n", False
-    while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-        number, first = number + 1, stream.readline(MAX_DOCUMENT + 1)
+    first, whole = stream.readline(MAX_DOCUMENT + 1), False
     with suppress(ValueError):
         whole = isinstance(_parse_json(first), dict)
     if whole:
-        yield Record(number, first, len(first))
-        yield from _lines(stream, number)
+        yield Record(1, first, len(first))
+        yield from _lines(stream, 1)
     elif first:
         content = first + stream.read(max(0, MAX_DOCUMENT + 1 - len(first)))
         if len(content) > MAX_DOCUMENT:
@@ -408,7 +368,7 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Record]:
-    """The rows of a .parquet or .arrow file."""
+    """The rows of a .parquet file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -416,18 +376,10 @@ def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Rec
         raise DataError(f"{source}: reading tables needs: pip install pyarrow") from None
     number = 0
     with pa.PythonFile(stream) as file:
-        if kind_of(source) == ".parquet":
-            batches = pq.ParquetFile(file).iter_batches(ROWS, columns=columns, use_threads=False)
-        elif file.read(6) == b"ARROW1":
-            table = pa.ipc.open_file(file)
-            batches = map(table.get_batch, range(table.num_record_batches))
-        else:
-            file.seek(0)
-            batches = pa.ipc.open_stream(file)
-        for batch in batches:
-            if lacking := {*columns} - {*batch.schema.names}:
-                raise ValueError(f"no column {min(lacking)!r}")
-            batch = batch.select(columns)
+        table = pq.ParquetFile(file)
+        if lacking := {*columns} - {*table.schema_arrow.names}:
+            raise ValueError(f"no column {min(lacking)!r}")
+        for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
             batch.validate(full=True)  # or else pyarrow reads where a damaged file points
             for row in batch.to_pylist():
                 number += 1
@@ -438,9 +390,6 @@ def _table(source: Source, stream: BinaryIO, columns: list[str]) -> Iterator[Rec
 # --- what is done to a document ------------------------------------------------------------------
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-# The same in UTF-8, one byte or two: to look for these takes a third of the time.
-CONTROL_BYTES = bytes(b for b in range(128) if CONTROL.match(chr(b)))
-CONTROL_PAIRS = re.compile(b"\xc2[\x80-\x9f]")
 LINE_ENDS = {"\v": "\n", "\f": "\n", "\x85": "\n"}
 
 
@@ -452,13 +401,7 @@ def clean(text: str) -> str:
     (vertical tab, form feed, next line); other control characters go, except tab, line feed and
     carriage return. Unicode is composed (NFC), as the tokenizers see it.
     """
-    try:
-        data = text.encode()  # the cheapest test for a surrogate: only they cannot be encoded
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        data = text.encode()
-    if len(data.translate(None, CONTROL_BYTES)) < len(data) or CONTROL_PAIRS.search(data):
-        text = CONTROL.sub(lambda found: LINE_ENDS.get(found[0], ""), text)
+    text = CONTROL.sub(lambda found: LINE_ENDS.get(found[0], ""), tokenizers.whole(text))
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
 
 
@@ -483,10 +426,7 @@ def split_tail(text: str, share: float) -> list[tuple[str, bool]]:
 
 
 def suffix_of(values: list[str], length: str, held_out: bool) -> str:
-    """What follows OUT in the name of a stream; no two kinds of documents have the same.
-
-    length is "short", "long", or "" where documents are not split by length.
-    """
+    """What follows OUT in the name of a stream. length: "short", "long" or ""."""
     words = [*map(_escaped, values), length, "valid" if held_out else ""]
     return "".join(f".{word}" for word in words if word)
 
@@ -522,10 +462,11 @@ def to_documents(
             text = clean(text)
             if not text.strip():
                 reason = "empty"
-            elif len(text) < options.min_characters:
-                reason = "short"
             else:
-                parts = _held_out(text, options.validation, tails)
+                if tails:
+                    parts = split_tail(text, options.validation)
+                else:
+                    parts = [(text, hash_fraction(text) < options.validation)]
                 ids = [tokenizer.encode_document(part) for part, _ in parts]
                 reason = "out"
         except ValueError as error:  # tiktoken's regex gives up on a million spaces in a row, too
@@ -539,13 +480,6 @@ def to_documents(
             suffix = suffix_of(values, length, held_out)
             documents.append((suffix, len(part.encode()), len(document)))
     return Result(counts, errors, documents, np.concatenate(tokens))
-
-
-def _held_out(text: str, share: float, tails: bool) -> list[tuple[str, bool]]:
-    """The parts of a text, each with whether it is held out."""
-    if tails:
-        return split_tail(text, share)
-    return [(text, bool(share) and hash_fraction(text) < share)]
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -617,29 +551,25 @@ def _to_documents(batch: list) -> Result:
 
 
 class StreamWriter:
-    """The streams of a run, written to a folder OUT.tmp, whose progress.json says how far they are.
+    """The streams of a run, in the folder OUT.unfinished, whose progress.json counts what is done.
 
-    A run goes on after the last input file that progress.json counts; what later files gave is cut
-    off. `run` identifies inputs and options. Raises DataError where another run has begun, unless
-    `overwrite`.
+    A run goes on after the last input file that is counted; what later files gave is cut off. `run`
+    identifies inputs and options. Raises DataError where another run has begun, unless `overwrite`.
     """
 
     def __init__(self, out: Path, run: str, overwrite: bool) -> None:
-        self.out, self.run, self.overwrite = out, run, overwrite
-        self.folder = Path(f"{out}.tmp")
-        self.tails, self.files_done = False, 0
+        self.out, self.overwrite = out, overwrite
+        self.folder = Path(f"{out}.unfinished")
+        self.run, self.tails, self.files_done = run, False, 0
         self.counts: Counter[str] = Counter()  # of "out" and the REASONS
         self.errors: list[str] = []
         self.sizes: Counter[str] = Counter()  # bytes of the text of each stream, by its suffix
         self.stored: Counter[str] = Counter()  # bytes of tokens in its file
         self.report: dict = {}  # once all is done
         known = read_json(self.folder / "progress.json")
-        found = {*os.listdir(self.folder)} if self.folder.exists() else set()
-        if not known and found - {"progress.json.tmp"}:
-            raise DataError(f"{self.folder}: not written by data.prepare; choose another --out")
-        if known and known["run"] != run and not overwrite:
-            raise DataError(f"{out}: holds an unfinished run of {OTHER}")
-        if not known or known["run"] != run:
+        if known.get("run") != run:
+            if known.get("files_done") and not overwrite:
+                raise DataError(f"{out}: holds an unfinished run of {OTHER}")
             self.discard()
             self.folder.mkdir()
             self.save()
@@ -656,15 +586,22 @@ class StreamWriter:
         return self.folder / f"{self.out.name}{suffix}.bin"
 
     def discard(self) -> None:
-        """Remove the folder, progress.json last: without it the folder would be a stranger's."""
-        if self.folder.exists():
-            for file in sorted(self.folder.iterdir(), key=lambda f: f.name == "progress.json"):
-                file.unlink()
-            self.folder.rmdir()
+        # progress.json first: without it nothing goes on from a folder that is half removed.
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self) -> None:
+        """Note down how far the run is, once what is counted is on disk."""
+        for suffix in self.stored:
+            with open(self.file(suffix), "ab") as f:
+                os.fsync(f.fileno())
+        write_json(self.folder / "progress.json", {name: getattr(self, name) for name in SAVED})
 
     def add(self, result: Result) -> None:
-        """Take over what a batch became. Raises DataError for over STREAMS streams, and for one
-        that has the name of another that is there, unless `overwrite`.
+        """Append what a batch became to its streams.
+
+        Raises DataError for over STREAMS streams, and for one that has the name of another that is
+        there, unless `overwrite`.
         """
         self.counts.update(result.counts)
         self.errors += result.errors[: ERRORS - len(self.errors)]
@@ -683,12 +620,18 @@ class StreamWriter:
         if len(self.stored) > STREAMS:
             raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
 
-    def save(self) -> None:
-        """Note down how far the run is, once what is counted is on disk."""
-        for suffix in self.stored:
-            with open(self.file(suffix), "ab") as f:
-                os.fsync(f.fileno())
-        write_json(self.folder / "progress.json", {name: getattr(self, name) for name in SAVED})
+    def fill(self, results: Iterable[tuple[Result, int | None]], on_error: str) -> None:
+        """Append all batches. Raises DataError for an error in one, unless on_error is "skip"."""
+        done = sum(self.counts.values())
+        with tqdm(initial=done, unit=" documents", desc="tokens", smoothing=0.05) as bar:
+            for result, files_done in results:
+                self.add(result)
+                if self.errors and on_error == "stop":
+                    raise DataError(f"{self.errors[0]} (--on_error skip leaves it out and goes on)")
+                if files_done is not None:
+                    self.files_done = files_done
+                    self.save()
+                bar.update(sum(result.counts.values()))
 
     def index(self, split_by: tuple[str, ...], dtype: np.dtype) -> dict[str, dict]:
         """Write an .idx beside each .bin, and return what the report says of the streams."""
@@ -771,35 +714,31 @@ def tokenize(
     fails, where another process writes to `out`, and where the results of other inputs or options
     would be lost, unless `overwrite`.
     """
-    options = options or Options()
+    options, out = options or Options(), Path(out)
     if not 0 <= options.validation < 1:
         raise DataError(f"validation is a share from 0 to under 1, not {options.validation}")
-    out = Path(out)
     if (lock_file := lock(out)) is None:
         raise DataError(f"{out}: another process is writing to it")
     with lock_file:
         # The results may lie among the inputs.
-        own = os.path.realpath(out)
-        own = re.compile(re.escape(own) + rf"(\.json$|\.tmp{re.escape(os.sep)})")
+        own = re.compile(re.escape(os.path.realpath(out)) + r"(\.json$|\.unfinished/)")
         files = [file for file in files if not own.match(os.path.realpath(file))]
-        run, before = _identity(files, tokenizer, options), read_json(f"{out}.json")
-        if Path(f"{out}.json").exists() and not before.keys() >= {"documents_in", "streams"}:
-            raise DataError(f"{out}.json: not written by data.prepare; choose another --out")
-        indexes = [out.with_name(f"{name}.idx") for name in before.get("streams", ())]
-        if before.get("run") == run and all(index.exists() for index in indexes):
+        run, report = _identity(files, tokenizer, options), Path(f"{out}.json")
+        before = read_json(report)
+        if before.get("run") == run:
             print(f"{out}: already up to date", file=sys.stderr)
             return before
-        if before and not overwrite:
-            raise DataError(f"{out}: was made from {OTHER}")
+        if report.exists() and not overwrite:
+            raise DataError(f"{report}: was made from {OTHER}")
         writer = StreamWriter(out, run, overwrite)
-        try:
-            if not writer.report:
-                _fill(writer, files, tokenizer, options, processes, on_error)
-                _finish(writer, options, token_dtype(tokenizer.vocab_size))
-        except BaseException:
-            if not writer.files_done:
-                writer.discard()
-            raise
+        if not writer.report:
+            if options.validation and not writer.files_done:
+                writer.tails = holds_out_tails(files, options)
+            work = partial(to_documents, tokenizer=tokenizer, options=options, tails=writer.tails)
+            columns = [options.text_field, *options.split_by]
+            batches = read_batches(files, columns, writer.files_done)
+            writer.fill(process(batches, work, processes), on_error)
+            _finish(writer, options, token_dtype(tokenizer.vocab_size))
         _put_in_place(writer, before.get("streams", ()))
         return writer.report
 
@@ -822,18 +761,17 @@ def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> st
 
 
 def _put_in_place(writer: StreamWriter, old: Iterable[str]) -> None:
-    """Replace the streams of an earlier run by those in OUT.tmp.
+    """Replace the streams of an earlier run by those in OUT.unfinished.
 
-    The report comes last: where it is, there is all that it describes.
+    The report goes first and comes last: where it is, there is all that it describes.
     """
-    out, suffixes = writer.out, ("csv", "valid.csv", "json")
-    files = [out.with_name(f"{name}.{suffix}") for name in old for suffix in ("idx", "bin")]
-    for file in [*files, *(Path(f"{out}.{suffix}") for suffix in suffixes if old)]:
-        file.unlink(missing_ok=True)
-    names = [f"{name}.{suffix}" for name in writer.report["streams"] for suffix in ("bin", "idx")]
-    for name in [*names, f"{out.name}.csv", f"{out.name}.valid.csv"]:
-        if Path(writer.folder, name).exists():
-            os.replace(writer.folder / name, out.with_name(name))
+    out = writer.out
+    names = [f"{out.name}.{suffix}" for suffix in ("json", "csv", "valid.csv") if old]
+    for name in names + [f"{name}.{suffix}" for name in old for suffix in ("idx", "bin")]:
+        out.with_name(name).unlink(missing_ok=True)
+    for file in sorted(writer.folder.iterdir()):
+        if file.suffix in (".bin", ".idx", ".csv"):
+            os.replace(file, out.with_name(file.name))
     write_json(f"{out}.json", writer.report)
     writer.discard()
 
@@ -844,52 +782,21 @@ def holds_out_tails(files: list[Source], options: Options) -> bool:
     Tails are for a single book, or a folder with three files: where fewer documents than HELD_OUT
     would be expected in the validation stream, there might be none.
     """
-    documents = 0
-    for file in files:
-        for _ in records(file, [options.text_field]):
-            documents += 1
-            if documents * options.validation >= HELD_OUT:
-                print("validation: whole documents are held out", file=sys.stderr)
-                return False
-    said = f"validation: {documents} documents are few; the tail of each is held out"
-    print(said, file=sys.stderr)
-    return True
-
-
-def _fill(
-    writer: StreamWriter,
-    files: list[Source],
-    tokenizer: Tokenizer,
-    options: Options,
-    processes: int,
-    on_error: str,
-) -> None:
-    """Read the files that are not done yet into the streams."""
-    if options.validation and not writer.files_done:
-        writer.tails = holds_out_tails(files, options)
-    work = partial(to_documents, tokenizer=tokenizer, options=options, tails=writer.tails)
-    batches = read_batches(files, [options.text_field, *options.split_by], writer.files_done)
-    done = sum(writer.counts.values())
-    with tqdm(initial=done, unit=" documents", desc="tokens", smoothing=0.05) as bar:
-        for result, files_done in process(batches, work, processes):
-            writer.add(result)
-            if writer.errors and on_error == "stop":
-                raise DataError(f"{writer.errors[0]} (--on_error skip leaves it out and goes on)")
-            if files_done is not None:
-                writer.files_done = files_done
-                writer.save()
-                bar.set_postfix_str(f"{files_done} of {len(files)} files", refresh=False)
-            bar.update(sum(result.counts.values()))
+    enough = math.ceil(HELD_OUT / options.validation)
+    every = (record for file in files for record in records(file, [options.text_field]))
+    tails = sum(1 for _ in islice(every, enough)) < enough
+    chosen = "documents are few; the tail of each is" if tails else "whole documents are"
+    print(f"validation: {chosen} held out", file=sys.stderr)
+    return tails
 
 
 def _finish(writer: StreamWriter, options: Options, dtype: np.dtype) -> None:
     """Write indexes, mixtures and the report. Raises DataError for a run without documents."""
     counts = writer.counts
-    held_out = "the tail of each document" if writer.tails else "whole documents"
+    tails = "the tail of each document" if writer.tails else "whole documents"
     report = {
         "run": writer.run,
-        "options": asdict(options),
-        "held_out": held_out if options.validation else "nothing",
+        "held_out": tails if options.validation else "nothing",
         "documents_in": sum(counts.values()),
         "documents": counts["out"],
         "left_out": {reason: counts[reason] for reason in REASONS},
@@ -959,9 +866,6 @@ def _vocabulary(args: argparse.Namespace) -> None:
     ranks = tokenizers.train(sample, args.vocab_size)
     tokenizers.save(ranks, args.out)
     print(f"{args.out}: {args.vocab_size:,} tokens")
-    if args.folder:
-        tokenizers.save_folder(Tokenizer(tokenizers.ByteLevelBPE(ranks)), args.folder)
-        print(f"{args.folder}: tokenizer.json, tokenizer_config.json")
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -986,44 +890,33 @@ def main(argv: list[str]) -> None:
     add("--out", required=True, help="stream to write, without suffix")
     add("--split_by", nargs="+", default=(), metavar="FIELD", help="a stream for each value")
     add("--validation", type=float, default=0.0, help="share of the text to hold out (0)")
-    add("--min_characters", type=int, default=0, help="leave out documents shorter than this (0)")
     add("--split_length", type=int, help="put documents of more tokens into OUT.long")
     add("--processes", type=int, default=cores, help="worker processes (all cores)")
     add("--overwrite", action="store_true", help="replace what other inputs or options gave")
     add = train.add_argument
     add("--out", type=Path, required=True, help="ranks file to write")
-    add("--folder", help="folder to write a tokenizer.json to as well")
     add("--vocab_size", type=int, default=65_024, help="special tokens included (65,024)")
     add("--shares", nargs="+", type=float, help="of the bytes, one number for each of the inputs")
     args = parser.parse_args(argv)
-    if args.command == "vocabulary":
-        _vocabulary(args)
-    else:
-        _tokens(args)
+    (_vocabulary if args.command == "vocabulary" else _tokens)(args)
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    least = min(args.processes, 1 if args.split_length is None else args.split_length)
-    if least < 1 or args.min_characters < 0:
-        said = "--processes and --split_length are 1 or more, --min_characters 0 or more"
-        raise ConfigError(said)
+    if min(args.processes, 1 if args.split_length is None else args.split_length) < 1:
+        raise ConfigError("--processes and --split_length must be 1 or more")
     if args.out.endswith("/") or not Path(args.out).name:
         raise ConfigError(f"--out {args.out}: must end in a name, such as out/mine/all")
     chosen = {option.name: getattr(args, option.name) for option in fields(Options)}
     options = Options(**chosen | {"split_by": tuple(args.split_by)})
     tokenizer, files = tokenizers.load(args.tokenizer), find_files(args.inputs)
-    began = time.monotonic()
     how = (options, args.processes, args.on_error, args.overwrite)
     report = tokenize(files, tokenizer, args.out, *how)
-    seconds = time.monotonic() - began
     for name, stream in report["streams"].items():
         print(f"{name}: documents {stream['documents']:,}, tokens {stream['tokens']:,}")
     read = f"{report['documents']:,} of {report['documents_in']:,}"
-    print(f"documents {read}; left out: {_left_out(report)}")
+    print(f"documents {read}; left out: {_left_out(report)}; see {args.out}.json")
     for error in report["errors"]:
         print(f"left out: {ascii(error)[1:-1]}", file=sys.stderr)
-    size = tqdm.format_sizeof(sum(stream["bytes"] for stream in report["streams"].values()))
-    print(f"{size}B of text, {seconds:,.1f} s; see {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -27,35 +27,14 @@ import tiktoken
 
 from config.cli import write_file
 from data.dataset import BOS, EOS, DataError, token_dtype
-from data.lucie_tokenizer import (
-    SPECIAL_TOKENS,
-    LucieBPE,
-    last_merge,
-    nfc,
-)
+from data.lucie_tokenizer import SPECIAL_TOKENS, LucieBPE, last_merge, nfc
 
 # A word with the space before it | one digit | signs with the space before them | one kind of
 # blank, repeated. The last space of a run is left for the word after it.
 PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\n+|\t+| +(?= )| +|\s"
 
-# What Lucie's tokenizer_config.json says besides.
-LUCIE_CONFIG = {
-    "additional_special_tokens": [],
-    "legacy": True,
-    "sp_model_kwargs": {},
-    "spaces_between_special_tokens": False,
-    "use_default_system_prompt": False,
-    "chat_template": (
-        "{{- bos_token }}\n"
-        "{%- for message in messages %}\n"
-        "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-        "+ message['content'] | trim + '<|eot_id|>' }}\n"
-        "{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n"
-        "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n"
-        "{%- endif %}"
-    ),
-}
+CONFIG = Path(__file__).with_name("tokenizer_config.json")  # Lucie's, but for tokenizer_class
+BYTE_LEVEL = Path(__file__).with_name("byte_level.json")  # a tokenizer.json of ours without tokens
 
 
 class ByteLevelBPE:
@@ -158,12 +137,16 @@ class Tokenizer:
             yield piece
 
     def _ids(self, text: str) -> np.ndarray:
-        try:
-            return self.bpe.ids(text)
-        except UnicodeEncodeError:
-            # JSON's \ud83d\ude42 in two halves: pairs become their character, single ones U+FFFD
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self.bpe.ids(whole)
+        return self.bpe.ids(whole(text))
+
+
+def whole(text: str) -> str:
+    """The text with halves of UTF-16 pairs, as JSON may write them, made characters or U+FFFD."""
+    try:
+        text.encode()  # the cheapest test for a surrogate: only they cannot be encoded
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -259,22 +242,12 @@ def save_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     Lucie is as released except for tokenizer_class, which was LlamaTokenizer: with that name
     transformers 5 replaces the rules of tokenizer.json by Llama's own, and ids are others.
     """
-    bpe = tokenizer.bpe
-    released = bpe.source if isinstance(bpe, LucieBPE) else None
-    special = [{k: v for k, v in token.items() if k != "id"} for token in added_tokens()]
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(i): token for i, token in enumerate(special)},
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
-        "model_max_length": 10**30,
-        "pad_token": "<pad>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-    } | (LUCIE_CONFIG if released else {})
-    content = released or _json(to_tokenizer_json(bpe))
+    bpe, config = tokenizer.bpe, json.loads(CONFIG.read_text())
+    if isinstance(bpe, LucieBPE):
+        content = bpe.source
+    else:
+        content = _json(to_tokenizer_json(bpe))
+        del config["chat_template"]
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_file(Path(folder, "tokenizer.json"), content)
     write_file(Path(folder, "tokenizer_config.json"), _json(config))
@@ -297,56 +270,10 @@ def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
     if None in made or len(vocab) != bpe.vocab_size:
         raise DataError("some tokens of this vocabulary cannot be made by merges")
     merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added_tokens(),
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, level | {"use_regex": False}],
-        },
-        "post_processor": bos_template(),
-        "decoder": level | {"use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def added_tokens() -> list[dict]:
-    """The special tokens as a tokenizer.json lists them."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": token, **plain, "special": True} for token, i in SPECIAL_TOKENS.items()
-    ]
-
-
-def bos_template() -> dict:
-    """The post-processor of a tokenizer.json that puts `<s>` before every text."""
-
-    def text(name: str, number: int) -> list[dict]:
-        bos = {"SpecialToken": {"id": "<s>", "type_id": number}}
-        return [bos, {"Sequence": {"id": name, "type_id": number}}]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": text("A", 0),
-        "pair": text("A", 0) + text("B", 1),
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
-    }
+    written = json.loads(BYTE_LEVEL.read_text())
+    written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
+    written["model"] |= {"vocab": vocab, "merges": merges}
+    return written
 
 
 def byte_characters() -> dict[int, str]:

@@ -95,4 +95,3 @@ def test_the_data_are_complete(tmp_path):
             first = ranks.encode_document(texts[0]).tolist()
             assert stream.read(0, len(first), 4096).tolist() == first
             assert (first[0], first[-1]) == (BOS, EOS)
-    assert not list(tmp_path.rglob("*.tmp"))

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import struct
 from collections import Counter
@@ -97,8 +98,8 @@ def test_sizes_are_those_of_the_streams_and_else_of_the_csv(tiny_data, capsys):
     assert [s.tokens for s in sources] == [a, b, 123, None]
     assert [s.on_disk for s in sources] == [True, True, False, False]
     assert [s.weight for s in sources] == [0.1, 0.3, 0.4, 0.2]
-    assert [s.epochs(7) is None for s in sources] == [False] * 3 + [True]
-    # Parallel texts are a language of their own; the largest comes first, one alone is unknown.
+    assert [math.isnan(s.epochs(7)) for s in sources] == [False] * 3 + [True]
+    # Parallel texts are a language of their own; the largest comes first.
     after = {"unknown": 0.4, "en": 0.3, "fr": 0.2, "parallel": 0.1}
     found = shares(sources, "language")
     assert list(found.items()) == [(kind, (None, share)) for kind, share in after.items()]
@@ -169,10 +170,8 @@ def test_a_sample_is_shown_as_text_with_its_place(texts, capsys):
 
 
 def note_checksums(folder, name, report, **wrong):
-    digests = {
-        kind: hashlib.sha256((folder / f"{name}.{kind}").read_bytes()).hexdigest()
-        for kind in ("bin", "idx")
-    }
+    contents = {kind: (folder / f"{name}.{kind}").read_bytes() for kind in ("bin", "idx")}
+    digests = {kind: hashlib.sha256(content).hexdigest() for kind, content in contents.items()}
     (folder / report).write_text(json.dumps({"streams": {name: {"sha256": digests | wrong}}}))
 
 
@@ -221,14 +220,12 @@ def test_what_is_wrong_is_named_and_the_rest_still_checked(texts, capsys, change
 def test_documents_and_tokens_are_counted(texts, capsys):
     lines, _, _ = run(capsys, *command_on(texts, "count"))
     tokens = sum(len(text.encode()) + 2 for text in TEXTS)
-    rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["a"] == rows["b"] == ["5", f"{tokens}"]
+    assert lines == [f"{name}: documents 5, tokens {tokens}" for name in "ab"]
 
 
-@pytest.mark.parametrize("command", ["sample", "verify", "count"])
-def test_missing_files_are_named_and_partial_does_without(texts, capsys, command):
+def test_missing_files_are_named_and_partial_does_without(texts, capsys):
     os.remove(texts / "b.bin")
-    _, _, error = run(capsys, *command_on(texts, command))
+    _, _, error = run(capsys, *command_on(texts, "verify"))
     assert "mixture.csv: 1 of 2 sources lack files: b" in error
-    lines, _, error = run(capsys, *command_on(texts, command, "--partial"))
+    lines, _, error = run(capsys, *command_on(texts, "verify", "--partial"))
     assert error is None and "without files: b" in lines

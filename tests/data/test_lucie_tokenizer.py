@@ -106,17 +106,13 @@ def only_merge(model, merge):
 
 OTHER_FORM = r"not a tokenizer\.json, or not one of Lucie's form"
 CHANGES = {
-    "dropout": lambda f: f["model"].update(dropout=0.1),
     "ignored merges": lambda f: f["model"].update(ignore_merges=True),
     "a hole in the ids": lambda f: f["model"]["vocab"].update(new=len(f["model"]["vocab"]) + 1),
-    "other special tokens": lambda f: f["model"]["vocab"].update({"<s>": 1, "</s>": 0}),
     "a byte missing": lambda f: f["model"]["vocab"].update(new=f["model"]["vocab"].pop("<0x41>")),
     "a merge of no tokens": lambda f: f["model"].update(merges=["q zzz"]),
     "an opener less": lambda f: f["normalizer"]["normalizers"].pop(4),
-    "rules in another order": lambda f: f["normalizer"]["normalizers"].reverse(),
     "a pre-tokenizer": lambda f: f.update(pre_tokenizer={"type": "Whitespace"}),
     "the first space kept": lambda f: f["decoder"]["decoders"][1].update(prepend_scheme="never"),
-    "no <s> in front": lambda f: f.update(post_processor=None),
     "a token of two words": lambda f: only_merge(f["model"], "e ▁"),
 }
 
@@ -130,7 +126,7 @@ def test_a_file_with_other_rules_is_refused_in_one_line(change):
         LucieBPE(json.dumps(content).encode())
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b"\xff\xfe\x00", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b"\xff\xfe\x00"])
 def test_what_is_no_tokenizer_json_is_refused_in_one_line(content):
     with pytest.raises(DataError, match=f"^{OTHER_FORM}$"):
         LucieBPE(content)

@@ -87,7 +87,7 @@ def contents(folder):
 def files_of(out):
     """The results of a run, {name: bytes}; a run that has ended leaves nothing else."""
     names = [name for name in os.listdir(out.parent) if name.startswith(f"{out.name}.")]
-    assert not [name for name in names if name.endswith(".tmp")]
+    assert not [name for name in names if name.endswith(("unfinished", "tmp"))]
     return {name: (out.parent / name).read_bytes() for name in sorted(names)}
 
 
@@ -95,15 +95,15 @@ def test_a_document_is_bos_text_eos_and_the_report_counts_what_is_not_written(tm
     texts = ["Bonjour à tous.", "mot", "", "  ", "Zwei\r\0\nZeilen", "<s> is text", "mot", "m\0ot"]
     texts += ["e\u0301 e", "é e", "a", "b\ud800c", " \n\u00a0", "ab"]
     file = write(tmp_path / "t.jsonl", json_lines(texts) + b"{\n" * 250)
-    report = run(file, tmp_path / "x", "skip", min_characters=3)
+    report = run(file, tmp_path / "x", "skip")
     expected = ["Bonjour à tous.", "mot", "Zwei\nZeilen", "<s> is text", "mot", "mot"]
-    expected += ["é e", "é e", "b\ufffdc"]
+    expected += ["é e", "é e", "a", "b\ufffdc", "ab"]
     found = documents_of(tmp_path / "x")
     assert found == [[0, *(b + 4 for b in text.encode()), 1] for text in expected]
     assert json.loads(json.dumps(report)) == json.loads((tmp_path / "x.json").read_text())
-    assert report["left_out"] == {"error": 250, "empty": 3, "short": 2}
+    assert report["left_out"] == {"error": 250, "empty": 3}
     assert "line 114: not JSON" in report["errors"][99]
-    described = {"split_by": {}, "held_out": False, "documents": 9}
+    described = {"split_by": {}, "held_out": False, "documents": 11}
     described |= {"bytes": len("".join(expected).encode()), "tokens": sum(map(len, found))}
     digests = {s: sha256((tmp_path / f"x.{s}").read_bytes()).hexdigest() for s in ("bin", "idx")}
     assert report["streams"] == {"x": described | {"sha256": digests}}
@@ -183,13 +183,13 @@ def test_a_run_that_is_killed_at_any_write_goes_on(tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for name in "ab":
         write(tmp_path / f"in/{name}.jsonl", json_lines(f"{name} {n}" for n in range(20)))
-    options = {"old": {}, "new": dict(validation=0.3, min_characters=4)}
+    options = {"old": {}, "new": dict(validation=0.3, split_length=7)}
     expected, reached, moment = {}, True, 0
     for name in ("new", "old"):
         run(tmp_path / "in", tmp_path / "whole/x", overwrite=True, **options[name])
         expected[name] = files_of(tmp_path / "whole/x")
-    write(tmp_path / "whole/x.tmp/progress.json", '{"run": "unfinished"}')  # a third one
-    write(tmp_path / "whole/x.tmp/x.bin", "unfinished")
+    write(tmp_path / "whole/x.unfinished/progress.json", '{"run": "unfinished"}')  # a third one
+    write(tmp_path / "whole/x.unfinished/x.bin", "unfinished")
     while reached:
         moment += 1
         folders = {name: tmp_path / f"{moment}/{name}" for name in options}
@@ -197,14 +197,14 @@ def test_a_run_that_is_killed_at_any_write_goes_on(tmp_path, monkeypatch, capfd)
         new = dict(overwrite=True, **options["new"])
         reached = killed_at(moment, monkeypatch, tmp_path / "in", folders["new"] / "x", **new)
         shutil.copytree(folders["new"], folders["old"])
-        found = {file.name: file.read_bytes() for file in folders["new"].glob("x*.*[nxd]")}
+        found = {file.name: file.read_bytes() for file in folders["new"].glob("x*.*[nx]")}
         for index in {"x.idx", "x.valid.idx"} & found.keys():
             pair = {name: found[name] for name in (index, index.replace("idx", "bin"))}
             assert any(pair.items() <= made.items() for made in expected.values()), moment
         for name, folder in folders.items():
             run(tmp_path / "in", folder / "x", overwrite=True, **options[name])
             # What the other run had begun may go on later.
-            shutil.rmtree(folder / "x.tmp", ignore_errors=True)
+            shutil.rmtree(folder / "x.unfinished", ignore_errors=True)
             # A stream that had its place may stay there, but in no report and in no mixture.
             assert files_of(folder / "x").items() >= expected[name].items(), (moment, name)
     assert moment > 30 and "input files are done; going on" in capfd.readouterr().err
@@ -249,13 +249,13 @@ def test_finished_files_are_not_read_again_and_other_inputs_are_refused(tmp_path
     broken = r"c\.jsonl, line 3: not JSON.*--on_error skip"
     others = "other inputs or options: .*--overwrite"
     # First it is counted whether there are few documents.
-    assert again("7 documents are few; the tail of each", broken, **chosen) == "abcabc"
+    assert again("documents are few; the tail of each", broken, **chosen) == "abcabc"
     assert again("2 input files are done; going on", broken, **chosen) == "c"
     refused(f"holds an unfinished run of {others}", **language)
-    whole = (inputs / "x.tmp/x.bin").read_bytes()
-    write(inputs / "x.tmp/x.bin", whole[:1])
-    refused(r"x\.bin: truncated; remove .*x\.tmp$", **chosen)
-    write(inputs / "x.tmp/x.bin", whole)
+    whole = (inputs / "x.unfinished/x.bin").read_bytes()
+    write(inputs / "x.unfinished/x.bin", whole[:1])
+    refused(r"x\.bin: truncated; remove .*x\.unfinished$", **chosen)
+    write(inputs / "x.unfinished/x.bin", whole)
     assert again("going on", **chosen) == "c"
     parts = zip(texts_of(out), texts_of(f"{out}.valid"), strict=True)
     expected = [text for name in "abc" for text in ("the same", f"of {name}")]
@@ -273,25 +273,21 @@ def test_finished_files_are_not_read_again_and_other_inputs_are_refused(tmp_path
 
 def test_what_is_of_others_or_being_written_is_left_alone(tmp_path):
     out, file = tmp_path / "x", write(tmp_path / "t.jsonl", '{"text": "a", "split": "train"}')
-    for name in ("x.json", "x.bin", "x.tmp/x.bin"):
+    for name in ("x.json", "x.bin"):
         other = write(tmp_path / name, '[{"text": "hello"}]')
-        with pytest.raises(DataError, match=rf"{name[:5]}.*: (not written by|was made from)"):
-            run([file, other], out, overwrite=name != "x.bin")
-        assert contents(tmp_path).keys() == {file, other, tmp_path / ".x.lock"}
+        with pytest.raises(DataError, match=rf"{name}: was made from"):
+            run([file, other], out)
         assert other.read_bytes() == b'[{"text": "hello"}]'
         other.unlink()
-    (tmp_path / "x.tmp").rmdir()
     run(file, tmp_path / "x.train")
     train = files_of(tmp_path / "x.train")
     with pytest.raises(DataError, match=r"x\.train\.bin: was made from .*--overwrite"):
         run(file, out, split_by=("split",))
-    assert files_of(out) == train
-    for options in ({}, dict(overwrite=True, min_characters=1)):
-        before = files_of(out)
-        with lock(out), pytest.raises(DataError, match="another process is writing"):
-            run(file, out, **options)
-        assert files_of(out) == before
-        run(file, out, **options)
+    assert files_of(tmp_path / "x.train") == train
+    before = contents(tmp_path)
+    with lock(out), pytest.raises(DataError, match="another process is writing"):
+        run(file, out, overwrite=True)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -303,7 +299,7 @@ def test_a_run_of_two_processes_that_is_killed_goes_on(tmp_path, capsys):
     script = "from sys import argv; from data import prepare; prepare.SAVE_EVERY = 0; "
     args = [sys.executable, "-c", script + "prepare.main(argv[1:])", "tokens", tmp_path / "in"]
     args += ["--tokenizer", tmp_path / "r.tiktoken", "--processes=2", "--out", tmp_path / "x"]
-    progress = tmp_path / "x.tmp/progress.json"
+    progress = tmp_path / "x.unfinished/progress.json"
     process = subprocess.Popen(args, stderr=subprocess.PIPE)
     while not progress.exists() or '"files_done": 0' in progress.read_text():
         time.sleep(0.01)
@@ -342,13 +338,14 @@ def test_streams_by_fields_length_and_held_out_have_names_of_their_own(tmp_path)
 
 
 def test_a_value_that_cannot_be_part_of_a_name_is_an_error(tmp_path):
-    values = ["fr", 2019, "", "a\nb", "\ud800", "y" * 101, "é" * 17, 3.5, True, None, ["fr"]]
-    lines = [json.dumps({"text": "a", "language": value}) for value in values]
-    file = write(tmp_path / "t.jsonl", "\n".join([*lines, '{"text": "lost"}']))
+    values = ["fr", 2019, "", "a\nb", "\ud800", "y" * 101, "é" * 17, 3.5, True, None]
+    file = write(
+        tmp_path / "t.jsonl", "".join(json_lines(["a"], language=v).decode() for v in values)
+    )
     report = run(file, tmp_path / "d", "skip", split_by=("language",))
-    assert report["streams"].keys() == {"d.fr", "d.2019"} and report["left_out"]["error"] == 10
+    assert report["streams"].keys() == {"d.fr", "d.2019"} and report["left_out"]["error"] == 8
     assert "line 3: its field 'language' cannot be part of a file's name" in report["errors"][0]
-    assert "line 12: no field 'language'" in report["errors"][-1]
+    assert "line 10: no field 'language'" in report["errors"][-1]
     write(file, "\n".join(json.dumps({"text": "x", "language": str(n)}) for n in range(1001)))
     with pytest.raises(DataError, match="over 1,000 streams: the fields to split by"):
         run(file, tmp_path / "x", split_by=("language",))
@@ -375,7 +372,7 @@ def forms():
         "lines": {"a.jsonl": LINES},
         "dos": {"a.JSONL": b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n")},
         "lines of json": {"a.json": LINES.rstrip()},
-        "blank": {"a.json": b"\xef\xbb\xbf\n \n" + LINES},
+        "marked": {"a.json": b"\xef\xbb\xbf" + LINES},
         "array": {"a.json": json.dumps(ROWS, indent=2).encode()},
         "txt": {f"deep/{n}.txt": text.encode() for n, text in enumerate(TEXTS)},
         "md": {f"{n}.md": b"\xef\xbb\xbf" + text.encode() for n, text in enumerate(TEXTS)},
@@ -388,15 +385,9 @@ def forms():
     plain, dictionary = pa.Table.from_pylist(ROWS), pa.dictionary(pa.int32(), pa.string())
     for kind in (pa.string(), pa.large_string(), pa.binary(), pa.string_view(), dictionary):
         table = plain.set_column(0, "text", plain["text"].cast(kind))
-        for suffix in ("parquet", "file.arrow", "stream.arrow"):
-            content = io.BytesIO()
-            if suffix == "parquet":
-                pq.write_table(table, content, row_group_size=3)
-            else:
-                create = pa.ipc.new_file if suffix == "file.arrow" else pa.ipc.new_stream
-                with create(content, table.schema) as sink:
-                    sink.write_table(table, max_chunksize=2)
-            found[f"{kind} {suffix}"] = {f"a.{suffix}": content.getvalue()}
+        content = io.BytesIO()
+        pq.write_table(table, content, row_group_size=3)
+        found[f"{kind} parquet"] = {"a.parquet": content.getvalue()}
     return found
 
 
@@ -470,25 +461,26 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
 
 def test_a_folder_gives_its_data_once_and_says_what_is_not_read(tmp_path, monkeypatch, capsys):
     names = ["b.txt", "a.jsonl.zst", "sub/c.MD", "sub/e.parquet", "code.py", "g.html", "h.html"]
-    names += ["LICENSE.txt", "README.md", "sub/state.json"]  # documents only among other texts
+    names += ["LICENSE.txt", "README.md", "sub/state.json"]  # beside data, and no documents
     for name in (*names, ".ipynb_checkpoints/x.md", "._a.jsonl", "../else/z.txt", "../else/x.txt"):
         write(tmp_path / "in" / name, b"")
-    (tmp_path / "in/link").symlink_to(tmp_path / "else")
-    (tmp_path / "else/back").symlink_to(tmp_path / "in")
+    (tmp_path / "link").symlink_to(tmp_path / "else")
     (tmp_path / "in/same.txt").symlink_to(tmp_path / "in/b.txt")
     (tmp_path / "in/gone.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in/pipe.txt")
     monkeypatch.chdir(tmp_path / "in")
-    inside = ["a.jsonl.zst", "b.txt", "link/x.txt", "link/z.txt", "sub/c.MD", "sub/e.parquet"]
+    inside, others = ["a.jsonl.zst", "b.txt", "sub/c.MD", "sub/e.parquet"], ["x.txt", "z.txt"]
     for inputs, expected in (
         (["."], inside),
-        (["b.txt", ".", tmp_path / "in", "../else"], ["b.txt", inside[0], *inside[2:]]),
+        (["b.txt", ".", tmp_path / "in"], ["b.txt", inside[0], *inside[2:]]),
+        (["../link", "../else"], [f"../link/{name}" for name in others]),
+        (["README.md"], ["README.md"]),
         (["sub/*.MD", "b.t?t"], ["sub/c.MD", "b.txt"]),
         ([".ipynb_checkpoints", "._a.jsonl"], [".ipynb_checkpoints/x.md", "._a.jsonl"]),
         (["code.py", "*.html"], ["code.py", "g.html", "h.html"]),
     ):
         assert find_files(inputs) == list(map(Path, expected))
-    assert re.search(r"^\.: not read: \.html 2, .*\.py 1", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^\.: not read: .*\.html 2, .*\.py 1", capsys.readouterr().err, re.MULTILINE)
     for nothing in ("*.xyz", "none.txt", write(tmp_path / "pdf/a.pdf", b"").parent):
         with pytest.raises(DataError, match=f"{re.escape(str(nothing))}: no "):
             find_files([nothing])
@@ -502,24 +494,20 @@ def test_files_folders_and_globs_of_a_store_are_found_in_order(store):
         return [re.sub("^memory://(/?)bucket/", "", file) for file in find_files(addresses)]
 
     assert found("memory://bucket") == names[:4]
+    assert found("memory://bucket/b/", "memory://bucket/b/a.json") == names[1:4]
     assert found("memory://bucket/b/*.json*", "memory://bucket/a.jsonl") == ["b/a.json", "a.jsonl"]
-    assert found("memory://bucket/b/c/*.csv") == ["b/c/x.csv"]
-    assert found("memory://bucket/b/c/x.csv", "memory://bucket/b/a.txt.gz") == [names[4], names[2]]
+    assert found("memory://bucket/b/c/x.csv", "memory://bucket/**/*.jsonl") == [names[4], names[0]]
     for nothing in ("memory://bucket/none.jsonl", "memory://bucket/b/d", "nope://bucket/a.jsonl"):
         with pytest.raises(DataError, match=f"^{nothing}: (no such file|.*Protocol not known)"):
             find_files([nothing])
-    assert found("memory://bucket/b/", "memory://bucket/b/a.json") == names[1:4]
-    assert found("memory://bucket/**/*.jsonl") == ["a.jsonl"]
-    store.pipe_file("/bucket/spark.parquet/part-0.parquet", b"")
-    assert found("memory://bucket/spark.parquet") == ["spark.parquet/part-0.parquet"]
 
 
-@pytest.mark.parametrize("form", ["lines", "lines.gz", "array", "string parquet"])
+@pytest.mark.parametrize("form", ["lines", "lines.gz", "string parquet"])
 def test_a_lost_connection_ends_the_run(store, tmp_path, monkeypatch, read, form):
     ((name, content),) = forms()[form].items()
     store.pipe({"/bucket/1.jsonl": json_lines(["one"]), f"/bucket/{name}": content})
     run("memory://bucket", tmp_path / "whole/x")
-    plain = MemoryFile.read
+    plain = MemoryFile.readinto
 
     def lost(file, *args):
         if file.path.endswith(name):
@@ -527,7 +515,7 @@ def test_a_lost_connection_ends_the_run(store, tmp_path, monkeypatch, read, form
         return plain(file, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFile, "read", lost)
+        patch.setattr(MemoryFile, "readinto", lost)
         with pytest.raises(DataError, match=rf"^memory:///bucket/{name}: RuntimeError: gone$"):
             run("memory://bucket", tmp_path / "x", "skip")
     read.clear()
@@ -538,7 +526,6 @@ def test_a_lost_connection_ends_the_run(store, tmp_path, monkeypatch, read, form
         run("memory://bucket", tmp_path / "x", "skip")
 
 
-DIGITS = b'"n": ' + b"9" * 5000
 BAD_LINES = {
     b'{"text": ': "not JSON: Expecting value at character",
     b'{"body": "a"}': "no field 'text'",
@@ -546,11 +533,11 @@ BAD_LINES = {
     b'["text"]': "no field 'text'",
     b'{"text": "\xff"}': "not UTF-8 at byte 10",
     b"[" * 100_000: "JSON nested too deep",
-    b"{" + DIGITS + b', "m": ' + b"[" * 100_000: "JSON nested too deep",
+    b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "Exceeds the limit (4300 digits)",
     b'{"text": "code' + b" " * 1_100_000 + b'x"}': "Regex error while tokenizing",
 }
 GOOD_LINES = {
-    b'{"text": "a", ' + DIGITS + b', "x": NaN}': "a",
+    b'{"text": "a", "x": NaN}': "a",
     b'\xef\xbb\xbf{"text": "\\ud83d\\ude42\\ud83d"}': "🙂\ufffd",
 }
 
@@ -592,11 +579,11 @@ def test_a_long_text_is_cut_at_line_ends_or_between_characters(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("cases", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_any_damage_is_counted(tmp_path, store, cases):
+def test_any_damage_is_counted(tmp_path, cases):
     """pyarrow itself follows offsets that point outside the file, and asks for any memory."""
     chance, lines = random.Random(cases), [b"", b"\0" * 9, b"\n{", *BAD_LINES, *GOOD_LINES]
     every = [file for files in forms().values() for file in files.items()]
-    tables = [file for file in every if file[0].endswith(("parquet", "arrow"))]
+    tables = [file for file in every if file[0].endswith("parquet")]
     good, failed = write(tmp_path / "good.txt", "one that is good"), 0
     for case in range(cases):
         name, content = chance.choice(every if case % 4 == 1 else tables)
@@ -608,9 +595,7 @@ def test_any_damage_is_counted(tmp_path, store, cases):
         for _ in range(chance.randint(1, 4) if damaged else 0):
             damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
         file, out = write(tmp_path / "in" / Path(name).name, damaged), tmp_path / f"out/{case}"
-        store.pipe_file(f"/bucket/{file.name}", bytes(damaged))
-        inputs = [file if case % 3 else f"memory://bucket/{file.name}", good]
-        failed += run(inputs, out, "skip")["left_out"]["error"] > 0
+        failed += run([file, good], out, "skip")["left_out"]["error"] > 0
         assert texts_of(out)[-1] == "one that is good"
     assert cases / 3 < failed < cases
 
@@ -667,7 +652,7 @@ def test_tokens_are_made_and_the_same_command_again_does_nothing(folder, tmp_pat
     call = dict(capture_output=True, text=True, check=True)
     done = subprocess.run([sys.executable, "-m", "data.prepare", *args], **call)
     for code, out, err in ((0, done.stdout, done.stderr), command(*args)):
-        assert code == 0 and "documents 900 of 901; left out: error 1, empty 0, short 0" in out
+        assert code == 0 and "documents 900 of 901; left out: error 1, empty 0;" in out
         assert re.search(r"^d\.fr\.valid: documents \d+, tokens [\d,]+$", out, re.MULTILINE)
         assert re.search(r"^left out: .*bad\.jsonl, line 1: not UTF-8", err, re.MULTILINE)
     assert "whole documents are held out" in done.stderr and "already up to date" in err
@@ -683,15 +668,10 @@ SHARES = ("vocabulary", "{0}/fr.jsonl.gz", "{0}/en.jsonl.gz", "--out={0}/y", "--
         ((*TOKENS, "--validation=1"), "a share from 0 to under 1, not 1.0"),
         ((*TOKENS, "--text_field=b"), "fr.jsonl.gz, line 1: no field 'b' (--on_error skip"),
         ((*TOKENS, "--out=/"), "--out /: must end in a name"),
-        ((*TOKENS, "--out={0}/y/"), "--out {0}/y/: must end in a name"),
-        ((*TOKENS, "--split_length=0"), "--processes and --split_length are 1 or more"),
-        (
-            ("tokens", "{0}/blank.md", *TOKENS[2:]),
-            "y: no document was kept; left out: error 0, ",
-        ),
+        ((*TOKENS, "--split_length=0"), "--processes and --split_length must be 1 or more"),
+        (("tokens", "{0}/blank.md", *TOKENS[2:]), "y: no document was kept; left out: error 0,"),
         ((*SHARES, "0.5", "--out={0}/src"), "src: is a folder"),
         (SHARES, "--shares has a number over 0 for each of the inputs"),
-        ((*SHARES, "-1"), "--shares has a number over 0 for each of the inputs"),
         (("vocabulary", "{0}/empty.md", *SHARES[2:], "0.5"), "empty.md: no text"),
     ],
 )
@@ -700,7 +680,7 @@ def test_a_wrong_command_is_one_line(folder, command, args, said):
     code, _, err = command(*(arg.format(folder) for arg in args))
     lines = [line for line in err.splitlines() if line.startswith("prepare: ")]
     assert code == 2 and len(lines) == 1 and said.format(folder) in lines[0], err
-    assert "Traceback" not in err and not list(folder.glob("y*"))
+    assert "Traceback" not in err and not list(folder.glob("y*.*n"))
 
 
 def test_a_vocabulary_is_learnt_from_texts_in_their_shares(folder, tmp_path, command, monkeypatch):
@@ -717,7 +697,7 @@ def test_a_vocabulary_is_learnt_from_texts_in_their_shares(folder, tmp_path, com
 
     monkeypatch.setattr(tokenizer, "train", listening)
     args = ["vocabulary", "--vocab_size=280", f"--out={tmp_path}/new/r"]
-    shares = ["--shares", *paths.values(), f"--folder={tmp_path}/json"]
+    shares = ["--shares", *paths.values()]
     code, out, err = command(*args, *paths, *shares)
     assert code == 0 and f"{tmp_path}/new/r: 280 tokens" in out, err
     assert len(set(sample)) == len(sample)
@@ -727,7 +707,7 @@ def test_a_vocabulary_is_learnt_from_texts_in_their_shares(folder, tmp_path, com
         drawn = sum(len(text) for text in sample if text in texts[path])
         assert abs(drawn - share * most) <= 5 * variance**0.5 + 1e-6, path
     ranks = tokenizer.load(tmp_path / "new/r").bpe.ranks
-    assert ranks == tokenizer.load(tmp_path / "json").bpe.ranks == train(sample, 280)
+    assert ranks == train(sample, 280)
     # Without shares all is read.
     bad = write(tmp_path / "bad.jsonl", b"{")
     code, _, err = command(*args, f"{folder}/fr*.gz", bad, "--on_error=skip")
