@@ -116,7 +116,7 @@ def test_a_job_that_fails_after_some_steps_is_queued_again(tiny_data, cluster):
     begun = f"echo store=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $@\nmkdir -p {step}\n"
     begun += f"touch {step}/manifest.json\nexit 9\n"
     (cluster / "srun").write_text("#!/bin/bash\n" + begun)
-    job = options(tiny_data, **SMALL)
+    job = ["config/pretrain.py", *options(tiny_data, **SMALL)]
     once = [f"requeue {os.getpid()}"]
     assert end(start(cluster, *job), cluster) == (0, once)
     command = (cluster / "log").read_text()
