@@ -149,18 +149,16 @@ def torchrun(ranks: int) -> list[str]:
 
 def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
     """A Python script, or a module of ours, as a process of its own, or as several ranks."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     if CUDA:  # the server has no GPU, nor does what is forked from it
         python = torchrun(ranks) if ranks else [sys.executable]
         command = [*python, *([] if str(script).endswith(".py") else ["-m"]), script, *args]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        return subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=env, timeout=timeout
-        )
+        command = list(map(str, command))
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         command = list(map(str, (script, *args)))
-        common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        each = [common | one for one in environments(ranks)]
+        each = [env | one for one in environments(ranks)]
         processes = [fork(_run, command, environment, outputs) for environment in each]
         until = time.monotonic() + timeout
         for process in processes:

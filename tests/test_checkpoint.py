@@ -1,15 +1,16 @@
-import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
 import pytest
 import torch
-from conftest import TINY, launch
+from conftest import TINY, fork, launch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -104,66 +105,38 @@ def test_only_the_newest_rolling_ones_stay_and_all_milestones(tmp_path):
     assert sorted(os.listdir(tmp_path)) == names
 
 
-# A process that saves step 4 dies at the k-th thing it does to the file system.
-KILLED = """
-import os, shutil, sys
-import test_checkpoint as t
-from pathlib import Path
+def killed_save(folder, k):
+    """In a forked process: save step 4, and die at the k-th thing done to the file system."""
+    model, optimizer = trained()
+    seen, fsync = itertools.count(1), os.fsync
 
-folder = Path(sys.argv[1])
-
-def life(k):
-    model, optimizer = t.trained()
-    if k < 0:
-        t.checkpoint.save(folder / "checkpoints/step0000003", model, optimizer, t.STATE)
-        os._exit(0)
-    seen = [0]
     def count():
-        seen[0] += 1
-        if seen[0] == k:
+        if next(seen) == k:
             os._exit(9)
-    fsync = os.fsync
+
+    touching = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree")
+    sys.addaudithook(
+        lambda event, args: event in touching and args and "step000000" in str(args[0]) and count()
+    )
     os.fsync = lambda handle: (count(), fsync(handle))
-    sys.addaudithook(lambda event, args: event in (
-        "open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"
-    ) and args and "step000000" in str(args[0]) and count())
-    t.checkpoint.save(folder / "checkpoints/step0000004", model, optimizer, t.STATE | {"step": 4})
-    os._exit(0)
-
-def look():
-    path = t.checkpoint.newest_sound(folder)
-    step = t.checkpoint.read_state(path)["step"]
-    left = sorted(os.listdir(folder / "checkpoints"))
-    os._exit(step if left == [f"step{n:07d}" for n in range(3, step + 1)] else 99)
-
-def run(job, *args):
-    child = os.fork()
-    if child == 0:
-        try:
-            job(*args)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-assert run(life, -1) == 0
-for k in range(1, 100):
-    shutil.rmtree(folder / "checkpoints/step0000004", ignore_errors=True)
-    code = run(life, k)
-    print(k, code, run(look), flush=True)
-    if code == 0:
-        break
-"""
+    checkpoint.save(folder / "step0000004", model, optimizer, STATE | {"step": 4})
 
 
 def test_killed_at_any_file_boundary_leaves_a_sound_one(tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
-    done = launch(tmp_path / "killed.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    deaths = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(deaths) > 10 and deaths[-1][1:] == (0, 4)
-    assert all(code == 9 for _, code, _ in deaths[:-1])
-    found = [step for _, _, step in deaths]
-    # the old one up to the renaming, the new one from then on, though its name is not synced yet
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder / "step0000003", *trained(), STATE)
+    found, code = [], 9
+    while code:
+        shutil.rmtree(folder / "step0000004", ignore_errors=True)
+        process = fork(killed_save, folder, len(found) + 1)
+        process.join(60)
+        code = process.exitcode
+        assert code in (0, 9)
+        found.append(checkpoint.read_state(checkpoint.newest_sound(tmp_path))["step"])
+        left = sorted(os.listdir(folder))
+        assert left == [f"step{step:07d}" for step in range(3, found[-1] + 1)]
+    assert len(found) > 10
+    # The old one up to the renaming, the new one from then on, though its name is not synced yet.
     assert set(found) == {3, 4} and found == sorted(found)
 
 
@@ -171,14 +144,9 @@ DAMAGES = {
     "truncated": lambda content: content[: len(content) // 2],
     "longer": lambda content: content + b" ",
     "emptied": lambda content: b"",
-    "first bit": lambda content: flipped(content, 0, 1),
-    "last bit": lambda content: flipped(content, len(content) - 1, 128),
+    "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 128]),
     "removed": None,
 }
-
-
-def flipped(content, at, bit):
-    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -207,18 +175,12 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_used(tmp_path, capsys
     assert checkpoint.newest_sound(tmp_path) == sound and not capsys.readouterr().err
 
 
-def test_a_shard_that_does_not_belong_is_named(tmp_path):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "step0000003", model, optimizer, STATE)
-    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "step0000003/more.safetensors")
+def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path):
+    path = tmp_path / "checkpoints/step0000003"
+    checkpoint.save(path, *trained(), STATE)
+    save_file({"model.norm.weight": torch.ones(64)}, path / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"more\.safetensors: not in the manifest"):
-        checkpoint.verify(tmp_path / "step0000003")
-
-
-def test_a_run_of_which_all_is_damaged_is_not_begun_anew(tmp_path, capsys):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "checkpoints/step0000003", model, optimizer, STATE)
-    os.truncate(tmp_path / "checkpoints/step0000003/state.json", 10)
+        checkpoint.verify(path)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
             checkpoint.newest_sound(tmp_path)
@@ -274,16 +236,17 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path, capsys):
     assert (tmp_path / "exploded").exists()  # the bomb is one
 
 
-def test_what_was_saved_is_not_written_over(tmp_path):
-    model, optimizer = trained()
+def test_what_was_saved_is_not_written_over_nor_read_into_another_architecture(tmp_path):
     path = tmp_path / "checkpoints" / "step0000003"
-    checkpoint.save(path, model, optimizer, STATE)
-    with pytest.raises(
-        CheckpointError, match=r"step0000003: not saved .*a checkpoint of this name exists"
-    ):
-        checkpoint.save(path, model, optimizer, STATE | {"samples": 99})
+    checkpoint.save(path, *trained(), STATE)
+    message = "step0000003: not saved .*a checkpoint of this name exists"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.save(path, *trained(), STATE | {"samples": 99})
     checkpoint.verify(path)
     assert checkpoint.read_state(path) == STATE | {"milestone": False}
+    other = Lucie(LucieConfig(**(TINY | {"hidden_size": 128}), max_position_embeddings=64))
+    with pytest.raises(CheckpointError, match="hidden_size is 64 there and 128 here"):
+        checkpoint.load(path, other, None)
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir"])
@@ -312,14 +275,6 @@ def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call):
     assert sorted(os.listdir(folder)) == ["step0000003", "step0000004"]
 
 
-def test_another_architecture_is_named(tmp_path):
-    model, optimizer = trained()
-    checkpoint.save(tmp_path / "c", model, optimizer, STATE)
-    other = Lucie(LucieConfig(**(TINY | {"hidden_size": 128}), max_position_embeddings=64))
-    with pytest.raises(CheckpointError, match="hidden_size is 64 there and 128 here"):
-        checkpoint.load(tmp_path / "c", other, None)
-
-
 # --- inspect and export
 
 BYTES = {bytes([b]): 4 + b for b in range(256)} | {b"ab": 260, b" a": 261}
@@ -345,39 +300,13 @@ def ranks(tmp_path):
     return tmp_path / "ranks.tiktoken"
 
 
-def cut_in_two(path):
-    """The same checkpoint as two ranks would have written it: rows of every tensor in two files."""
-    (shard,) = path.glob("shard-*")
-    tensors = load_file(shard)
-    shard.unlink()
-    facts = json.loads((path / "manifest.json").read_text())["files"]
-    del facts[shard.name]
-    for number in (1, 2):
-        part, places = {}, {}
-        for name, tensor in tensors.items():
-            middle = -(-len(tensor) // 2)
-            part[name] = tensor[:middle] if number == 1 else tensor[middle:].clone()
-            places[name] = {"saved_offsets": [(number - 1) * middle] + [0] * (tensor.ndim - 1)}
-        file = path / f"shard-{number:05d}.safetensors"
-        save_file(part, file, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
-        content = file.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        facts[file.name] = {"bytes": len(content), "sha256": digest}
-    (path / "manifest.json").write_text(checkpoint.manifest(facts))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks_that_wrote", [1, 2])
-def test_transformers_reads_what_is_exported(tmp_path, ranks, dtype, ranks_that_wrote, capsys):
+def test_transformers_reads_what_is_exported(tmp_path, ranks, dtype, capsys):
     transformers = pytest.importorskip("transformers")
     model = saved(tmp_path / "out/run/checkpoints", tokenizer=ranks)
-    if ranks_that_wrote == 2:
-        cut_in_two(tmp_path / "out/run/checkpoints/step0000003")
-    out = tmp_path / "hf"
-    checkpoint.main(["export", f"{tmp_path}/out/run", "--out", str(out), f"--dtype={dtype}"])
-    assert (
-        capsys.readouterr().out == f"exported {tmp_path}/out/run/checkpoints/step0000003 to {out}\n"
-    )
+    run, out = tmp_path / "out/run", tmp_path / "hf"
+    checkpoint.main(["export", str(run), "--out", str(out), f"--dtype={dtype}"])
+    assert capsys.readouterr().out == f"exported {run}/checkpoints/step0000003 to {out}\n"
     assert sorted(os.listdir(out)) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
@@ -444,22 +373,18 @@ def test_bad_input_of_the_command(tmp_path, ranks):
 def test_rows_that_are_missing_or_come_twice_are_noticed(tmp_path):
     saved(tmp_path)
     path = tmp_path / "step0000003"
-    cut_in_two(path)
-    second = path / "shard-00002.safetensors"
-    tensors = load_file(second)
-    places = {name: {"saved_offsets": [0] * t.ndim} for name, t in tensors.items()}
-    save_file(tensors, second, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
-    for _ in range(2):
+    halves = load_file(path / "shard-00001.safetensors")
+    halves = {name: rows[: len(rows) // 2].clone() for name, rows in halves.items()}
+    places = {name: {"saved_offsets": [0] * rows.ndim} for name, rows in halves.items()}
+    for shard in ("shard-00001.safetensors", "shard-00002.safetensors"):
+        save_file(halves, path / shard, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
         with pytest.raises(CheckpointError, match="damaged or incomplete"):
             checkpoint.from_run(path)
-        second.unlink(missing_ok=True)
 
 
-def test_versions_name_the_libraries_and_the_code(tmp_path, monkeypatch):
+def test_versions_name_the_libraries_and_the_code():
     found = checkpoint.versions()
     assert found["torch"] == torch.__version__ and len(found["python"].split(".")) == 3
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     commit = found["code"].removesuffix("-dirty")
     assert head.stdout.strip().startswith(commit) or commit == "not a git checkout"
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))  # an archive
-    assert checkpoint.versions()["code"] == "not a git checkout"

@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import itertools
 import json
 import runpy
 import signal
@@ -85,9 +84,9 @@ def test_greedy_equals_transformers_over_200_tokens(tmp_path, monkeypatch):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     prompts = [torch.randint(4, 260, (n,)).tolist() for n in (1, 40, 173, 280)]
     ids, _ = rows(model, prompts, 200, GREEDY)
+    options = dict(max_new_tokens=200, do_sample=False, pad_token_id=3, eos_token_id=EOS)
     for prompt, ours in zip(prompts, ids):
-        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 3}
-        out = theirs.generate(torch.tensor([prompt]), eos_token_id=EOS, **options)
+        out = theirs.generate(torch.tensor([prompt]), **options)
         assert ours == out[0, len(prompt) :].tolist()
     assert sum(len(x) == 200 for x in ids) >= 2
 
@@ -96,7 +95,6 @@ def test_greedy_equals_transformers_over_200_tokens(tmp_path, monkeypatch):
     "eos, count, new, reason",
     [
         ((1,), 7, 7, "length"),
-        ((9,), 7, 0, "stop"),
         ((1, 9), 7, 0, "stop"),
         ((1,), 400, 397, "context"),
     ],
@@ -127,8 +125,6 @@ def test_too_little_memory_is_known_before_anything_is_computed(model, monkeypat
     monkeypatch.setattr(generate, "available_memory", lambda device: size)
     with pytest.raises(ValueError, match=r"of 2 x 210 tokens take 0\.0 GB"):
         complete(model, BYTES, ["a", "b" * 9], 200)
-    with pytest.raises(ValueError, match="1 x 203 tokens"):
-        next(decode(model, [[0, 5]], 201))
     generate.check_room(model, 1, 202)
 
 
@@ -142,27 +138,26 @@ def test_a_log_probability_is_the_models_own(model):
     assert logprobs[0] == pytest.approx(exact.tolist(), abs=1e-5)
 
 
-def test_sampling_follows_the_distribution():
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (5, 0.8)])
+def test_sampling_follows_the_distribution(temperature, top_k, top_p):
     """Chi-square of 100,000 draws against the exact truncated distribution."""
     torch.manual_seed(0)
     logits = torch.randn(12) * 2
+    p = (logits.double() / temperature).softmax(-1)
+    keep = p.argsort(descending=True)[: top_k or 12]
+    q = p[keep] / p[keep].sum()
+    keep = keep[: int((q.cumsum(0) - q < top_p).sum())]
+    expected = torch.zeros(12, dtype=torch.float64)
+    expected[keep] = 100_000 * p[keep] / p[keep].sum()
     generator = torch.Generator().manual_seed(1)
-    for temperature, top_k, top_p in itertools.product((0.7, 1.0, 1.4), (0, 1, 5), (0.5, 0.8, 1.0)):
-        p = (logits.double() / temperature).softmax(-1)
-        order = p.argsort(descending=True)
-        keep = order[: top_k or 12]
-        q = p[keep] / p[keep].sum()
-        keep = keep[: int((q.cumsum(0) - q < top_p).sum())]
-        expected = torch.zeros(12, dtype=torch.float64)
-        expected[keep] = p[keep] / p[keep].sum()
-        sampling = Sampling(temperature, top_k, top_p)
-        draws, _ = sample(logits.expand(100_000, 12), sampling, generator)
-        counts = torch.bincount(draws, minlength=12).double()
-        assert not counts[expected == 0].any()
-        e = 100_000 * expected[keep]
-        chi2 = ((counts[keep] - e) ** 2 / e).sum().item()
-        freedom = max(1, len(keep) - 1)
-        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+    sampling = Sampling(temperature, top_k, top_p)
+    draws, _ = sample(logits.expand(100_000, 12), sampling, generator)
+    counts = torch.bincount(draws, minlength=12).double()
+    assert not counts[expected == 0].any()
+    chi2 = ((counts - expected) ** 2 / expected)[keep].sum().item()
+    freedom = max(1, len(keep) - 1)
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
 def test_edges_of_sampling():
@@ -171,24 +166,18 @@ def test_edges_of_sampling():
         assert sample(logits, sampling)[0].tolist() == [1, 0]
 
 
-def model_on_a_gpu(int4):
-    sizes = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, vocab_size=260)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.05)
-    model = Lucie(LucieConfig(**sizes, max_position_embeddings=400)).to("cuda", torch.bfloat16)
-    return quantize.quantize_(model) if int4 else model
-
-
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@on_a_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("batch", [1, 3, 20])  # 20 rows of 4-bit products unpack
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 50, 0.9)])
 def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
     """64 steps of a CUDA graph against the same steps launched one by one."""
-    model = model_on_a_gpu(int4)
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=4)
+    model = Lucie(LucieConfig(**SIZES | sizes, max_position_embeddings=400))
+    model = model.to("cuda", torch.bfloat16)
+    if int4:
+        quantize.quantize_(model)
     prompts = [BYTES.encode("a" * n) for n in (70, 1, 200, *range(2, 19))[:batch]]
 
     def run():
@@ -241,15 +230,16 @@ def test_the_prompt_is_echoed_or_not(run, command):
     assert code == 0 and out.startswith(PROMPT) and out.endswith("\n")
     assert f"{len(PROMPT.encode()) + 1} prompt tokens, 5 generated" in err
     assert PROMPT + command(run, "--prompt", PROMPT, "--no_echo", *FEW)[1] == out
+    _, _, err = command(run, "--prompt", "x" * 195, "--max_new_tokens=50", "--temperature=0")
+    assert "; 1 ended where the context of 200 tokens is full\n" in err
 
 
 def test_several_completions_are_separated_and_depend_on_the_seed(run, command):
-    args = (run, *3 * ("--prompt", PROMPT), "--max_new_tokens=5")
+    args = (run, *2 * ("--prompt", PROMPT), "--max_new_tokens=5")
     code, first, _ = command(*args, "--seed=1")
-    texts = first.split(f"\n{PROMPT}")
-    assert code == 0 and texts[0] == "--- 1 of 3"
-    assert texts[1].endswith("\n--- 2 of 3") and texts[2].endswith("\n--- 3 of 3")
-    assert len(set(texts)) == 4
+    head, one, two = first.split(f"\n{PROMPT}")
+    assert code == 0 and head == "--- 1 of 2" and one.endswith("\n--- 2 of 2")
+    assert one.removesuffix("\n--- 2 of 2") != two.rstrip("\n")
     assert command(*args, "--seed=1")[1] == first != command(*args, "--seed=2")[1]
 
 
@@ -268,15 +258,6 @@ def test_prompts_from_everywhere_as_lines_of_json(run, command, tmp_path):
     for x in found:
         assert x.prompt_ids == BYTES.encode(x.prompt)
         assert command(run, *FEW, stdin=bom + x.prompt.encode())[1] == x.prompt + x.text + "\n"
-
-
-def test_where_the_context_is_full_the_text_ends_and_the_command_says_why(run, command):
-    args = (run, "--max_new_tokens=50", "--temperature=0", "--prompt", "x" * 195)
-    code, _, err = command(*args)
-    assert code == 0 and "; 1 ended where the context of 200 tokens is full\n" in err
-    _, out, err = command(*args, "--prompt=a", "--json")
-    assert [json.loads(x)["finish_reason"] for x in out.splitlines()] == ["context", "length"]
-    assert "; 1 ended where the context" in err
 
 
 def test_interactive(run, command):
@@ -307,9 +288,7 @@ def test_folders_in_4_bits_and_of_hugging_face_bring_their_tokenizer(run, comman
     "args, message",
     [
         ("gpt2 --prompt=x", "there; a model of the Hugging Face hub is hf:gpt2"),
-        ("RUN --promt x", "no option is called --promt; did you mean '--prompt'?"),
         ("RUN --prompt=x --top_k=300", "top_k must be 0 to 260, the vocabulary, not 300"),
-        ("RUN --prompt=x --device=cuda:77", "device 'cuda:77' is not available here"),
         ("RUN --prompt=x --batch_size=0", "--max_new_tokens and --batch_size must be at least 1"),
         ("RUN --prompt=" + "x" * 300, "a prompt of 301 tokens leaves no room in the model's"),
         ("RUN", "the prompt is empty"),

@@ -1,12 +1,12 @@
 """4-bit models: what they weigh, how they are filled and saved, and how well they predict."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from test_hf import set_json
 from torch import nn
 
 import hf
@@ -127,11 +127,7 @@ def rewrite(**tensors):
 
 
 def reconfigure(**values):
-    def change(folder):
-        config = json.loads((folder / "config.json").read_text()) | values
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
+    return lambda folder: set_json(folder / "config.json", **values)
 
 
 HEAD, PACKED = "lm_head.weight", "layers.1.mlp.down_proj.packed"

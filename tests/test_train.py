@@ -1,15 +1,15 @@
 import csv
+import gc
 import json
-import math
 import os
 import signal
 import sys
 import types
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
-from conftest import TINY, launch
+from conftest import TINY, launch, write_weights
 
 import checkpoint
 import hf
@@ -80,6 +80,22 @@ def weights_of(data, name="run"):
     return checkpoint.from_run(data / "out" / name)[0].state_dict()
 
 
+def at_each_step(monkeypatch, act):
+    """Call act(step counted from 1, model) where the gradients are clipped."""
+    clip, numbers = train.parallel.clip_gradients, count(1)
+
+    def acting(model, largest):
+        act(next(numbers), model)
+        return clip(model, largest)
+
+    monkeypatch.setattr(train.parallel, "clip_gradients", acting)
+
+
+def same_weights(data, name, other):
+    a, b = weights_of(data, name), weights_of(data, other)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_it_learns_and_logs_lucies_columns(tiny_data):
     rows = train_here(tiny_data, samples=800, log_every=5)
     published = "training_steps,training_tokens,training_loss,walltime,gputime,learning_rate"
@@ -96,22 +112,11 @@ def test_it_learns_and_logs_lucies_columns(tiny_data):
     assert saved["hidden_size"] == 64 and saved["seq_len"] == 16
 
 
-def test_the_first_loss_is_the_mean_of_its_samples(tiny_data):
-    rows = train_here(tiny_data)
-    config = Config(**(SMALL | {"mixture": str(tiny_data / "mixture.csv")}))
-    mixture = train.Mixture(config.mixture, 16, 42, 97)
-    model = train.Lucie(checkpoint.architecture(vars(config)))
-    block = torch.stack([torch.from_numpy(mixture[i]) for i in range(8)])
-    expected = model(block[:, :-1], block[:, 1:])
-    assert float(rows[0]["training_loss"]) == pytest.approx(expected.item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stops", [(10,), (5, 10)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeypatch, stops, dtype):
     """Losses, weights, and the tokens trained on in their order; also at the second resume."""
-    trained_on = []
-    forward, clip = train.Lucie.forward, train.parallel.clip_gradients
+    trained_on, forward = [], train.Lucie.forward
 
     def spy(self, tokens, targets, **kwargs):
         if torch.is_grad_enabled():
@@ -123,16 +128,13 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeyp
     samples = torch.cat(trained_on)
     trained_on.clear()
     for start, stop in zip((0, *stops), stops):
-        passed = []
 
-        def stopping(*args, at=stop - start, passed=passed):
-            passed.append(1)
-            if len(passed) == at:
+        def stopping(step, model, last=stop - start):
+            if step == last:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return clip(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.parallel, "clip_gradients", stopping)
+            at_each_step(patch, stopping)
             rows = train_here(tiny_data, name="parts", dtype=dtype)
         assert int(rows[-1]["training_steps"]) == stop
     parts = train_here(tiny_data, name="parts", dtype=dtype)
@@ -140,8 +142,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, monkeyp
     assert torch.equal(torch.cat(trained_on), samples)
     mixture = train.Mixture(tiny_data / "mixture.csv", 16, 42, 97)
     assert samples.tolist() == [mixture[i].tolist() for i in range(160)]
-    a, b = weights_of(tiny_data, "whole"), weights_of(tiny_data, "parts")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_weights(tiny_data, "whole", "parts")
 
 
 def test_validation_leaves_the_training_alone(tiny_data):
@@ -184,12 +185,17 @@ def test_compiled_blocks_train_like_the_others(tiny_data):
     assert names[0] == names[1]  # no _orig_mod in a checkpoint
 
 
-def test_micro_batches_do_not_change_the_step(tiny_data):
+def test_the_loss_of_a_step_is_the_mean_over_its_samples_however_they_are_split(tiny_data):
     logs = [train_here(tiny_data, name=f"m{size}", micro_batch_size=size) for size in (1, 3, 8)]
     for rows in logs[1:]:
         for a, b in zip(logs[0], rows):
             assert float(a["training_loss"]) == pytest.approx(float(b["training_loss"]), rel=1e-5)
             assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
+    config = Config(**SMALL)
+    mixture = train.Mixture(tiny_data / "mixture.csv", 16, 42, 97)
+    block = torch.stack([torch.from_numpy(mixture[i]) for i in range(8)])
+    expected = train.Lucie(checkpoint.architecture(vars(config)))(block[:, :-1], block[:, 1:])
+    assert float(logs[0][0]["training_loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def patched(data, code, ranks, **change):
@@ -234,47 +240,36 @@ def test_uneven_ignored_targets_weigh_the_same_on_any_ranks_and_micro_batches(ti
                 assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-5)
 
 
-SLOW_DISK = """
-class Clock:
-    now = 0.0
-    def monotonic(self):
-        return self.now
-class Reader:
-    # In the time of the clock: a disk that reads one share after the other, SECONDS each.
-    free = 0.0
-    def __init__(self, threads):
-        assert threads == 1
-    def submit(self, read, *args):
-        self.free = max(self.free, train.time.now) + SECONDS
-        return Reading(self.free, read(*args))
-class Reading:
-    def __init__(self, there, share):
-        self.there, self.share = there, share
-    def result(self):
-        train.time.now = max(train.time.now, self.there)
-        return self.share
-clip = train.parallel.clip_gradients
-def computing(*args):
-    train.time.now += 19
-    return clip(*args)
-train.time, train.ThreadPoolExecutor, train.parallel.clip_gradients = Clock(), Reader, computing
-"""
-
-
-@pytest.mark.parametrize("seconds, wait", [(1, 0), (19, 0), (20, 1), (57, 38)])
+@pytest.mark.parametrize("seconds, wait", [(19, 0), (57, 38)])
 def test_a_slow_disk_is_hidden_behind_the_step_and_shows_where_it_is_slower(
     tiny_data, monkeypatch, capsys, seconds, wait
 ):
-    for name in ("time", "ThreadPoolExecutor"):
-        monkeypatch.setattr(train, name, getattr(train, name))  # to be put back
-    monkeypatch.setattr(train.parallel, "clip_gradients", train.parallel.clip_gradients)
-    exec(SLOW_DISK.replace("SECONDS", str(seconds)), {"train": train})
+    """On a clock of its own: the disk takes so many seconds for a share, and the step takes 19."""
+    clock = types.SimpleNamespace(now=0.0, disk=0.0)
+
+    def submit(read, *args):
+        clock.disk = there = max(clock.disk, clock.now) + seconds
+        share = read(*args)
+
+        def result():
+            clock.now = max(clock.now, there)
+            return share
+
+        return types.SimpleNamespace(result=result)
+
+    def computing(step, model):
+        clock.now += 19
+
+    time = types.SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(train, "time", time)
+    monkeypatch.setattr(train, "ThreadPoolExecutor", lambda _: types.SimpleNamespace(submit=submit))
+    at_each_step(monkeypatch, computing)
     rows = train_here(tiny_data, validation="", log_every=4)
     # Nothing is there to hide the first one behind; a row has the waits since the one before.
     expected = [seconds + 3 * wait] + [4 * wait] * 4
     assert [float(row["data_seconds"]) for row in rows] == expected
     told = "67% of the time waiting for data" in capsys.readouterr().err
-    assert told == (seconds == 57)
+    assert told == (wait > 0)
 
 
 POISONED = """
@@ -285,57 +280,46 @@ def counting(*args):
     return clip(*args)
 def poisoned(self, x):
     y = forward(self, x)
-    if steps[0] == 6 and rank == POISON and torch.is_grad_enabled():
+    if steps[0] == 6 and rank == last and torch.is_grad_enabled():
         y = y.clone()
-        y[1, 3, 5] = NUMBER  # the second sample of every micro-batch
+        y[1, 3, 5] = float("inf")  # the second sample of every micro-batch
     return y
+last = int(os.environ.get("WORLD_SIZE", 1)) - 1
 train.parallel.clip_gradients, model.MLP.forward = counting, poisoned
 """
 
 
-def test_a_number_that_is_none_names_step_and_samples(tiny_data):
-    code = POISONED.replace("POISON", "0").replace("NUMBER", "float('nan')")
-    done = patched(tiny_data, code, 0, checkpoint_every=5)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "ranks, samples",
+    [
+        (0, "rank 0: [48, 49, 50, 51, 52, 53, 54, 55]"),
+        pytest.param(2, "rank 1: [49, 51, 53, 55]", marks=pytest.mark.slow),
+    ],
+)
+def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data, ranks, samples):
+    done = patched(tiny_data, POISONED, ranks, checkpoint_every=5)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
     (line,) = said(done)
     assert line.startswith("train.py: step 7: loss nan, gradient norm nan on samples 48 to 55")
-    assert "(rank 0: [48, 49, 50, 51, 52, 53, 54, 55]);" in line
-    assert "stopped before the update, the last step saved is 5" in line
-    assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
-
-
-@pytest.mark.slow
-def test_infinity_on_one_rank_stops_all_before_the_update(tiny_data):
-    code = POISONED.replace("POISON", "1").replace("NUMBER", "float('inf')")
-    done = patched(tiny_data, code, 2, checkpoint_every=5)
-    assert done.returncode != 0
-    (line,) = said(done)
-    assert "step 7: loss nan" in line
-    assert "on samples 48 to 55 (rank 1: [49, 51, 53, 55]); stopped before the update" in line
+    assert f"({samples}); stopped before the update, the last step saved is 5" in line
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
 def test_a_gradient_that_no_loss_explains_stops_too(tiny_data, monkeypatch, capsys):
-    clip, count = train.parallel.clip_gradients, [0]
-
-    def poisoned(model, largest):
-        count[0] += 1
-        if count[0] == 7:
+    def poison(step, model):
+        if step == 7:
             model.norm.weight.grad[0] = float("inf")
-        return clip(model, largest)
 
-    monkeypatch.setattr(train.parallel, "clip_gradients", poisoned)
+    at_each_step(monkeypatch, poison)
     assert train.main(options(tiny_data, checkpoint_every=5)) == 1
-    line = (
-        "gradient norm inf on samples 48 to 55 (the loss of every sample is finite); stopped before"
-    )
-    assert line in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "gradient norm inf on samples 48 to 55 (the loss of every sample is finite);" in error
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000005"
 
 
 def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     """Whatever asks a tensor for its number asks through one of these."""
-    asked, clip, seen = [], train.parallel.clip_gradients, []
+    asked, seen = [], []
 
     def noting(name, method):
         def noted(self, *args):
@@ -344,13 +328,9 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
 
         return noted
 
-    def counting(*args):
-        seen.append(len(asked))
-        return clip(*args)
-
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
-    monkeypatch.setattr(train.parallel, "clip_gradients", counting)
+    at_each_step(monkeypatch, lambda step, model: seen.append(len(asked)))
     train_here(tiny_data, validation="", log_every=100, max_minutes=60)
     steps = [asked[a:b] for a, b in pairwise(seen)]
     reading = [name for step in steps for name in step if name != "tolist"]
@@ -360,19 +340,14 @@ def test_the_host_waits_once_a_step(tiny_data, monkeypatch):
     assert all(step.count("tolist") == 1 for step in steps)
 
 
-def test_data_that_vanishes_mid_run_is_one_line_and_loses_nothing(tiny_data):
-    code = f"""
-update, count = torch.optim.AdamW.step, [0]
-def vanishing(self, *args):
-    update(self, *args)
-    count[0] += 1
-    if count[0] == 4:
-        os.remove({str(tiny_data / "a.bin")!r})
-torch.optim.AdamW.step = vanishing
-"""
-    done = patched(tiny_data, code, 0, save_every=3)
-    assert done.returncode == 2
-    assert "a.bin: No such file" in done.stderr and "Traceback" not in done.stderr
+def test_data_that_vanishes_mid_run_loses_nothing(tiny_data, monkeypatch):
+    def vanish(step, model):
+        if step == 4:
+            os.remove(tiny_data / "a.bin")
+
+    at_each_step(monkeypatch, vanish)
+    with pytest.raises(DataError, match=r"a\.bin: No such file"):
+        train_here(tiny_data, save_every=3)
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000003"
 
 
@@ -424,46 +399,36 @@ def test_decay_touches_matrices_only():
         assert decays[id(p)] == (0 if name.endswith("norm.weight") else config.weight_decay), name
 
 
-def test_hand_over_between_phases_takes_weights_only(tiny_data):
-    train_here(tiny_data, name="main")
+@pytest.mark.parametrize("source", ["run", "hf"])
+def test_hand_over_between_phases_takes_weights_only(tiny_data, source):
+    train_here(tiny_data, name="main", samples=80)
+    given = tiny_data / "out/main"
+    if source == "hf":
+        hf.to_hf(checkpoint.from_run(given)[0], tiny_data / "hf")
+        given = f"hf:{tiny_data}/hf"
     change = dict(name="longer", seq_len=32, rope_theta=2e7, samples=8, checkpoint_prefix="long_")
-    rows = train_here(tiny_data, init_from=tiny_data / "out/main", learning_rate=0.0,
-                      min_learning_rate=0.0, warmup_samples=0, **change)  # fmt: skip
+    change |= dict(learning_rate=0.0, min_learning_rate=0.0, warmup_samples=0)
+    rows = train_here(tiny_data, init_from=given, **change)
     assert [r["training_steps"] for r in rows] == ["1"]
     path = tiny_data / "out/longer/checkpoints/long_step0000001"
     assert checkpoint.read_state(path)["samples"] == 8
-    a, b = weights_of(tiny_data, "main"), weights_of(tiny_data, "longer")
-    assert all(torch.equal(a[n], b[n]) for n in a)  # a rate of zero changed nothing
+    assert same_weights(tiny_data, "main", "longer")  # a rate of zero changed nothing
 
 
-def test_starting_from_a_hugging_face_folder(tiny_data):
-    train_here(tiny_data, name="main", samples=8, warmup_samples=0)
-    model, _ = checkpoint.from_run(tiny_data / "out/main")
-    hf.to_hf(model, tiny_data / "hf")
-    change = dict(name="on", samples=8, learning_rate=0.0, min_learning_rate=0.0, warmup_samples=0)
-    train_here(tiny_data, init_from=f"hf:{tiny_data}/hf", **change)
-    a, b = weights_of(tiny_data, "main"), weights_of(tiny_data, "on")
-    assert all(torch.equal(a[n], b[n]) for n in a)
-
-
-def test_a_changed_mixture_is_not_resumed(tiny_data):
+def test_a_changed_mixture_is_not_resumed_nor_are_damaged_weights_handed_over(tiny_data):
     train_here(tiny_data, max_minutes=1e-6)
-    (tiny_data / "mixture.csv").write_text("name,path,weight\na,a,0.6\nb,b,0.4\n")
+    shard = tiny_data / "out/run/checkpoints/step0000001/shard-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(train.CheckpointError, match=r"shard-00001\.safetensors: damaged"):
+        train_here(tiny_data, name="next", init_from=tiny_data / "out/run")
+    assert not (tiny_data / "out/next").exists()
+    shard.write_bytes(content)
+    write_weights(tiny_data / "mixture.csv", {"a": 0.6, "b": 0.4})
     done = run(tiny_data)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = said(done)
     assert "have changed since it began" in line
-
-
-def test_damaged_weights_are_not_handed_over(tiny_data):
-    train_here(tiny_data, save_every=10)
-    shard = tiny_data / "out/run/checkpoints/step0000020/shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    done = run(tiny_data, name="next", init_from=tiny_data / "out/run")
-    assert done.returncode == 2 and "shard-00001.safetensors: damaged" in done.stderr
-    assert not (tiny_data / "out/next").exists()
 
 
 @pytest.mark.slow
@@ -502,10 +467,7 @@ def test_start_validation_and_end_are_told(tiny_data, capsys):
     out, err = capsys.readouterr()
     assert "; resumes after step 1; " in out and "run: finished (20 steps)\n" in out
     assert f"newest checkpoint: {tiny_data}/out/run/checkpoints/step0000020" in out
-    lines = err.replace("\r", "\n").splitlines()
-    validated = [line for line in lines if "validation loss" in line]
-    rows = {row["training_steps"]: row["validation_loss"] for row in log_of(tiny_data)}
-    assert validated == [f"step {n}: validation loss {float(rows[n]):.4f}" for n in ("10", "20")]
+    assert f"step 20: validation loss {float(log_of(tiny_data)[-1]['validation_loss']):.4f}" in err
     assert len(train_here(tiny_data)) == 20
     assert "run: had already finished (20 steps)" in capsys.readouterr().out
 
@@ -543,7 +505,6 @@ def test_a_constant_schedule_can_be_extended_bit_for_bit(tiny_data):
 
 def test_another_run_of_the_same_name_is_refused(tiny_data):
     train_here(tiny_data)
-    before = weights_of(tiny_data)
     for change, message in (
         (dict(samples=240), "samples was 160 and is now 240.*--name.*--init_from=.*/run"),
         (dict(learning_rate=0.5, seed=1), "seed was 42 and is now 1, learning_rate was 0.01"),
@@ -551,15 +512,11 @@ def test_another_run_of_the_same_name_is_refused(tiny_data):
     ):
         with pytest.raises(train.ConfigError, match=message):
             train_here(tiny_data, **change)
-    after = weights_of(tiny_data)
-    assert all(torch.equal(before[n], after[n]) for n in before)
+        gc.collect()  # the traceback of the error holds the lock on the run
+    assert checkpoint.latest(tiny_data / "out/run").name == "step0000020"
 
 
 # --- logs
-
-
-def open_log(tmp_path, step, **change):
-    return train.open_log(Config(**SMALL | change), tmp_path, step)
 
 
 def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
@@ -575,24 +532,26 @@ def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
         "1,16,4.5,0.1,0.2,0.001,1.5,99,,4.25,",
         "2,32,4.25,0.2,0.4,0.002,1.25,98,0.5,,",
     ]
-    write = open_log(tmp_path, 2)
+    write = train.open_log(Config(**SMALL), tmp_path, 2)
     assert (tmp_path / "log.csv").read_text().splitlines() == expected
     write((3, None, 1.5, *[None] * 8))
     assert (tmp_path / "log.csv").read_text().splitlines() == [*expected, "3,,1.5,,,,,,,,"]
-    for text in ("", "\n", "no,log\n1,2\n"):
-        (tmp_path / "log.csv").write_text(text)
-        open_log(tmp_path, 2)
-        assert (tmp_path / "log.csv").read_text() == expected[0] + "\n"
+    (tmp_path / "log.csv").write_text("no,log\n1,2\n")
+    train.open_log(Config(**SMALL), tmp_path, 2)
+    assert (tmp_path / "log.csv").read_text() == expected[0] + "\n"
 
 
-def test_a_broken_tensorboard_is_a_warning(tiny_data, monkeypatch, capsys):
+def test_training_goes_on_without_a_board_that_fails(tiny_data, monkeypatch, capsys):
     broken = types.SimpleNamespace(add_scalar=None)  # to call it is a TypeError
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_, **__: broken)
-    assert len(train_here(tiny_data)) == 20
-    assert capsys.readouterr().err.count("train.py: continuing without TensorBoard (") == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    assert len(train_here(tiny_data, wandb_project="lucie")) == 20
+    error = capsys.readouterr().err
+    assert error.count("train.py: continuing without TensorBoard (") == 1
+    assert error.count("continuing without Weights & Biases (") == 1
 
 
-def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys):
+def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch):
     seen = []
     board = types.SimpleNamespace(log=lambda numbers, step: seen.append((step, numbers)))
     wandb = types.SimpleNamespace(init=lambda **options: seen.append(options) or board)
@@ -603,42 +562,34 @@ def test_weights_and_biases_gets_the_same_numbers(tiny_data, monkeypatch, capsys
     for (step, numbers), row in zip(logged, rows, strict=True):
         told = {n: str(v) for n, v in numbers.items()} | {"training_steps": str(step)}
         assert told == {n: v for n, v in row.items() if v}
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    assert len(train_here(tiny_data, name="other", wandb_project="lucie")) == 20
-    assert "continuing without Weights & Biases (" in capsys.readouterr().err
 
 
 # --- documents
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_packed_sample_has_the_loss_of_its_documents_alone(dtype):
+def test_a_packed_sample_has_the_loss_of_its_documents_alone():
     """Of random lengths, some of them of one token; the first begins before the sample."""
-    config = Config(**SMALL | {"seq_len": 64, "document_mask": True, "dtype": dtype})
+    config = Config(**SMALL | {"seq_len": 64, "document_mask": True})
     model = train.Lucie(checkpoint.architecture(vars(config)))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, 97, (2, 65), generator=generator)
+    tokens = torch.randint(1, 97, (2, 65), generator=torch.Generator().manual_seed(0))
     starts = [[9, 10, 30, 63], [0, 31]]
     for row, positions in zip(tokens, starts):
         row[positions] = 0
     x, y = tokens[:, :-1], tokens[:, 1:]
     cpu = torch.device("cpu")
-    packed = train.loss_sum(model, x, y, config, cpu)
+    packed = train.loss_sum(model, x, y, config, cpu).item()
     alone = 0.0
     config.document_mask = False
     for row, positions in enumerate(starts):
         for a, b in pairwise([*dict.fromkeys([0, *positions]), 64]):
             one = slice(row, row + 1), slice(a, b)
             alone += train.loss_sum(model, x[one], y[one], config, cpu).item()
-    # In fp32 the sum itself is rounded; in bf16 each of 128 losses is, independently of the others.
-    eps = torch.finfo(getattr(torch, dtype)).eps
-    tolerance = 8 * eps * alone if dtype == "float32" else 2 * eps * alone / math.sqrt(128)
-    assert abs(packed.item() - alone) < tolerance
-    unmasked = train.loss_sum(model, x, y, config, cpu).item()
-    assert abs(unmasked - alone) > 2 * tolerance
+    assert packed == pytest.approx(alone, rel=1e-6)  # some roundings of fp32
+    assert train.loss_sum(model, x, y, config, cpu).item() != pytest.approx(alone, rel=1e-5)
 
 
-def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+def test_document_mask_trains_on_documents(tiny_data, monkeypatch, masked):
     seen, forward = [], train.Lucie.forward
 
     def noting(self, tokens, targets, **options):
@@ -646,11 +597,9 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
         return forward(self, tokens, targets, **options)
 
     monkeypatch.setattr(train.Lucie, "forward", noting)
-    train_here(tiny_data, name="plain", samples=32)
-    assert not any(mask is not None for mask in seen)
-    seen.clear()
-    train_here(tiny_data, name="masked", samples=32, document_mask=True)
-    assert all(int(mask[-1]) == 64 and len(mask) >= 5 for mask in seen)  # 4 samples of 16
+    train_here(tiny_data, samples=32, document_mask=masked)
+    for mask in seen:  # of 4 samples of 16
+        assert int(mask[-1]) == 64 and len(mask) >= 5 if masked else mask is None
 
 
 # --- bad input: one line, exit 2, nothing lost or half written
@@ -659,20 +608,15 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
         ({"samples": 7, "warmup_samples": 0}, "samples must be at least 8, those of a step"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mixture": "none.csv"}, "none.csv: No such file"),
         ({"vocab_size": 50}, "past the vocabulary of 50"),
         ({"seq_len": 100_000}, "too few for one sample of 100,000"),
-        ({"tokenizer": "none.tiktoken"}, "none.tiktoken: No such file"),
         ({"tokenizer": "{data}/r.tiktoken"}, "has 260 tokens, but the model's vocabulary has 97"),
         ({"init_from": "resume"}, "no complete checkpoint"),
-        ({"init_from": "{data}/nowhere"}, "no complete checkpoint"),
         ({"init_from": "hf:{data}/nowhere"}, "nowhere"),
         ({"dtype": "int8"}, "dtype must be bfloat16, float32 or auto"),
         ({"device": "cuda"}, "device 'cuda'"),
-        ({"kernels": "cuda"}, "kernels are auto, triton, torch, not 'cuda'"),
         ({"kernels": "triton"}, "need a CUDA GPU, and there is none here"),
         ({"out_dir": "/dev/null/x"}, "/dev/null/x"),
         ({"parallel": "tp"}, "parallel must be one of fsdp, ddp, hsdp, not 'tp'"),

@@ -56,16 +56,6 @@ def test_float32_to_bf16_rounds_to_nearest_even(below):
     same(y, x.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [f16, f32, torch.int32, torch.int64])
-def test_bf16_to_other_types_and_back(dtype):
-    x = 100 * randn(4096, dtype=bf16)
-    y, back = torch.empty(4096, dtype=dtype), torch.empty_like(x)
-    convert[(4,)](x, y, N=1024)
-    assert torch.equal(y, x.to(dtype))
-    convert[(4,)](y, back, N=1024)
-    same(back, y.bfloat16())
-
-
 @triton.jit
 def unrepaired(x, y, KIND: tl.constexpr):
     if KIND == "rounded toward zero":
@@ -88,27 +78,21 @@ def test_what_is_not_repaired_is_refused(kind):
 def elementwise(x, y, out, OP: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     u, v = tl.load(x + at), tl.load(y + at)
-    if OP == "add":
-        r = u + v
-    if OP == "mul":
-        r = u * v
     if OP == "scalar":
         r = 1.7 * u - 0.3
     if OP == "abs":
         r = tl.abs(u)
     if OP == "where":
-        r = tl.where(u < v, u, v * v)
+        r = tl.where(u < v, u, u + v * v)
     if OP == "less":
         r = (u < v).to(tl.bfloat16)
     tl.store(out + at, r)
 
 
 ELEMENTWISE = {
-    "add": lambda u, v: u + v,
-    "mul": lambda u, v: u * v,
     "scalar": lambda u, v: torch.tensor(1.7, dtype=bf16) * u - torch.tensor(0.3, dtype=bf16),
     "abs": lambda u, v: u.abs(),
-    "where": lambda u, v: torch.where(u < v, u, v * v),
+    "where": lambda u, v: torch.where(u < v, u, u + v * v),
     "less": lambda u, v: (u < v).bfloat16(),
 }
 
@@ -170,21 +154,16 @@ def test_dot_adds_up_in_float32(dtype):
     x, y = randn(32, 256, dtype=dtype), randn(64, 256, dtype=dtype, seed=1)
     out = torch.empty(32, 64)
     dot[(1,)](x, y, out, M=32, N=64, K=256, HOW="ieee")
-    exact = 1 + x.double().numpy() @ y.double().numpy().T
-    assert np.abs(out.numpy() - exact).max() < 1e-4
+    assert (out - (1 + x.double() @ y.double().T)).abs().max() < 1e-4
 
 
-def test_dot_cuts_to_tf32_only_where_asked():
-    x, y, out = randn(16, 64), randn(16, 64, seed=1), torch.empty(16, 16)
-    # In tf32 1 + 2^-10 stays, and all below goes.
-    x[0], y[0] = 0, 0
+@pytest.mark.parametrize("how, kept", [("tf32", 2**-10), ("ieee", 2**-10 + 2**-11 + 2**-20)])
+def test_dot_cuts_to_tf32_only_where_asked(how, kept):
+    """In tf32 1 + 2^-10 stays, and all below goes."""
+    x, y, out = torch.zeros(16, 64), torch.zeros(16, 64), torch.empty(16, 16)
     x[0, 0], y[0, 0] = 1 + 2**-10 + 2**-11 + 2**-20, 1
-    dot[(1,)](x, y, out, M=16, N=16, K=64, HOW="tf32")
-    assert out[0, 0] == 2 + 2**-10
-    loss = (out - 1 - x.double() @ y.double().T).abs().max()
-    assert 1e-3 < loss < 64 * 4 * 2**-9
-    dot[(1,)](x, y, out, M=16, N=16, K=64, HOW="ieee")
-    assert out[0, 0] == 2 + 2**-10 + 2**-11 + 2**-20
+    dot[(1,)](x, y, out, M=16, N=16, K=64, HOW=how)
+    assert out[0, 0] == 2 + kept
 
 
 # Language
@@ -195,29 +174,25 @@ def move_tile(source, target, row, column):
     target.store([row, column], source.load([row, column]))
 
 
-@pytest.mark.parametrize("row,column", [(8, 8), (12, 16), (-3, 0), (-8, -8), (40, 0)])
-def test_descriptors_past_the_edges(row, column):
-    """Stores there are dropped."""
-    x, y = randn(20, 24, dtype=bf16), torch.full((20, 24), 7.0, dtype=bf16)
-    move_tile[(1,)](*(TensorDescriptor.from_tensor(t, [8, 8]) for t in (x, y)), row, column)
-    expected = torch.full_like(y, 7.0)
-    tile = slice(max(row, 0), max(row + 8, 0)), slice(max(column, 0), max(column + 8, 0))
-    expected[tile] = x[tile]
-    same(y, expected)
-
-
 @triton.jit
 def shifted_tile(source, y, row, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(y + at, source.load([row, 0]))
 
 
-def test_descriptor_fills_with_zeros():
-    x, y = randn(20, 8, dtype=bf16), torch.full((8, 8), 7.0, dtype=bf16)
-    shifted_tile[(1,)](TensorDescriptor.from_tensor(x, [8, 8]), y, -3, N=8)
-    same(y, torch.cat([torch.zeros(3, 8, dtype=bf16), x[:5]]))
-    shifted_tile[(1,)](TensorDescriptor.from_tensor(x, [8, 8]), y, 15, N=8)
-    same(y, torch.cat([x[15:], torch.zeros(3, 8, dtype=bf16)]))
+@pytest.mark.parametrize("row,column", [(8, 8), (12, 16), (-3, 0), (-8, -8), (40, 0)])
+def test_descriptors_past_the_edges(row, column):
+    """Loads there give zeros, and stores are dropped."""
+    x, y = randn(20, 24, dtype=bf16), torch.full((20, 24), 7.0, dtype=bf16)
+    move_tile[(1,)](*(TensorDescriptor.from_tensor(t, [8, 8]) for t in (x, y)), row, column)
+    expected = torch.full_like(y, 7.0)
+    tile = slice(max(row, 0), max(row + 8, 0)), slice(max(column, 0), max(column + 8, 0))
+    expected[tile] = x[tile]
+    same(y, expected)
+    y = torch.empty(8, 8, dtype=bf16)
+    shifted_tile[(1,)](TensorDescriptor.from_tensor(x, [8, 8]), y, row, N=8)
+    padded = torch.nn.functional.pad(x, (0, 0, 8, 28))
+    same(y, padded[row + 8 : row + 16, :8])
 
 
 # Memory: broken kernels are caught
@@ -311,44 +286,6 @@ def test_int32_offsets_that_overflow():
         copy_row[(1,)](x, y, 2, stride, WIDE=False, N=16)
 
 
-@triton.jit
-def copy_block(x, y, row, column, stride, N: tl.constexpr):
-    tile = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
-    u = tl.load(x + (row + tile[0]) * stride + column + tile[1])
-    tl.store(y + tile[0] * N + tile[1], u)
-
-
-@pytest.mark.parametrize(
-    "view,row,column",
-    [
-        (lambda x: x[1], 5, 0),  # past the last row, where x[2] begins
-        (lambda x: x[1, :, 8:16], 0, 5),  # past a column slice, between its rows
-        (lambda x: x.view(24, 40)[::2, ::2], 0, 0),  # the column step is forgotten
-    ],
-)
-def test_reading_past_a_view(view, row, column):
-    """Inside its storage, but not of the tensor that was passed."""
-    x, y = view(randn(3, 8, 40)), torch.empty(4, 4)
-    with pytest.raises(MemoryFault, match=r"load outside .* of x"):
-        copy_block[(1,)](x, y, row, column, x.stride(-2), N=4)
-
-
-def test_reading_from_one_tensor_into_another():
-    x, y = torch.zeros(16), torch.zeros(16)
-    distance = (y.data_ptr() - x.data_ptr()) // 4
-    copy_row[(1,)](x, y, 0, 0, WIDE=True, N=16)
-    with pytest.raises(MemoryFault, match=r"load outside .* of x"):
-        copy_row[(1,)](x, y, 1, distance, WIDE=True, N=16)
-
-
-def test_descriptor_larger_than_its_tensor():
-    y = torch.empty(8, 8)
-    wide = TensorDescriptor(randn(64, 8)[:20], [24, 8], [8, 1], [8, 8])
-    shifted_tile[(1,)](wide, y, 12, N=8)
-    with pytest.raises(MemoryFault, match="load outside"):
-        shifted_tile[(1,)](wide, y, 16, N=8)
-
-
 # Memory: correct kernels are not accused
 
 
@@ -385,19 +322,6 @@ def test_empty_tensors_and_empty_grids():
     for empty in (x, torch.empty(8)[:0], torch.empty(8).as_strided((4, 0), (1, 1))):
         with pytest.raises(MemoryFault, match="load outside"):
             copy[(1,)](empty, y, 0, LOAD=False, STORE=True, STEP=8, N=8)
-
-
-@triton.jit
-def mean_of_halves(x, y, half, N: tl.constexpr):
-    at = tl.arange(0, N)
-    tl.store(y + at, (tl.load(x + at) + tl.load(x + half + at)) / 2)
-
-
-def test_views_passed_together_may_be_reached_from_each_other():
-    packed = randn(16)
-    mean_of_halves[(1,)](packed[:8], packed[8:], 8, N=8)
-    with pytest.raises(MemoryFault, match="load outside"):
-        mean_of_halves[(1,)](packed[:8], torch.empty(8), 8, N=8)
 
 
 def test_every_element_of_odd_views_is_allowed_and_nothing_else():

@@ -105,8 +105,7 @@ def test_operations_run_on_the_device_of_their_first_tensor(monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
     x, y = torch.zeros(1), torch.ones(1)
-    assert launch.on_its_device(lambda a, b: b)(x, y) is y
-    assert entered == [x]
+    assert launch.on_its_device(lambda a, b: b)(x, y) is y and entered == [x]
 
 
 def test_one_rank_speaks_for_all(monkeypatch, capsys):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from kernel_checks import OPS, check, far_apart, interpreted
 from test_attention import (
+    FAR,
     check_decoding,
     check_others_untouched,
-    check_ragged_decoding,
-    far_tokens,
     run_far,
 )
 from test_linear_cross_entropy import check_kernel_alone, launch_far, rows_of_logits
@@ -61,17 +60,17 @@ def attend_with_nan_in_others(chip):
 
 
 def attend_far(chip):
-    list(run_far(chip, far_apart, (3, 3, 3)))
-    list(run_far(chip, far_tokens, (1, 129, 129)))
+    for far in FAR.values():
+        list(run_far(chip, *far))
 
 
 def decode(chip):
     for keys in (70, 129, 300):
-        check_decoding(chip, bf16, keys, 4, 2, 64)
+        check_decoding(chip, bf16, [keys - 1] * 2, 4, 2, 64, ragged=False)
 
 
 def decode_ragged(chip):
-    check_ragged_decoding(chip, bf16, [40, 299, 131], 4, 2, 64)
+    check_decoding(chip, bf16, [40, 299, 131], 4, 2, 64)
 
 
 # The faults: (file, check, [(how it shows, what is replaced, by what), ...])
@@ -79,7 +78,6 @@ def decode_ragged(chip):
 MUTANTS = [
     ("rms_norm", compare("rms_norm", 70, 100), [
         (FAULT, "(column < columns)\n    x = ", "(column >= 0)\n    x = "),
-        (FAULT, "(row < rows) & (column < columns)\n        x", "(column < columns)\n        x"),
         (FAULT, "partial_ptr + program * columns", "partial_ptr"),
         (WRONG, "tl.sum(g * n,", "tl.sum(g,"),
     ]),
@@ -89,9 +87,7 @@ MUTANTS = [
     ]),
     ("rope", compare("rope", 1, 3, 5, 3, 12), [
         (FAULT, " & (kv_head < kv_heads)", ""),
-        (FAULT, "[:, None] & (column < half)", "[:, None] & (column >= 0)"),
         (WRONG, "if INVERSE:", "if False:"),
-        (WRONG, "kv_head * k_head", "kv_head * 0 * k_head"),
     ]),
     ("rope", check_unknown_positions, [
         (FAULT, "(position >= 0) & (position < length)", "position >= 0"),
@@ -99,15 +95,11 @@ MUTANTS = [
     ("rope", run_rope_far_by("tokens"), [
         (FAULT, "tl.program_id(0).to(tl.int64) * TOKENS", "tl.program_id(0) * TOKENS"),
     ]),
-    ("rope", run_rope_far_by("samples"), [
-        (FAULT, "tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
-    ]),
     ("rope", run_rope_far_by("heads"), [
         (FAULT, "[None, :, None].to(tl.int64)", "[None, :, None]"),
     ]),
     ("swiglu", compare("swiglu", 3, 100), [
         (FAULT, "inside = column < columns", "inside = column >= 0"),
-        (FAULT, "rows * triton.cdiv", "(rows + 1) * triton.cdiv"),
         (WRONG, "(1 + gate * (1 - sigmoid))", "(1 + gate)"),
     ]),
     ("swiglu", run_far_apart("swiglu"), [
@@ -117,7 +109,6 @@ MUTANTS = [
         (FAULT, "column < columns).to", "column >= 0).to"),
         (FAULT, "(target >= 0) & (target < columns)", "target < columns"),
         (WRONG, "total * tl.exp(before - largest)", "total"),
-        (WRONG, "target == IGNORE", "target == 211"),
         (WRONG, "tl.where(column == hot, 1.0, 0.0)", "0.0"),
     ]),
     ("linear_cross_entropy", launch_far, [
@@ -125,12 +116,9 @@ MUTANTS = [
     ]),
     ("int4_linear", compare("int4_linear", 3, 3, 1152), [
         (FAULT, "tl.minimum(n, N - 1)", "n"),
-        (FAULT, "tl.minimum(first + split, groups - 1)", "first + split"),
         (WRONG, ", mask=inside[:, None], other=0.0", ""),  # the last group again
         (FAULT, "mask=present, other=0.0", ""),
-        (FAULT, "& (n < N)[:, None]", ""),
         (WRONG, "& 15) - 8", "& 15) - 7"),
-        (WRONG, "t * QUARTER, mask", "(3 - t) * QUARTER, mask"),
         (WRONG, "tl.sum(acc, 0) * 64", "tl.max(acc, 0) * 64"),  # the share of one warp
     ]),
     ("int4_linear", run_far_apart("int4_linear"), [
@@ -138,18 +126,14 @@ MUTANTS = [
     ]),
     ("attention_forward", attend, [
         (WRONG, "m[:, None] >= (n + BLOCK_M - BLOCK_N)[", "m[:, None] >= (0 * n)["),
-        (WRONG, "m[:, None] >= (n + BLOCK_M - block * BLOCK_N)[", "m[:, None] >= (0 * n)["),
         (WRONG, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
         (WRONG, "tl.load(starts + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "acc * shrink[:, None], new_max", "acc, new_max"),
-        (WRONG, "tl.maximum(row_max, tl.max(scores, 1))", "tl.max(scores, 1)"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
         (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
         (FAULT, "mask=inside[:, None])\n", "mask=inside[:, None] | True)\n"),
         (WRONG, "mask = last & (queries", "mask = (tail < 0) & (queries"),  # lse not padded
-        (FAULT, "mask = last & (queries", "mask = (queries"),  # padded by every program
-        (WRONG, "(queries // PADDING + 2) * PADDING", "queries"),
     ]),
     ("attention_forward", attend_with_nan_in_others, [
         (WRONG, "lowest = tl.load(starts + first_m)", "lowest = first_m * 0"),
@@ -160,13 +144,9 @@ MUTANTS = [
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
         (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
-        (FAULT, "dq.to(dq_table.dtype.element_ty), mask=inside[:, None]",
-         "dq.to(dq_table.dtype.element_ty)"),
         (WRONG, "last & (tail >= 0)", "last & (tail < 0)"),  # delta not padded
-        (WRONG, "(row + offset)[None, :] >= key[:, None]", "key[:, None] >= 0"),
         (WRONG, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"),
         (WRONG, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
-        (WRONG, "tl.range(0, end - diagonal", "tl.range(BLOCK_M, end - diagonal"),
         (FAULT, "dv.to(dv_table.dtype.element_ty), mask=inside[:, None]",
          "dv.to(dv_table.dtype.element_ty)"),
     ]),
@@ -179,15 +159,12 @@ MUTANTS = [
         (WRONG, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"),
         (FAULT, "seen = start + n < count", "seen = start + n < count + 64"),
         (WRONG, "acc * shrink[:, None]", "acc"),
-        (WRONG, "tl.range(0, count,", "tl.range(0, count - BLOCK_N,"),
         (FAULT, "inside = member < GROUP", "inside = member >= 0"),
         (WRONG, "rows * weight[:, None]", "rows"),
-        (FAULT, "inside = split < splits", "inside = split >= 0"),
     ]),
     ("attention_decode", decode_ragged, [
         (FAULT, "tl.load(positions + batch) + 1", "tl.load(positions + batch) * 0 + 2000"),
         (WRONG, "tl.load(positions + batch) + 1", "tl.load(positions + batch)"),
-        (WRONG, "tl.load(positions + batch)", "tl.load(positions)"),
         (WRONG, "tl.where(row_sum > 0, row_sum, 1)[:, None]", "row_sum[:, None]"),
     ]),
 ]  # fmt: skip
@@ -198,7 +175,6 @@ WITH_POINTERS = [
         (FAULT, "row.to(tl.int64) * stride", "row * stride"),
     ]),
     ("attention_forward", attend, [
-        (FAULT, "(row + r >= 0) & (row + r < rows)", "row + r >= 0"),
         (FAULT, "(row + r >= 0) & (row + r < rows)", "row + r < rows"),
     ]),
     ("attention_decode", attend_far, [
