@@ -14,7 +14,6 @@ foreign checkpoint cannot run code.
     python -m checkpoint export out/pretrain --out DIR --dtype bfloat16      for transformers, vLLM
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -499,14 +498,15 @@ def _check_resumable(existing: Path, config: Config, run: Path, mixture: str) ->
 
 
 def main(argv: list[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m checkpoint", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="write a run or checkpoint in Hugging Face's layout")
     out.add_argument("run", help="a run, whose newest checkpoint is taken, or a checkpoint")
     out.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     dtypes = ("bfloat16", "float32")
-    out.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    out.add_argument(
+        "--dtype", choices=dtypes, default="bfloat16", help="of the weights; default: bfloat16"
+    )
     out.add_argument("--tokenizer", default="", help="its file or folder; default: the run's own")
     look = commands.add_parser("inspect", help="print what a run or checkpoint holds, verify it")
     look.add_argument("run", help="a run, whose newest checkpoint is taken, or a checkpoint")

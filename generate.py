@@ -304,8 +304,7 @@ def _to_host(ids: Tensor, logprobs: Tensor) -> Callable[[], list[list[float]]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawTextHelpFormatter
-    parser = Parser(prog="generate.py", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="generate.py", description=__doc__)
     add = parser.add_argument
     add("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
     add("--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own")
@@ -315,11 +314,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prompt_file", action="append", help=file)
     add("--interactive", action="store_true", help="prompts from the terminal; Ctrl-D quits")
     add = parser.add_argument_group("how tokens are drawn").add_argument
-    add("--max_new_tokens", type=int, default=200, help="of each prompt; default: 200")
+    add("--max_new_tokens", type=int, default=200, help="tokens to generate; default: 200")
     add("--temperature", type=float, default=1.0, help="0: the likeliest token; default: 1")
     add("--top_k", type=int, default=0, help="draw from so many likeliest tokens; 0, default: all")
     add("--top_p", type=float, default=1.0, help="of those the fewest that reach it; default: 1")
-    add("--seed", type=int, default=42, help="of the draws; default: 42")
+    add("--seed", type=int, default=42, help="seed of the draws; default: 42")
     add = parser.add_argument_group("output").add_argument
     add("--no_echo", action="store_true", help="without the prompt before the text")
     add(
@@ -329,7 +328,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cuda, cuda:1, cpu; default: a GPU if there is one")
     dtypes = ("float32", "bfloat16")
-    add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=dtypes, help="of compute; default: bfloat16 on a GPU, else float32")
     add("--quantize", choices=("int4",), help="matrices in 4 bits")
     add("--save_quantized", metavar="DIR", help="matrices in 4 bits, written to a new folder")
     add("--batch_size", type=int, default=16, help="prompts per batch; default: 16")

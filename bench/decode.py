@@ -121,14 +121,15 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
     copied = copy_speed(device)
     results = machine(device) | {"copy_gb_per_second": copied, "dtype": str(dtype)}
     results |= {"config": vars(config), "prompt": args.prompt, "new": args.new}
-    results |= {"rows": [], "failures": {}}
+    results |= {"stopped": None, "rows": [], "failures": {}}
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     kv *= dtype.itemsize * (args.prompt + args.new / 2)  # bytes a row, on average
     names = [name for name in IMPLEMENTATIONS if device == "cuda" or name not in ON_A_GPU]
     write_json(results, args.out / "decode.json")
-    for name in (bar := tqdm(names)):
+    for name in (bar := tqdm(names, desc="decode")):
         bar.set_description(name)
         if time.monotonic() >= deadline:
+            results["stopped"] = f"after {args.minutes:g} minutes, before {name}"
             break
         try:
             generate, weights = IMPLEMENTATIONS[name](config, device, dtype)
@@ -185,13 +186,11 @@ def table(results: dict) -> str:
         line += f"{row['ms_per_step']:10.2f} {row['floor_ms']:9.3f} {row['of_floor']:9.0%}"
         lines.append(line + (f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""))
     lines += [f"{name:22} {failure}" for name, failure in results["failures"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"stopped {results['stopped']}"] * bool(results["stopped"]))
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="bench.decode", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.decode", description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="prompts at a time")
     parser.add_argument("--prompt", type=int, default=1920, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=128, help="tokens timed")

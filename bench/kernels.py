@@ -13,7 +13,6 @@ Writes DIR/kernels.json, and with matplotlib DIR/kernels.png. Exit code 1 where 
 or was wrong.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -210,7 +209,7 @@ def run(
     results = machine(device) | {"sizes": vars(sizes), "ceilings": limits}
     results |= {"stopped": None, "rows": []}
     checks: dict[str, dict[str, dict]] = {}
-    for name, count, mode, baseline in (bar := tqdm(plan, unit="row")):
+    for name, count, mode, baseline in (bar := tqdm(plan, desc="kernels", unit="row")):
         bar.set_description(f"{name} {mode} {count:,} {baseline}", refresh=False)
         if time.monotonic() >= deadline:
             results["stopped"] = f"after {minutes:g} minutes"
@@ -293,9 +292,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="bench.kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens to measure at")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the results")

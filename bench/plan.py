@@ -8,7 +8,6 @@ Memory is the sum of the tensors that are alive at the peak of a step. They are 
 tests/bench/test_plan.py compares their sum with what torch's allocator counts for small models.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import NamedTuple
@@ -279,9 +278,7 @@ def show(job: Job, card: str, mfu: float) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="bench.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
     parser.add_argument("--card", choices=GPUS, default="h100", help="what kind they are")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its FLOP/s to reach")

@@ -8,7 +8,6 @@ for each kernel that misses a requirement of the table below. A kernel that pass
 or fast; one that spills, or has lost its tensor cores or its wide loads, is slow on any shape.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -223,9 +222,7 @@ def table(chip: int, rows: Sequence[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="bench.static", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.static", description=__doc__)
     parser.add_argument("op", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument(
         "--chip", nargs="+", type=int, default=list(CHIPS), choices=list(CHIPS),
@@ -238,7 +235,9 @@ def main(argv: list[str]) -> int:
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
     rows, failures = [], []
-    for chip, op in tqdm([(chip, op) for chip in args.chip for op in args.op or CASES], unit="op"):
+    for chip, op in tqdm(
+        [(chip, op) for chip in args.chip for op in args.op or CASES], desc="compile", unit="op"
+    ):
         of_op, failures_of_op = compile_op(op, chip)
         rows, failures = rows + of_op, failures + failures_of_op
     for chip in args.chip:

@@ -19,7 +19,6 @@ a ratio is the median over the rounds. MFU counts 6 N + 6 L D S FLOPs a token ag
 nominal peak. Writes DIR/step.json. Exit code 1 where ours failed or was wrong.
 """
 
-import argparse
 import gc
 import os
 import statistics
@@ -292,7 +291,7 @@ def run(
     results = machine(device.type) | {"config": asdict(config), "peak_flops": peak}
     results |= {"stopped": None, "rows": [], "failures": {}}
     turns = [(r, name) for r in range(rounds) for name in (names if r % 2 == 0 else names[::-1])]
-    for number, name in (bar := tqdm(turns, unit="measurement")):
+    for number, name in (bar := tqdm(turns, desc="step", unit="measurement")):
         bar.set_description(f"{name}, round {number + 1}")
         if time.monotonic() >= deadline:
             results["stopped"] = f"after {minutes:g} minutes"
@@ -353,14 +352,12 @@ def read_config(options: list[str], toy: bool, *more: str) -> Config:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.step", description=__doc__)
     parser.add_argument(
         "--baselines", nargs="+", choices=list(IMPLEMENTATIONS),
         help="what runs beside ours; default: all on a GPU, transformers on a CPU",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, help="default: 2 on a GPU, 5 on a CPU")
+    parser.add_argument("--rounds", type=int, help="turns of each; default: 2 on a GPU, 5 on a CPU")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing more after these")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of step.json")
     parser.add_argument("--toy", action="store_true", help="toy size on a CPU")
@@ -370,6 +367,8 @@ def main(argv: list[str]) -> int:
     cuda = torch.cuda.is_available() and not args.toy
     wanted = args.baselines or (list(IMPLEMENTATIONS) if cuda else ["transformers"])
     names = [name for name in IMPLEMENTATIONS if name == OURS or name in wanted]
+    if any("activation_checkpointing" in option for option in options):
+        raise ConfigError("bench.step chooses the least activation checkpointing that fits")
     config = read_config(options, args.toy)
     samples = max(config.micro_batch_size, 32_768 // config.seq_len if cuda else 1)
     config = read_config(options, args.toy, f"--global_batch_size={samples}")

@@ -9,13 +9,12 @@ data.prepare reads it as text. All take turns, and the best of the repeats count
 of UTF-8.
 
 tokenizer: encoding on one core, beside the `tokenizers` library.
-prepare: a .jsonl made token streams on disk, beside load_dataset("json").map(batched=True) with
+prepare: writing token streams from a .jsonl, beside load_dataset("json").map(batched=True) with
 encode_batch_fast and save_to_disk, with as many processes.
 
 Exit code 1 where the numbers of tokens differ.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -44,7 +43,7 @@ def documents(files: list, megabytes: float) -> Iterator[str]:
                 left -= len(text.encode())
 
 
-def of_encoders(path: Path, texts: list[str]) -> dict[str, Callable[[], int]]:
+def encoders(path: Path, texts: list[str]) -> dict[str, Callable[[], int]]:
     """Functions that encode all texts and return the number of tokens; ours first."""
     ours, theirs = load(path), library(path)
     return {
@@ -55,7 +54,7 @@ def of_encoders(path: Path, texts: list[str]) -> dict[str, Callable[[], int]]:
     }
 
 
-def of_preparation(
+def preparations(
     path: Path, texts: list[str], folder: Path, processes: int
 ) -> dict[str, Callable[[], int]]:
     """Functions that write all texts as tokens into `folder` and return the number of tokens."""
@@ -111,9 +110,7 @@ def compare(functions: dict[str, Callable[[], int]], megabytes: float, repeats: 
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="bench.text", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.text", description=__doc__)
     parser.add_argument("command", choices=("tokenizer", "prepare"), help="what is measured")
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json, or the folder it is in")
     parser.add_argument("files", nargs="+", help="text, as data.prepare reads it")
@@ -131,10 +128,10 @@ def main(argv: list[str]) -> int:
     print(f"{size:.1f} MB in {len(texts):,} documents; {cores}")
     try:
         if args.command == "tokenizer":
-            return compare(of_encoders(args.tokenizer, texts), size, args.repeats)
+            return compare(encoders(args.tokenizer, texts), size, args.repeats)
         with tempfile.TemporaryDirectory(prefix="bench-text-") as folder:
-            of = of_preparation(args.tokenizer, texts, Path(folder), args.processes)
-            return compare(of, size, args.repeats)
+            found = preparations(args.tokenizer, texts, Path(folder), args.processes)
+            return compare(found, size, args.repeats)
     except ImportError as error:
         raise ConfigError(f"pip install tokenizers datasets, to compare with ({error})") from None
 

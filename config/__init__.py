@@ -113,11 +113,7 @@ def load(args: Sequence[str]) -> Config:
     Raises ConfigError for an unknown name (it suggests the nearest one), a value of another type,
     a value out of range, or a file that is missing or holds anything but `name = literal`.
     """
-    parser = Parser(
-        usage="train.py [CONFIG.py] [--option value ...]",
-        description=_documentation(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(usage="train.py [CONFIG.py] [--option value ...]", description=_documentation())
     parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
     for name, option in OPTIONS.items():
         hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

@@ -77,7 +77,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
+        layout = argparse.RawDescriptionHelpFormatter  # keeps the lines of a docstring
+        super().__init__(**{"allow_abbrev": False, "formatter_class": layout} | options)
         for kind in (int, float):
             self.register("type", kind, from_text(kind))
 

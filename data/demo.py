@@ -22,7 +22,6 @@ In `templates.json`, `[is|are]` is the verb for a singular and for a plural coun
 a list means the same in every language, which is how translated pairs are made.
 """
 
-import argparse
 import ast
 import csv
 import json
@@ -449,9 +448,7 @@ def prepare(out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="data.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m data.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo_data"), help="folder to write")
     prepare(parser.parse_args(argv).out)
 

@@ -15,7 +15,6 @@ overlap, to the end of the tokens), the ids against a vocabulary, and both files
 checksums that data.prepare wrote beside them. Memory: 30 bytes for each document of a stream.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -151,13 +150,16 @@ def draw_shares(sources: list[Source], path: Path, title: str) -> None:
     for axes, column in zip(figure.subplots(1, 2), ("language", "category")):
         found = shares(sources, column)
         places = np.arange(len(found))
-        kinds = (("of the tokens there are", BEFORE), ("of the tokens trained on", AFTER))
+        kinds = (
+            ("share of the available tokens", BEFORE),
+            ("share of the tokens trained on", AFTER),
+        )
         for k, (label, color) in enumerate(kinds):
             percent = [100 * both[k] for both in found.values() if both[k] is not None]
             if not percent:  # the size of a source is unknown
                 continue
             bars = axes.barh(places + 0.4 * k - 0.2, percent, 0.38, color=color, label=label)
-            axes.bar_label(bars, fmt="%.1f", padding=2)
+            axes.bar_label(bars, fmt=lambda x: "<0.1" if 0 < x < 0.05 else f"{x:.1f}", padding=2)
         axes.set_yticks(places, list(found))
         axes.invert_yaxis()  # the largest at the top
         axes.set_title(f"by {column}, in percent")
@@ -255,16 +257,14 @@ def verify_all(rows: list[dict], vocab_size: int) -> int:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="data.inspect", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m data.inspect", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("shares", help="shares, and tokens and epochs of each source")
     show.add_argument("--png", type=Path, help="file for bar charts of the shares")
-    show.add_argument("--samples", type=int, default=0, help="of the whole run")
+    show.add_argument("--samples", type=int, default=0, help="number of samples of the run")
     sample = commands.add_parser("sample", help="the text of a sample, and where it comes from")
-    sample.add_argument("--number", type=int, required=True, help="of the sample, from 0")
-    sample.add_argument("--seed", type=int, default=42, help="of the data order")
+    sample.add_argument("--number", type=int, required=True, help="number of the sample, from 0")
+    sample.add_argument("--seed", type=int, default=42, help="seed of the data order")
     check = commands.add_parser("verify", help="index, ids and checksums of every stream")
     count = commands.add_parser("count", help="documents and tokens of every stream")
     for command in (show, sample, check, count):

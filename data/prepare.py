@@ -872,9 +872,7 @@ def _vocabulary(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="data.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="python -m data.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     tokens = commands.add_parser("tokens", help="text files to token streams")
     train = commands.add_parser("vocabulary", help="text files to a vocabulary")
@@ -896,7 +894,7 @@ def main(argv: list[str]) -> None:
     add = train.add_argument
     add("--out", type=Path, required=True, help="ranks file to write")
     add("--vocab_size", type=int, default=65_024, help="special tokens included (65,024)")
-    add("--shares", nargs="+", type=float, help="of the bytes, one number for each of the inputs")
+    add("--shares", nargs="+", type=float, help="share of the bytes for each of the inputs")
     args = parser.parse_args(argv)
     (_vocabulary if args.command == "vocabulary" else _tokens)(args)
 

@@ -8,7 +8,6 @@ country is asked twice, with one solved example before it: in a form its trainin
 way ("transferred"). An answer counts if greedy decoding gives it token for token.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -63,8 +62,7 @@ def first_lines(model: Lucie, tokenizer: Tokenizer, prompts: list[str]) -> list[
 
 
 def main(argv: list[str]) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.capitals", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m eval.capitals", description=__doc__)
     parser.add_argument("runs", nargs="+", help="runs or checkpoints; the last one is examined")
     bar = "exit with 1 if a smaller share is recalled in one of the languages"
     parser.add_argument("--at_least", type=float, metavar="SHARE", help=bar)

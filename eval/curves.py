@@ -11,7 +11,6 @@ evaluation.csv, needle/ and samples.jsonl. --behind draws other results in grey,
 models as dashed lines. The page holds everything it shows and runs no script.
 """
 
-import argparse
 import base64
 import csv
 import gzip
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#2563eb", "#0d9668", "#d9480f", "#7c3aed", "#a16207")  # of phases, in order
 BEHIND = "#9aa1ab"
+OTHERS = ("#06b6d4", "#ec4899", "#57534e", "#84a80b", "#c8a000", "#b39ddb")  # of other models
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.35,
     "axes.titlesize": "medium", "axes.titleweight": "bold", "legend.frameon": False,
@@ -298,11 +298,11 @@ def draw_scores(
 
     x: tokens, or the share of the first phase's tokens, of ours and of those behind.
     """
-    from matplotlib import colormaps, rc_context
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(score.model for score in baselines))
-    order = list(dict.fromkeys(score.model for score in [*scores, *behind]))
+    orders = [list(dict.fromkeys(score.model for score in side)) for side in (behind, scores)]
     across = min(4, len(tests))
     down = -(-len(tests) // across)
     with rc_context(STYLE | {"axes.titlesize": "small"}):
@@ -315,10 +315,16 @@ def draw_scores(
         for panel, test in zip(panels, tests):
             for number, model in enumerate(models):
                 for _, score, _ in points_of(baselines, test).get(model, ()):
-                    style = {"color": colormaps["Dark2"](number % 8), "ls": "--", "lw": 1}
+                    style = {"color": OTHERS[number % len(OTHERS)], "ls": "--", "lw": 1}
                     panel.axhline(score, label=model, **style)
-            draw_phases(panel, points_of(behind, test), x, order, ours=False)
-            draw_phases(panel, points_of(scores, test), x, order, ours=True)
+            sides = [(points_of(side, test), side is scores) for side in (behind, scores)]
+            ends = [next(iter(phases.values()))[:, 0].max() for phases, _ in sides if phases]
+            scale, unit = (0.01, "% of the first phase's") if x == "share" else scale_of(max(ends))
+            right = 100 if x == "share" else max(ends) / scale  # where the strips begin
+            for phases, ours in sides:
+                draw_phases(panel, phases, orders[ours], scale, right, x, ours)
+            panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= right])
+            panel.set_xlabel(f"{unit} tokens".strip(), size=7)
             panel.tick_params(labelsize=7)
             name, shots, kind = test
             panel.set_title(name.replace("_", " "), loc="left")
@@ -331,26 +337,27 @@ def draw_scores(
 
 
 def draw_phases(
-    panel: "Axes", phases: dict[str, np.ndarray], x: str, order: list[str], ours: bool
+    panel: "Axes",
+    phases: dict[str, np.ndarray],
+    order: list[str],
+    scale: float,
+    right: float,
+    x: str,
+    ours: bool,
 ) -> None:
-    """Draw one line per phase. order: of all phases, of which a test may lack some."""
-    if not phases:
-        return
-    end = next(iter(phases.values()))[:, 0].max() or 1  # 0 where tokens are not known
-    scale, unit = (end / 100, "% of the first phase's") if x == "share" else scale_of(end)
+    """Draw a line per phase. order: all phases of this side, of which a test may lack some."""
     for place, (model, points) in enumerate(phases.items()):
-        number = order.index(model)
         tokens, score, error = points.T
+        number = order.index(model)
         if place:
-            tokens = end * np.linspace(0, 0.06, len(tokens)) + end * (0.97 + 0.09 * number)
+            xs = right * (np.linspace(0, 0.06, len(tokens)) + 0.97 + 0.09 * number)
+        else:  # tokens are 0 where they are not known
+            xs = tokens / ((tokens.max() or 1) if x == "share" else 1) / scale
         ink = COLOURS[number % len(COLOURS)] if ours else BEHIND
         label = re.sub(r"^\d_", "", model) if ours else "behind"
         style = {"color": ink, "marker": "o", "ms": 2.5, "lw": 1.5, "zorder": 2 + 2 * ours}
-        panel.plot(tokens / scale, score, label=label, **style)
-        shade = {"color": ink, "alpha": 0.15, "lw": 0}
-        panel.fill_between(tokens / scale, score - error, score + error, **shade)
-    panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= end / scale])
-    panel.set_xlabel(f"{unit} tokens".strip(), size=7)
+        panel.plot(xs, score, label=label, **style)
+        panel.fill_between(xs, score - error, score + error, color=ink, alpha=0.15, lw=0)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -423,8 +430,7 @@ def page(found: Results, losses: "Figure", scores: "Figure | None") -> str:
 
 
 def main(argv: list[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m eval.curves", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="python -m eval.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="runs, CSVs or needle folders, in order")
     many = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
     parser.add_argument("--behind", help="results to draw in grey", **many)
@@ -435,6 +441,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--smooth", type=int, default=1, metavar="ROWS", help=mean)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw loss and learning rate here")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="draw benchmark scores here")
+    one = "draw these tests only, by the names of their datasets"
+    parser.add_argument("--tests", nargs="+", metavar="NAME", default=[], help=one)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with everything")
     args = parser.parse_args(argv)
     if args.smooth < 1 or args.smooth % 2 == 0:
@@ -452,7 +460,9 @@ def main(argv: list[str]) -> None:
         if args.png or args.html:
             losses = draw(found.curves, behind.curves, args.x, args.smooth)
         if found.scores and (args.scores or args.html):
-            tests = tests_of(found.scores)
+            tests = [t for t in tests_of(found.scores) if not args.tests or t[0] in args.tests]
+            if not tests:
+                raise DataError(f"no scores of {', '.join(args.tests)}")
             scores = draw_scores(found.scores, tests, behind.scores, baselines, args.x)
         if args.png:
             losses.savefig(args.png)

@@ -405,7 +405,7 @@ def evaluate_source(
             if isinstance(error, torch.OutOfMemoryError):
                 reason = f"out of memory, try --batch_tokens {args.batch_tokens // 2}"
             if rank() == 0:
-                print(f"eval.harness: {name}: {task.name}: {reason}", file=sys.stderr, flush=True)
+                print(f"harness.py: {name}: {task.name}: {reason}", file=sys.stderr, flush=True)
     return fine
 
 
@@ -414,15 +414,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tasks", default="", help="names, separated by commas")
     parser.add_argument("--limit", type=int, help="only this many questions of each task")
     parser.add_argument(
-        "--batch_tokens", type=int, default=16_384, help="of one forward pass; default: %(default)s"
+        "--batch_tokens",
+        type=int,
+        default=16_384,
+        help="tokens in one forward pass; default: %(default)s",
     )
     parser.add_argument("--include_path", metavar="DIR", help="folder of your own YAML tasks")
     parser.add_argument("--samples", action="store_true", help="complete five prompts as well")
     every = "evaluate every checkpoint of a run, the oldest first"
     parser.add_argument("--all_checkpoints", action="store_true", help=every)
-    follow = "with --all_checkpoints: wait for more, until the run's last step"
+    follow = "the same, and wait for more until the run's last step"
     parser.add_argument("--follow", action="store_true", help=follow)
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default: RUN/evaluation.csv")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.csv", help="table of scores; default: RUN/evaluation.csv"
+    )
     args = parser.parse_args(argv)
     for name in ("limit", "batch_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -440,7 +445,7 @@ def main(argv: list[str]) -> int:
     if "RANK" in os.environ and not dist.is_initialized():
         start_processes(torch.device(args.device))
     source, run = newest_of(args.model)
-    every, fine = args.all_checkpoints, True
+    every, fine = args.all_checkpoints or args.follow, True
     run = Path(args.model) if every else run
     for path in checkpoints(run, args.follow) if every else [source]:
         try:
@@ -449,7 +454,7 @@ def main(argv: list[str]) -> int:
             if not every or gather(Path(path).is_dir())[0]:
                 raise
             if rank() == 0:
-                print(f"eval.harness: {path} was removed before it was evaluated", file=sys.stderr)
+                print(f"harness.py: {path} was removed before it was evaluated", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0 if fine else 2

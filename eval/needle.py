@@ -278,14 +278,26 @@ def main(argv: list[str]) -> None:
         "--haystack", nargs="+", required=True, metavar="FILES", help="files, folders or globs"
     )
     names = ("MIN", "MAX", "STEPS")
-    parser.add_argument("--lengths", nargs=3, type=int, metavar=names, help="default: see above")
+    parser.add_argument(
+        "--lengths",
+        nargs=3,
+        type=int,
+        metavar=names,
+        help="of the prompts, in tokens; default: see above",
+    )
     parser.add_argument("--depths", type=int, default=10, help="number of depths; default: 10")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="default: en")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="of fact and question; default: en"
+    )
     own = "facts of your own, a file like eval/needles.json"
     parser.add_argument("--needles", type=Path, default=NEEDLES, metavar="FILE", help=own)
     scorings = ("generate", "likelihood")
-    parser.add_argument("--scoring", choices=scorings, default="generate", help="default: generate")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/needle/CHECKPOINT")
+    parser.add_argument(
+        "--scoring", choices=scorings, default="generate", help="see above; default: generate"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for CSV and map; default: RUN/needle/CHECKPOINT"
+    )
     args = parser.parse_args(argv)
     low, high, steps = args.lengths or (1, 1, 1)
     if not (1 <= low <= high and steps >= 1 and args.depths >= 1):

@@ -1,6 +1,6 @@
 """How well a model predicts texts: bits per byte, perplexity, and the loss by position.
 
-    python -m eval.perplexity out/extension --texts fr=fr.jsonl.gz en=en.jsonl.gz --csv bpb.csv
+    python -m eval.perplexity out/extension --texts fr=fr.jsonl.gz en=en.jsonl.gz --out bpb.csv
     python -m eval.perplexity out/extension --texts books=books/ --window 4096 --min_tokens 32000
 
 Bits per byte compare models with different tokenizers; perplexity, e to the mean loss of a token,
@@ -55,17 +55,17 @@ HEAD_ROWS = 1024  # positions whose logits exist at one time: 266 MB of fp32 for
 
 def model_parser(prog: str, description: str | None) -> Parser:
     """The parser of a command whose first options say which model, and how it runs."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=prog, description=description, formatter_class=raw)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("model", help="run, checkpoint, hf:FOLDER_OR_NAME or 4-bit folder")
     parser.add_argument(
         "--tokenizer", help="ranks file, tokenizer.json or folder; default: the model's own"
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+        "--device", default="cuda" if cuda else "cpu", help="where it runs; default: %(default)s"
     )
+    dtype = "of weights and compute; default: bfloat16 on a GPU, else float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
     return parser
 
 
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--window", type=int, help="tokens read at once; default: the model's own")
     parser.add_argument("--stride", type=int, help="between two windows; default: half a window")
     parser.add_argument("--min_tokens", type=int, default=1, help="skip shorter documents")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here, too")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table here, too")
     args = parser.parse_args(argv)
     for name in ("window", "stride", "min_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -251,8 +251,8 @@ def main(argv: list[str]) -> None:
         rows += [(name, *values) for values in found]
     for row in (COLUMNS, *rows):
         print("".join(f"{value!s:>14}" for value in row))
-    if args.csv:
-        write_table(args.csv, COLUMNS, rows)
+    if args.out:
+        write_table(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import os
@@ -250,13 +251,14 @@ def test_what_was_saved_is_not_written_over_nor_read_into_another_architecture(t
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir"])
-def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])  # full, and become read-only
+def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call, number):
     model, optimizer = trained()
     folder = tmp_path / "checkpoints"
     checkpoint.save(folder / "step0000003", model, optimizer, STATE)
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     saver = checkpoint.Saver(folder)
     with monkeypatch.context() as patch:
@@ -265,7 +267,9 @@ def test_an_error_of_the_disk_keeps_the_one_before(tmp_path, monkeypatch, call):
         deadline = time.monotonic() + 30
         while not saver.failed():  # which training asks after every step
             assert time.monotonic() < deadline
-        with pytest.raises(CheckpointError, match=r"step0000004: not saved .*No space left"):
+        with pytest.raises(
+            CheckpointError, match=f"step0000004: not saved .*{os.strerror(number)}"
+        ):
             saver.wait()
     assert not saver.failed()
     assert os.listdir(folder) == ["step0000003"]

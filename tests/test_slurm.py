@@ -29,6 +29,11 @@ esac
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 
 
+def test_the_signal_goes_to_the_script_alone():
+    # Sent to torchrun as well, it would end the job before anything is saved.
+    assert "#SBATCH --signal=B:USR1@" in (ROOT / "slurm/pretrain.sbatch").read_text()
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A folder with the stand-ins; after a requeue its file `requeued` holds the arguments."""

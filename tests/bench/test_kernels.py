@@ -245,7 +245,7 @@ def test_the_ratio_is_to_the_fastest_baseline():
     assert line.split() == expected.split() and "liger: ValueError: no" in shown
 
 
-def test_bad_input_is_told(monkeypatch):
+def test_bad_input_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA GPU here: --toy"):
         bench.main([])

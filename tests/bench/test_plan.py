@@ -163,7 +163,7 @@ def on_two_ranks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RANKS)
-def test_of_two_ranks_too(on_two_ranks, case):
+def test_planned_peaks_of_two_ranks(on_two_ranks, case):
     config, measured = small(**RANKS[case]), on_two_ranks[case]
     state, total = planned(config, 2)
     assert total == pytest.approx(measured["peak"], rel=0.02)

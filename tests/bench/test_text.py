@@ -45,7 +45,7 @@ def test_other_tokens_are_exit_code_1(folder, capsys, monkeypatch):
     assert "the numbers of tokens differ" in capsys.readouterr().out
 
 
-def test_bad_input_is_told(folder):
+def test_bad_input_is_one_line(folder):
     (folder / "empty.txt").write_text("")
     with pytest.raises(DataError, match="hold no text"):
         bench.main(["tokenizer", str(folder), str(folder / "empty.txt")])

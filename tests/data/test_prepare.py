@@ -352,7 +352,7 @@ def test_a_value_that_cannot_be_part_of_a_name_is_an_error(tmp_path):
 
 
 @given(st.text(" \nab", min_size=2), st.floats(0.001, 0.5))
-def test_of_any_document_of_two_letters_a_part_is_held_out(text, share):
+def test_a_part_of_every_document_is_held_out(text, share):
     assume(len(text) - len(re.sub("[ab]", "", text)) >= 2)
     parts, end = prepare.split_tail(text, share), len(text) - len(text.rstrip())
     assert "".join(part for part, _ in parts) == text

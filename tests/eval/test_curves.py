@@ -169,6 +169,13 @@ def test_a_panel_for_each_benchmark(tmp_path):
     assert sorted(names) == ["Llama", "behind", "extension", "main"]
     shown = curves.draw_scores(scores, tests[:1], x="share").axes[0].get_lines()[0]
     assert list(shown.get_xdata()) == [50, 100]
+    # A small run over one of a thousand times its tokens: one axis, in the unit of the larger.
+    small = [s._replace(tokens=s.tokens / 1000, model=f"small {s.model}") for s in scores]
+    panel = curves.draw_scores(small, tests[:1], scores).axes[0]
+    assert panel.get_xlabel() == "billion tokens"
+    found = [list(line.get_xdata()) for line in panel.get_lines()]
+    assert found[0] == [1, 2] and found[2] == [0.001, 0.002]
+    assert found[1] == found[3]  # the strips of the second phases
 
 
 def test_runs_are_told_apart_and_tokens_may_be_unknown(runs):

@@ -293,9 +293,7 @@ def whole(model, tmp_path_factory):
     return run
 
 
-def test_follows_a_run_killed_and_restarted_none_left_out_none_twice(
-    whole, tmp_path, monkeypatch, capsys
-):
+def test_follow_evaluates_each_checkpoint_once_over_restarts(whole, tmp_path, monkeypatch, capsys):
     """Checkpoints come one by one; the process is killed in the second, before and after its table
     is written; the third is removed, as a rolling one, while it is evaluated."""
     run = tmp_path / whole.name
@@ -353,7 +351,7 @@ def test_tasks_that_fail_do_not_stop_the_others(folder, tmp_path, capsys):
     args = [f"hf:{folder}", *args, "--out", str(tmp_path / "e.csv")]
     assert harness.main(args) == 2
     out, err = capsys.readouterr()
-    assert "eval.harness: tiny: gone: " in err and "letters  " in out
+    assert "harness.py: tiny: gone: " in err and "letters  " in out
     assert {row["dataset"] for row in read_rows(tmp_path / "e.csv")} == {"letters"}
 
 

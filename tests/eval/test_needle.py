@@ -95,7 +95,7 @@ def test_prompts_of_lucie():
     check_random_prompts(lucie, haystack, read_needles("fr"), (200, 62_872), 20)
 
 
-def test_sentences_begin_where_they_do():
+def test_where_sentences_begin():
     text = "One. Two 3.5 times!  Three\n\nFour? \n Five"
     haystack = read_haystack([text], BYTES, 5)
     starts = [text[at:].split()[0] for at in haystack.borders]
@@ -118,7 +118,7 @@ def test_a_haystack_is_read_as_far_as_needed_or_repeated(capsys):
     assert "19 tokens of 50: it is repeated" in capsys.readouterr().err
 
 
-def test_needles_of_ones_own(tmp_path):
+def test_needles_of_a_file(tmp_path):
     file = tmp_path / "needles.json"
     form = {"fact": "{place}: {answer}.", "question": "{place}?", "needles": {"Oslo": "7"}}
     file.write_text(json.dumps({"fr": form}), encoding="utf-8-sig")  # as some editors do

@@ -109,7 +109,7 @@ def run(folder, *more):
 def test_the_command_prints_and_writes_a_table(folder, model, capsys):
     """Its default window is the model's own length, its stride a half of that."""
     texts = [f"fr={folder}/fr.jsonl", f"en={folder}/en.txt"]
-    run(folder, "--texts", *texts, "--csv", folder / "new" / "a.csv")
+    run(folder, "--texts", *texts, "--out", folder / "new" / "a.csv")
     shown = capsys.readouterr()
     with open(folder / "new" / "a.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused(chip):
         int4_linear(x.requires_grad_(), packed, scales)
 
 
-def test_two_weights_an_instruction():
+def test_an_instruction_unpacks_two_weights():
     """What the interpreter cannot run, the assembly, on every word: as PTX defines its parts."""
     words = torch.arange(2**16, dtype=torch.int64)
     pairs = words | words.flip(0) << 16  # another one in the upper half
