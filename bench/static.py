@@ -4,8 +4,9 @@
 
 The public operations are called as model.py calls them, forward and backward, under a driver that
 compiles for the chip and runs nothing; then the machine code is read. --check exits 1 with a line
-for each kernel that misses a requirement of the table below. A kernel that passes is not yet right
-or fast; one that spills, or has lost its tensor cores or its wide loads, is slow on any shape.
+for each kernel that misses a requirement of the table below. A kernel that passes may still be
+wrong or slow; one that spills, or has lost its tensor cores or its wide loads, is slow on any
+shape.
 """
 
 import sys
