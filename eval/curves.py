@@ -163,10 +163,11 @@ def scale_of(number: float) -> tuple[float, str]:
 
 
 def length_of(curve: Curve) -> str:
-    """How long a phase has been trained: `3.12 trillion tokens, 950.4 h`."""
+    """How long a phase has been trained: `3.12 trillion tokens, 950 h`."""
     tokens, hours = curve.log["training_tokens"][-1], curve.log["walltime"][-1]
     scale, name = scale_of(tokens)
-    return f"{tokens / scale:.3g} {name} tokens, {hours:,.1f} h".replace("  ", " ")
+    time = f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else "under an hour"
+    return f"{tokens / scale:.3g} {name} tokens, {time}".replace("  ", " ")
 
 
 def last_validation(curve: Curve) -> str:

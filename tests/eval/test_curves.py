@@ -79,7 +79,7 @@ def test_what_a_log_holds(runs, phases):
     assert main.log["share"].tolist() == pytest.approx([1 / 12, 2 / 12, 3 / 12])  # of 10 x 4 x 10
     np.testing.assert_array_equal(main.log["validation_loss"], [math.nan, math.nan, 4.5])
     assert annealing.log["training_loss"].tolist() == [3, 2]
-    assert curves.length_of(main) == "100 tokens, 0.8 h"
+    assert curves.length_of(main) == "100 tokens, under an hour"
     with open(runs / "main" / "log.csv", "a") as f:
         f.write("4,120,3")  # cut short by a crash
     assert curves.read([runs / "main"]).curves[0].log["training_loss"].tolist() == [8, 6, 4]
@@ -196,7 +196,7 @@ def test_the_published_results():
     logs = [SHARED / f"lucie/training_logs_{name}.csv" for name in names]
     found = curves.read([*logs, SHARED / "lucie/evaluation_learning_curve.csv.gz"])
     assert [len(curve.log["share"]) for curve in found.curves] == [386, 49, 49]
-    assert curves.length_of(found.curves[0]) == "3.12 trillion tokens, 950.5 h"
+    assert curves.length_of(found.curves[0]) == "3.12 trillion tokens, 950 h"
     figure = curves.draw(found.curves)
     drawn = figure.axes[0].get_lines()[0].get_xdata()
     assert len(drawn) == 386 and max(drawn) == pytest.approx(3.1217, abs=1e-4)
@@ -239,7 +239,7 @@ def test_the_page_holds_everything_and_asks_nothing_of_a_network(runs):
     sections = ["Training", "Benchmarks", "Needle in a haystack", "Samples", "Configuration"]
     assert re.findall("<h2>(.*?)</h2>", content) == sections
     assert not re.search(r"<script|https?://|<b>|</pre>", content)
-    for said in ("4.500, 65.1% of ln(1,000)", "25%", "0.8 h", "Bon <b>", " jour & nuit",
+    for said in ("4.500, 65.1% of ln(1,000)", "25%", "under an hour", "Bon <b>", " jour & nuit",
                   " soir</pre>", "step2", "<r>.tiktoken"):  # fmt: skip
         assert said in words, said
     assert 'name="viewport"' in content and "overflow-x: auto" in content  # for a phone
