@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
     args, options = parser.parse_known_args(argv)
     cuda = torch.cuda.is_available() and not args.toy
     if args.toy:
-        args.prompt, args.new = min(args.prompt, 7), min(args.new, 3)
+        args.prompt, args.new = min(args.prompt, 7), min(args.new, 16)
     if min([*args.batch, args.prompt, args.new, args.rounds]) < 1:
         raise ConfigError("--batch, --prompt, --new and --rounds must be at least 1")
     config = read_config(options, args.toy)

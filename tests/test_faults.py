@@ -64,11 +64,11 @@ def end(processes: list, seconds: float = 60) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def said(data: Path, traceback: bool = False) -> list[str]:
+def said(data: Path, traceback: bool | None = False) -> list[str]:
     """The messages of the processes. traceback: whether one is shown, as where a rank has lost
-    another."""
+    another; None: possibly, as where TensorBoard's thread meets a full disk first."""
     text = (data / "errors").read_text()
-    assert traceback == ("Traceback" in text), text
+    assert traceback in (None, "Traceback" in text), text
     return [line for line in text.replace("\r", "\n").splitlines() if "train.py:" in line]
 
 

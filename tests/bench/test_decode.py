@@ -28,7 +28,7 @@ def test_rows_and_their_floor(tmp_path, capsys):
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_step"])
         if name != "ours int4":
             assert row["weight_bytes"] == pytest.approx(read, rel=1e-3)
-        seen = batch * (7 + 1.5) * 2 * 2 * 32 * 4  # keys and values of two layers
+        seen = batch * (7 + 8) * 2 * 2 * 32 * 4  # keys and values of two layers
         floor = (row["weight_bytes"] + seen) / found["copy_gb_per_second"] / 1e6
         assert row["floor_ms"] == pytest.approx(floor)
     assert rows["ours int4", 1]["weight_bytes"] < rows["ours", 1]["weight_bytes"] / 2
