@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 from itertools import count, pairwise
 
@@ -348,6 +349,9 @@ def test_data_that_vanishes_mid_run_loses_nothing(tiny_data, monkeypatch):
     at_each_step(monkeypatch, vanish)
     with pytest.raises(DataError, match=r"a\.bin: No such file"):
         train_here(tiny_data, save_every=3)
+    deadline = time.monotonic() + 30
+    while checkpoint.latest(tiny_data / "out/run") is None:  # a process waits for it when it ends
+        assert time.monotonic() < deadline
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000003"
 
 
