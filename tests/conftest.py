@@ -160,17 +160,23 @@ def launch(script: object, *args: object, ranks: int = 0, timeout: float = 200):
         command = list(map(str, (script, *args)))
         each = [env | one for one in environments(ranks)]
         processes = [fork(_run, command, environment, outputs) for environment in each]
-        until = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0, until - time.monotonic()))
-        late = [process for process in processes if process.exitcode is None]
-        for process in late:
-            process.kill()
-            process.join()
+        late = end_of(processes, timeout)
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in outputs)
         assert not late, f"{len(late)} of {len(processes)} do not end: {err}"
         code = next((p.exitcode for p in processes if p.exitcode), 0)
         return subprocess.CompletedProcess(command, code, out, err)
+
+
+def end_of(processes: list, seconds: float) -> list:
+    """Wait for all of them; those that have not ended after so many seconds, which are killed."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+        process.join()
+    return late
 
 
 def begin(environment: dict[str, str], stdout: Path, stderr: Path) -> None:

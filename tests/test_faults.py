@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import begin, environments, fork, torchrun, write_stream
+from conftest import begin, end_of, environments, fork, torchrun, write_stream
 from test_train import command, log_of, options, results, same_weights
 
 import checkpoint
@@ -53,13 +53,7 @@ def _life(arguments: list[str], errors: Path, names: dict[str, str], hook: Calla
 
 def end(processes: list, seconds: float = 60) -> list[int]:
     """Their exit codes, minus the signal's number for those that one has ended."""
-    until = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0, until - time.monotonic()))
-    late = [process for process in processes if process.exitcode is None]
-    for process in late:
-        process.kill()
-        process.join()
+    late = end_of(processes, seconds)
     assert not late, f"{len(late)} of {len(processes)} do not end"
     return [process.exitcode for process in processes]
 
