@@ -125,7 +125,6 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     kv *= dtype.itemsize * (args.prompt + args.new / 2)  # bytes a row, on average
     names = [name for name in IMPLEMENTATIONS if device == "cuda" or name not in ON_A_GPU]
-    write_json(results, args.out / "decode.json")
     for name in (bar := tqdm(names, desc="decode")):
         bar.set_description(name)
         if time.monotonic() >= deadline:
@@ -147,6 +146,7 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()  # does nothing on a CPU
+    write_json(results, args.out / "decode.json")
     return results
 
 

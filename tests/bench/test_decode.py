@@ -46,7 +46,8 @@ def test_one_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, caps
         monkeypatch.setattr(decode, "IMPLEMENTATIONS", chosen)
         found, _ = run(tmp_path, "--batch", "1")
         assert found == code and "out of luck" in capsys.readouterr().out
-    assert run(tmp_path, "--batch", "1", "--minutes=0")[1]["rows"] == []
+    _, found = run(tmp_path, "--batch", "1", "--minutes=0")
+    assert found["rows"] == [] and found["stopped"] == "after 0 minutes, before ours"
 
 
 def test_impossible_sizes_are_refused():

@@ -329,4 +329,8 @@ def test_the_picture_shows_cells_where_they_are_and_the_trained_length(tmp_path)
     (line,) = axes.lines
     assert set(line.get_xdata()) == {2500}
     assert axes.yaxis_inverted() and axes.get_title(loc="left") == "a title in words"
+    assert mesh.get_cmap().N == 256
+    axes, bar = draw({(64, 0): 1.0, (64, 50): 0.0}, 64, "found or not").axes
+    assert axes.collections[0].get_cmap().N == 2
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["not found", "found"]
     draw({(64, 0): 1.0}, 64, "one cell").savefig(tmp_path / "one.png")
