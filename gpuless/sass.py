@@ -104,6 +104,13 @@ class Program:
         return [body for body in bodies if not any(i.opcode == "EXIT" for i in body)]
 
     @cached_property
+    def local_in_loops(self) -> int:
+        """Accesses to local memory that run again and again: those inside a loop, or all of them in
+        a kernel without one, whose body each program runs once on few elements."""
+        inside = {i for loop in self.loops for i in loop} if self.loops else self.instructions
+        return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in inside)
+
+    @cached_property
     def serialized(self) -> bool:
         """Whether every wgmma, of more than one, is a group by itself."""
         wgmma = [i for i in self.instructions if i.is_wgmma]
