@@ -6,8 +6,15 @@
 The baselines are eager torch, torch.compile, Liger where it is installed, and for attention SDPA,
 the same by cuDNN, and FlexAttention; all in bf16 at Lucie's shapes. At the smallest number of
 tokens each implementation is first compared with the definition in fp32, outputs and gradients; one
-that is wrong is not timed. Times are medians by device events, with the L2 cache flushed before
-each run. Memory is the peak above what was allocated before the call.
+that is wrong is not timed. Memory is the peak above what was allocated before the call.
+
+A call is timed in two ways, and both are kept: `events_ms`, by device events around each call, and
+`graph_ms`, by replays of a CUDA graph. Events also count what the device waits for the host, which
+for a kernel of some microseconds can be most of the time; a graph holds the launches, so its
+replay does not. A training step keeps the device busy, therefore `ms` is graph_ms wherever the call
+can be captured, and `timed_by` says which one it is. In both the L2 cache is flushed before each
+call: a kernel's inputs never lie there in a model, since other layers ran in between. `host_us` is
+the time after which a call returns, while the device still works.
 
 Writes DIR/kernels.json, and with matplotlib DIR/kernels.png. Exit code 1 where one of ours failed
 or was wrong.
@@ -41,6 +48,8 @@ TOY_SIZES = LucieConfig(
 )  # fmt: skip
 TOY_BASELINES = (OURS, "eager")  # a CPU has these, and they need no compiler
 TOLERANCE = 2e-2  # relative, in the Frobenius norm: bf16 kernels are near 4e-3
+REPLAYS = 10  # of each CUDA graph
+TIMES = ("ms", "timed_by", "graph_ms", "events_ms", "host_us", "not_captured")
 CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
 
 
@@ -48,7 +57,7 @@ CEILINGS = {"GB/s": "copy", "TFLOP/s": "large product"}
 
 
 def time_of(function: Callable[[], object], device: str) -> float:
-    """The median time of the function in milliseconds."""
+    """The median time of the function in milliseconds, on a GPU by events around each call."""
     if device == "cuda":
         import triton.testing
 
@@ -171,10 +180,80 @@ def timed(implementation: Implementation, inputs: tuple, mode: str) -> Callable[
     return lambda: torch.autograd.grad(as_tuple(implementation.call(*leaves)), wanted, upstream)
 
 
+def graph_time(function: Callable[[], object], calls: int) -> float:
+    """Milliseconds of a call, by replays of a CUDA graph of so many calls, each after a flush of
+    the L2 cache, less the replays of a graph of the flushes alone.
+
+    Flushing writes twice the size of the cache. What it leaves to be written back is a cost of the
+    next flush or call, so it is in both graphs. To be called on the stream on which the function's
+    tensors were made, not the default one, after a first call. Raises RuntimeError where the
+    function cannot be captured.
+    """
+    torch.cuda.set_sync_debug_mode("error")  # waiting for the device would break off a capture
+    try:
+        function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    size = 2 * torch.cuda.get_device_properties().L2_cache_size
+    flushed = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+
+    def capture(*parts: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # A backward pass runs on the stream of its forward: the capture must be on that one.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(calls):
+                for part in parts:
+                    part()
+        return graph
+
+    def replay(graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    graphs = capture(flushed.zero_, function), capture(flushed.zero_)
+    pairs = [[replay(graph) for graph in graphs] for _ in range(1 + REPLAYS)]
+    both, flushes = map(statistics.median, zip(*pairs[1:]))
+    return (both - flushes) / calls
+
+
+def host_time(function: Callable[[], object], ms: float) -> float:
+    """Microseconds of the host for one of five calls in a row, the least of some repeats.
+
+    Five are few enough for the device's queue of launches, which would make the host wait.
+    """
+    times = []
+    for _ in range(max(2, min(20, int(40 / ms)))):
+        torch.cuda.synchronize()
+        times.append(timeit.timeit(function, number=5) / 5)
+    torch.cuda.synchronize()
+    return 1e6 * min(times)
+
+
+def times_of(function: Callable[[], object], device: str) -> dict[str, float | str | None]:
+    """The times of a row, as the docstring of this file explains them."""
+    row = dict.fromkeys(TIMES) | {"ms": time_of(function, device)}
+    if device != "cuda":
+        return row
+    row |= {"timed_by": "events", "events_ms": row["ms"]}
+    row["host_us"] = host_time(function, row["ms"])
+    try:
+        calls = max(1, min(20, int(2 / row["ms"])))
+        row["ms"] = row["graph_ms"] = graph_time(function, calls)
+        row["timed_by"] = "graph"
+    except Exception as error:
+        row["not_captured"] = describe(error)
+        torch.cuda.synchronize()
+    return row
+
+
 def measure(implementation: Implementation, inputs: tuple, mode: str, device: str) -> dict:
-    """Milliseconds, and on a GPU MB (2^20 bytes, as Liger counts) at the peak of a call."""
+    """Times, and on a GPU MB (2^20 bytes, as Liger counts) at the peak of a call."""
     function = timed(implementation, inputs, mode)
-    row = {"ms": time_of(function, device)}
+    row = times_of(function, device)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -209,6 +288,7 @@ def run(
     results = machine(device) | {"sizes": vars(sizes), "ceilings": limits}
     results |= {"stopped": None, "rows": []}
     checks: dict[str, dict[str, dict]] = {}
+    stream = torch.cuda.Stream() if device == "cuda" else None  # the default one is not captured
     for name, count, mode, baseline in (bar := tqdm(plan, desc="kernels", unit="row")):
         bar.set_description(f"{name} {mode} {count:,} {baseline}", refresh=False)
         if time.monotonic() >= deadline:
@@ -216,14 +296,15 @@ def run(
             break
         op = ops[name]
         row = {"op": name, "tokens": count, "mode": mode, "baseline": baseline}
-        row |= dict.fromkeys(("ms", "speed", "of_ceiling", "peak_mb"))
+        row |= dict.fromkeys((*TIMES, "speed", "of_ceiling", "peak_mb"))
         try:
             if name not in checks:
                 checks[name] = compare(op, sizes, min(op.tokens or tokens), device)
             row |= checks[name][baseline] | {"unit": op.unit}
             if row["failure"] is None:
-                inputs = op.inputs(Draw(device), sizes, count)
-                row |= measure(op.implementations[baseline], inputs, mode, device)
+                with torch.cuda.stream(stream):
+                    inputs = op.inputs(Draw(device), sizes, count)
+                    row |= measure(op.implementations[baseline], inputs, mode, device)
                 work = op.floor(sizes, count)[mode] / (1e9 if op.unit == "TFLOP/s" else 1e6)
                 row["speed"] = work / row["ms"]
                 row["of_ceiling"] = row["speed"] / limits[op.unit]
@@ -239,24 +320,34 @@ def run(
 
 
 def table(results: dict) -> str:
-    """Milliseconds of every implementation; of ours also its speed, the share of the ceiling, and
-    the ratio to the fastest baseline (above 1: ours is faster)."""
+    """Milliseconds of every implementation; of ours also its speed, the share of the ceiling, the
+    time of the host, and the ratio to the fastest baseline (above 1: ours is faster)."""
     limits = (f"{CEILINGS[u]} {speed:,.2f} {u}" for u, speed in results["ceilings"].items())
     lines = [heading(results), ", ".join(limits)]
+    if any(row["timed_by"] for row in results["rows"]):
+        lines.append("times by replays of a CUDA graph; * by events, of what could not be captured")
     for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["op"], row["mode"]) == (op, mode)]
         names = list(dict.fromkeys(row["baseline"] for row in rows))
         head = f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names)
-        lines += ["", f"{op} {mode}, ms", f"{head}{'speed':>17}{'ceiling':>9}  against the fastest"]
+        lines += [
+            "",
+            f"{op} {mode}, ms",
+            f"{head}{'speed':>17}{'ceiling':>9}{'host us':>9}  against the fastest",
+        ]
         for tokens in dict.fromkeys(row["tokens"] for row in rows):
             times = {row["baseline"]: row for row in rows if row["tokens"] == tokens}
             line = f"{tokens:>8,}"
             for name in names:
-                ms = times[name]["ms"] if name in times else None
-                line += f"{'failed' if ms is None else f'{ms:.4g}':>12}"
+                row = times.get(name, {"ms": None})
+                mark = "*" if row.get("timed_by") == "events" else ""
+                shown = "failed" if row["ms"] is None else f"{row['ms']:.4g}{mark}"
+                line += f"{shown:>12}"
             ran = {name: row for name, row in times.items() if not row["failure"]}
             if ours := ran.pop(OURS, None):
                 line += f"{ours['speed']:9,.1f} {ours['unit']:7}{ours['of_ceiling']:9.0%}"
+                host_us = ours["host_us"]
+                line += f"{'' if host_us is None else f'{host_us:.0f}':>9}"
                 if ran:
                     best = min(ran.values(), key=lambda row: row["ms"])
                     line += f"  {best['ms'] / ours['ms']:.2f}x {best['baseline']}"

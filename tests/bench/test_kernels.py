@@ -1,7 +1,9 @@
 """The benchmark of kernels at toy size on a CPU: everything but the GPU's own clock and memory."""
 
+import contextlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ def test_every_row_is_measured_and_written(tmp_path, capsys):
         for mode in MODES.get(op, ["forward", "backward", "full"])
     ]
     for row in rows:
+        assert row["graph_ms"] is row["events_ms"] is row["host_us"] is row["timed_by"] is None
         assert row["failure"] is None and 0 < row["relative_error"] < 1e-2
         work = OPS[row["op"]].floor(TOY_SIZES, row["tokens"])[row["mode"]]
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
@@ -176,6 +179,96 @@ def test_a_mode_times_what_it_says(mode, forwards, backwards):
         assert [y.requires_grad for y in results] == 2 * [mode == "forward"]
 
 
+class Device:
+    """Stands in for torch.cuda: what would run is captured, or takes its milliseconds at once."""
+
+    def __init__(self, monkeypatch):
+        self.clock, self.capturing, self.graphs = 0.0, None, []
+        self.sync_mode, self.synchronized, self.costs = "default", 0, {}
+        replaced = {
+            "CUDAGraph": lambda: SimpleNamespace(replay=None),
+            "graph": self.capture,
+            "current_stream": lambda: "side",
+            "synchronize": self.synchronize,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", mode),
+            "get_device_properties": lambda: SimpleNamespace(L2_cache_size=1000),
+            "Event": self.event,
+        }
+        for name, stand_in in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        flushed = SimpleNamespace(zero_=lambda: self.run("flush", 3.0))
+        made = {((500,), torch.int32): flushed}  # 2,000 bytes
+        monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: made[size, dtype])
+
+    def run(self, name, ms):
+        if self.capturing is None:
+            self.clock += ms
+        else:
+            self.capturing.append(name)
+            self.costs[name] = ms
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        assert stream == "side"
+        self.graphs.append(parts := [])
+        self.capturing = parts
+        try:
+            yield
+        finally:
+            self.capturing = None
+        # A replay takes 0.25 ms to begin; the first one, much longer.
+        begin = iter([100.0] + [0.25] * bench.REPLAYS)
+        graph.replay = lambda: self.run("", next(begin) + sum(self.costs[name] for name in parts))
+
+    def event(self, enable_timing):
+        event = SimpleNamespace(time=None)
+        event.record = lambda: setattr(event, "time", self.clock)
+        event.elapsed_time = lambda end: end.time - event.time
+        return event
+
+    def synchronize(self):
+        self.synchronized += 1
+
+
+def test_a_graph_holds_calls_after_flushes_and_the_flushes_are_taken_off(monkeypatch):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(bench, "time_of", lambda function, device: 0.5)
+    row = bench.times_of(lambda: device.run("call", 0.125), "cuda")
+    assert device.graphs == [["flush", "call"] * 4, ["flush"] * 4]  # 2 ms of calls
+    assert row["ms"] == row["graph_ms"] == 0.125 and row["events_ms"] == 0.5
+    assert row["timed_by"] == "graph" and row["not_captured"] is None and row["host_us"] > 0
+    assert bench.graph_time(lambda: device.run("call", 64.0), 1) == 64.0
+    monkeypatch.setattr(bench, "time_of", lambda function, device: 50.0)
+    device.graphs.clear()
+    bench.times_of(lambda: device.run("call", 50.0), "cuda")
+    assert device.graphs == [["flush", "call"], ["flush"]]
+
+
+@pytest.mark.parametrize("when", ["waits for the device", "only in a capture"])
+def test_what_cannot_be_captured_is_timed_by_events(when, monkeypatch):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(bench, "time_of", lambda function, device: 0.5)
+
+    def call():
+        waits = when == "waits for the device" and device.sync_mode == "error"
+        if waits or device.capturing is not None:
+            synchronized.append(device.synchronized)
+            raise RuntimeError(f"not permitted: {when}")
+
+    synchronized = []
+    row = bench.times_of(call, "cuda")
+    assert row["timed_by"] == "events" and row["ms"] == row["events_ms"] == 0.5
+    assert row["graph_ms"] is None and row["not_captured"] == f"RuntimeError: not permitted: {when}"
+    assert synchronized == [device.synchronized - 1] and device.sync_mode == "default"
+    assert device.graphs == ([["flush"]] if when == "only in a capture" else [])
+
+
+def test_the_host_is_timed_by_a_few_calls_that_nothing_waits_for(monkeypatch):
+    device, calls = Device(monkeypatch), []
+    assert 0 < bench.host_time(lambda: calls.append(device.synchronized), ms=4.0) < 1e4
+    assert calls == [repeat for repeat in range(1, 11) for _ in range(5)]
+
+
 def nbytes(*tensors):
     return sum(x.nbytes for x in tensors)
 
@@ -232,17 +325,19 @@ def test_nothing_is_begun_after_its_minutes(tmp_path):
 
 
 def test_the_ratio_is_to_the_fastest_baseline():
-    def row(baseline, ms, mb, failure=None):
+    def row(baseline, ms, mb, failure=None, timed_by="graph"):
         row = dict(op="rope", mode="forward", tokens=4096, baseline=baseline, ms=ms, peak_mb=mb)
-        return row | dict(speed=3000.0, unit="GB/s", of_ceiling=0.75, failure=failure)
+        row |= dict(speed=3000.0, unit="GB/s", of_ceiling=0.75, failure=failure)
+        return row | dict(timed_by=timed_by, host_us=21.4)
 
-    rows = [row(OURS, 0.5, 80.0), row("eager", 2.0, 320.0), row("compile", 0.6, 90.0)]
-    rows.append(row("liger", None, None, "ValueError: no"))
+    rows = [row(OURS, 0.5, 80.0), row("eager", 2.0, 320.0, timed_by="events")]
+    rows += [row("compile", 0.6, 90.0), row("liger", None, None, "ValueError: no", None)]
     about = bench.machine("cpu") | {"stopped": None}
     shown = bench.table(about | {"ceilings": {"GB/s": 4000.0}, "rows": rows})
     line = next(line for line in shown.splitlines() if "4,096" in line)
-    expected = "4,096 0.5 2 0.6 failed 3,000.0 GB/s 75% 1.20x compile, 80 MB to 90"
+    expected = "4,096 0.5 2* 0.6 failed 3,000.0 GB/s 75% 21 1.20x compile, 80 MB to 90"
     assert line.split() == expected.split() and "liger: ValueError: no" in shown
+    assert "replays of a CUDA graph; * by events" in shown.splitlines()[2]
 
 
 def test_bad_input_is_one_line(monkeypatch):
