@@ -1,17 +1,24 @@
 """What the compiler makes of every kernel at Lucie's shapes, found without a GPU.
 
     python -m bench.static [op ...] [--chip 80 86 90 100] [--check]
+    python -m bench.static [op ...] --host         what the Python around a kernel costs
 
 The public operations are called as model.py calls them, forward and backward, under a driver that
 compiles for the chip and runs nothing; then the machine code is read. --check exits 1 with a line
 for each kernel that misses a requirement of the table below. A kernel that passes may still be
 wrong or slow; one that spills in a loop, or has lost its tensor cores or its wide loads, is slow on
 any shape. A few bytes spilled before or after a loop are shown, and pass.
+
+--host prints how long the host takes for a forward and a backward of each operation, with sm_90's
+options: torch's dispatch, the allocation of outputs (tiny here), Triton's own Python, all but the
+launch itself, for which a record is made. A GPU that is given less work than that waits.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -208,6 +215,39 @@ def compile_op(op: str, chip: int) -> tuple[list[dict], list[str]]:
     return rows, failures
 
 
+def host_times(ops: Sequence[str]) -> Iterator[tuple[str, float, float | None]]:
+    """For each operation the microseconds of a forward and, if it has one, of a backward."""
+    x, weight, table = _tensor(8, 128), _tensor(128), torch.empty(16, 64)
+    q, k, v = (_tensor(1, 16, heads, 128) for heads in (4, 2, 2))
+    targets, packed = torch.zeros(8, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.uint8)
+    calls = {  # and what gets a gradient
+        "rms_norm": (lambda: kernels.rms_norm(x, weight, 1e-5), (x, weight)),
+        "add_rms_norm": (lambda: kernels.add_rms_norm(x, x, weight, 1e-5), (x, weight)),
+        "rope": (lambda: kernels.rope(q, k, table, table), (q, k)),
+        "swiglu": (lambda: kernels.swiglu(x), (x,)),
+        "attention": (lambda: kernels.attention(q, k, v), (q, k, v)),
+        "linear_cross_entropy": (lambda: kernels.linear_cross_entropy(x, x, targets), (x,)),
+        "int4_linear": (lambda: kernels.int4_linear(x, packed, weight[:64, None]), ()),
+    }
+
+    def microseconds(function: Callable[[], object]) -> float:
+        function()  # which compiles
+        return 1e6 * min(timeit.repeat(function, number=20, repeat=20)) / 20
+
+    for op in tqdm(ops, desc="host", unit="op"):
+        call, leaves = calls[op]
+        with fake_gpu(90), torch.set_grad_enabled(bool(leaves)):
+            before = launch.use("triton")
+            times = [microseconds(call), None]
+            if leaves:
+                outputs = (y,) if isinstance(y := call(), Tensor) else y
+                upstream = [torch.zeros_like(y) for y in outputs]
+                backward = partial(torch.autograd.grad, outputs, leaves, upstream, True)
+                times[1] = microseconds(backward)
+            launch.use(before)
+        yield op, *times
+
+
 def table(chip: int, rows: Sequence[dict]) -> str:
     """The rows of one chip as text."""
     form = "{:26}{:26}{:>5}{:>6}{:>9}{:>9}{:>8}{:>8}{:>8}{:>7}{:>10}{:>9}"
@@ -235,11 +275,17 @@ def main(argv: list[str]) -> int:
         help="ten times the compute capability of each chip to compile for",
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="exit 1 if a requirement is missed")
+    parser.add_argument("--host", action="store_true", help="print the host's time of each op")
     args = parser.parse_args(argv)
     if unknown := [op for op in args.op if op not in CASES]:
         raise ConfigError(f"no op {unknown[0]!r}; there are {', '.join(CASES)}")
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
+    if args.host:
+        print(f"{'microseconds of the host':26}{'forward':>9}{'backward':>10}")
+        for op, forward, backward in host_times(args.op or list(CASES)):
+            print(f"{op:26}{forward:9.0f}{'' if backward is None else f'{backward:.0f}':>10}")
+        return 0
     rows, failures = [], []
     for chip, op in tqdm(
         [(chip, op) for chip in args.chip for op in args.op or CASES], desc="compile", unit="op"

@@ -117,6 +117,16 @@ def test_faults(record, expected):
     assert all(phrase in fault for phrase, fault in zip(expected, found)), found
 
 
+@pytest.mark.slow
+def test_the_host_is_timed_for_every_op():
+    done = python("-m", "bench.static", "--host")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [op for op, *_ in rows] == list(CASES)
+    assert all(0 < int(us) < 1e6 for _, *times in rows for us in times)
+    assert [op for op, *times in rows if len(times) < 2] == ["int4_linear"]  # has no backward
+
+
 def test_every_op_is_measured():
     import kernels
 
