@@ -138,10 +138,10 @@ def _moments(job: Job) -> Iterator[Moment]:
             return b * (job.parameters - done)
         return b * (unit + ahead * (job.shards > 1))
 
-    # The loss makes the gradients of what enters it in its forward already, chunk by chunk. In bf16
-    # a chunk's part of the weight's is a tensor of its own before the fp32 one takes it.
-    logits = min(chunk_rows(tokens, c.vocab_size), tokens) * c.vocab_size
-    chunk = b * logits + (b * head if b < 4 else 0)
+    # The loss makes the gradients of what enters it in its forward already, chunk by chunk.
+    rows = chunk_rows(tokens, c.vocab_size, kernel=not job.definitions)
+    logits = min(rows, tokens) * c.vocab_size
+    chunk = b * logits
     if job.definitions:  # fp32 logits and their exponentials; a CPU adds bf16 by way of fp32
         chunk = max(8 * logits, (4 + b) * (logits + head) if b < 4 else 0)
     yield Moment(

@@ -21,7 +21,15 @@ from torch import Tensor
 from kernels.attention_backward import _attention_backward_dkdv, _attention_backward_dq
 from kernels.attention_decode import _attention_combine, _attention_decode
 from kernels.attention_forward import PADDING, _attention_forward
-from kernels.launch import forced, gpu, not_offered, on_its_device, runs_triton, triton
+from kernels.launch import (
+    cdiv,
+    forced,
+    gpu,
+    next_power_of_2,
+    not_offered,
+    operator,
+    runs_triton,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -65,7 +73,7 @@ def attention(
     starts = ends = None
     if cu_seqlens is not None:
         starts, ends = _bounds(cu_seqlens, q.shape[0], queries)
-    return _forward_op(q, k, v, starts, ends)[0]
+    return _Attention.apply(q, k, v, starts, ends)
 
 
 def _definition(
@@ -213,8 +221,12 @@ def _strides(*tensors: Tensor) -> list[int]:
 # --- what torch sees ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("nanolucie::attention", mutates_args=())
-@on_its_device
+def _outputs(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[0], q.shape[2], _table_length(q.shape[1]), dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@operator("attention", fake=_outputs)
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -222,12 +234,11 @@ def _forward_op(
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_empty(batch, heads, _table_length(queries), dtype=torch.float32)
+    out, lse = _outputs(q)
     if starts is None:
         starts = torch.zeros(batch, queries, dtype=torch.int32, device=q.device)
     blocks, tma = _blocks("forward", q)
-    grid = (heads, triton.cdiv(queries, blocks["BLOCK_M"]), batch)
+    grid = (heads, cdiv(queries, blocks["BLOCK_M"]), batch)
     _attention_forward[grid](
         _table(q, blocks["BLOCK_M"], tma),
         _table(k, blocks["BLOCK_N"], tma),
@@ -238,14 +249,11 @@ def _forward_op(
     return out, lse
 
 
-@_forward_op.register_fake
-def _(q, k, v, starts, ends):
-    lse = q.new_empty(q.shape[0], q.shape[2], _table_length(q.shape[1]), dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+def _gradients(d_out: Tensor, *qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in qkv[:3])
 
 
-@torch.library.custom_op("nanolucie::attention_backward", mutates_args=())
-@on_its_device
+@operator("attention_backward", fake=_gradients)
 def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     starts: Tensor | None, ends: Tensor | None,
@@ -254,9 +262,7 @@ def _backward_op(
     d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty_like(dk)
+    dq, dk, dv = _gradients(d_out, q, k, v)
     delta = torch.empty_like(lse)
     starts, ends = _ragged_bounds(q, k, starts, ends)
     common = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
@@ -266,39 +272,34 @@ def _backward_op(
     blocks, tma = _blocks("dq", q)
     m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
     tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
-    _attention_backward_dq[(heads, triton.cdiv(queries, m), batch)](
+    _attention_backward_dq[(heads, cdiv(queries, m), batch)](
         *tables, out, lse, delta, dq, starts, *common, TMA=tma, **constants, **blocks
     )
     blocks, tma = _blocks("dkdv", q)
     m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
     tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
-    _attention_backward_dkdv[(kv_heads, triton.cdiv(keys, n), batch)](
+    _attention_backward_dkdv[(kv_heads, cdiv(keys, n), batch)](
         *tables, lse, delta, dk, dv, starts, ends, *common, TMA=tma, **constants, **blocks
     )
     return dq, dk, dv
 
 
-@_backward_op.register_fake
-def _(d_out, q, k, v, out, lse, starts, ends):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None):
+        out, lse = _forward_op(q, k, v, starts, ends)
+        ctx.save_for_backward(q, k, v, out, lse, starts, ends)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        return *_backward_op(d_out, *ctx.saved_tensors), None, None
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, starts, ends = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or autograd makes zeros for d_lse
-    ctx.save_for_backward(q, k, v, *output, starts, ends)
-
-
-def _backward(ctx, d_out: Tensor, _):
-    return (*_backward_op(d_out, *ctx.saved_tensors), None, None)
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("nanolucie::attention_decode", mutates_args=())
-@on_its_device
+@operator(
+    "attention_decode",
+    fake=lambda q, k, v, positions: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+)
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
     """out `[B, 1, H, D]`. The grid does not depend on the positions: a CUDA graph may replay it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -306,25 +307,20 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Ten
     keys, kv_heads = k.shape[1:3]
     # Two programs per multiprocessor, each with two blocks of keys or more.
     wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MOST_SPLITS))
-    blocks = triton.cdiv(triton.cdiv(keys, DECODE_BLOCK), wanted)
+    blocks = cdiv(cdiv(keys, DECODE_BLOCK), wanted)
     per_split = max(2, blocks) * DECODE_BLOCK
-    splits = triton.cdiv(keys, per_split)
+    splits = cdiv(keys, per_split)
     partial = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attention_decode[(kv_heads, splits, batch)](
         q, k, v, positions, partial, lse, q.stride(0), *_strides(k, v), keys, per_split,
         LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,
-        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
+        ROWS=max(16, next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     _attention_combine[(batch * heads,)](
-        partial, lse, out, splits, D=head_dim, SPLITS=triton.next_power_of_2(splits),
+        partial, lse, out, splits, D=head_dim, SPLITS=next_power_of_2(splits),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-@_decode_op.register_fake
-def _(q, k, v, positions):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

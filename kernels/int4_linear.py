@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import as_rows, gpu, on_its_device, runs_triton, tl, triton
+from kernels.launch import as_rows, cdiv, gpu, operator, runs_triton, tile, tl, triton
 
 GROUP = 128
 MOST_ROWS = 16  # of x that the kernel takes; with more, products are the limit and not bytes
@@ -189,20 +189,27 @@ def _int4_linear(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=(m < rows)[None, :] & (n < N)[:, None])
 
 
-def _tiles(rows: int, columns: int) -> dict[str, int]:
-    """Launch options for rows of x and columns of y. They are the same for every class of GPU,
-    because memory is the limit and each holds two blocks or more on a multiprocessor."""
-    some = rows <= 8
-    tiles = {"ROWS": 8 if some else 16, "STAGES": 4 if some else 3}
-    if triton.cdiv(columns, 32) >= 4 * gpu().multiprocessors:  # gate|up and the head on an H100
-        tiles |= {"BLOCK_N": 32, "SPLITS": 4}
-    else:
-        tiles |= {"BLOCK_N": 16, "SPLITS": 8}
-    return tiles | {"num_warps": tiles["SPLITS"], "num_stages": tiles["STAGES"]}
+# Rows of the weight that a program takes, warps that share its groups, stages. They serve every
+# class of GPU, because memory is the limit and each holds two blocks or more on a multiprocessor.
+# Wide blocks are for matrices that fill the GPU twice over: gate|up and the head.
+LAUNCH = {"default": {"wide": (32, 4, 4), "narrow": (16, 8, 4)}}
 
 
-@torch.library.custom_op("nanolucie::int4_linear", mutates_args=())
-@on_its_device
+def _options(rows: int, columns: int) -> dict[str, int]:
+    """Launch options for rows of x and columns of y."""
+    block, splits, stages = tile(LAUNCH, "wide")
+    if cdiv(columns, block) < 4 * gpu().multiprocessors:
+        block, splits, stages = tile(LAUNCH, "narrow")
+    many = rows > 8
+    options = {"ROWS": 16 if many else 8, "STAGES": stages - many, "num_stages": stages - many}
+    return options | {"BLOCK_N": block, "SPLITS": splits, "num_warps": splits}
+
+
+def _output(x: Tensor, packed: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@operator("int4_linear", fake=_output)
 def _int4_linear_op(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     y = _output(x, packed)
     rows, group_size = y.numel() // y.shape[-1], _group_size(x, scales)
@@ -210,22 +217,13 @@ def _int4_linear_op(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         return _definition(x, packed, scales)
     x = x.reshape(rows, -1).contiguous()
     words, scales = _words(packed), as_rows(scales)
-    tiles = _tiles(rows, y.shape[-1])
-    _int4_linear[(triton.cdiv(y.shape[-1], tiles["BLOCK_N"]),)](
+    options = _options(rows, y.shape[-1])
+    _int4_linear[(cdiv(y.shape[-1], options["BLOCK_N"]),)](
         x, words, scales, y, words.stride(0), scales.stride(0), rows, y.shape[-1], x.shape[1],
         G=group_size, PAIRS=x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret,
-        enable_fp_fusion=True, **tiles,
+        enable_fp_fusion=True, **options,
     )  # fmt: skip
     return y
-
-
-@_int4_linear_op.register_fake
-def _(x, packed, scales):
-    return _output(x, packed)
-
-
-def _output(x: Tensor, packed: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def _group_size(x: Tensor, scales: Tensor) -> int:

@@ -2,15 +2,15 @@
 
 Every operation has its definition in plain torch and its Triton kernels. `use` chooses between
 them; "auto", the default, takes Triton for CUDA tensors if the GPU can run it. Block sizes are
-constants in each operation's file, one set per class of GPU (`gpu`). They are never tuned at run
-time: ranks could choose differently, and two runs would differ.
+constants in the table LAUNCH of each operation's file, by class of GPU and kernel. They are never
+tuned at run time: ranks could choose differently, and two runs would differ.
 """
 
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -136,19 +136,51 @@ def say_once(line: str) -> None:
         print(f"kernels: {line}", file=sys.stderr)
 
 
-def on_its_device(operation: Callable) -> Callable:
-    """Make the device of an operation's first tensor current while it runs: Triton launches on the
-    current device, wherever the tensors are."""
+def tile(launch: dict[str, dict[str, tuple[int, ...]]], kernel: str) -> tuple[int, ...]:
+    """The row of a kernel in a table LAUNCH: that of the class of the current GPU, or else the
+    default."""
+    return launch.get(gpu().kind, launch["default"])[kernel]
 
-    @wraps(operation)
-    def guarded(*args: object) -> object:
-        with torch.cuda.device_of(args[0]):
-            return operation(*args)
 
-    return guarded
+_library = torch.library.Library("nanolucie", "DEF")
+
+
+def operator(name: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register a function that launches kernels as an operator, torch.ops.nanolucie.NAME.
+
+    fake(*args): empty outputs of the right shapes. torch.compile then keeps the function whole
+    instead of tracing into Triton, and selective checkpointing can name it. torch.library.custom_op
+    does the same with checks on every call that cost more host time than small kernels run;
+    gradients come from an autograd.Function around the operator.
+    """
+
+    def register(function: Callable) -> Callable:
+        def guarded(*args: object) -> object:
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(args[0]):
+                return function(*args)
+
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.impl(name, guarded, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nanolucie::{name}", fake, lib=_library)
+        return getattr(torch.ops.nanolucie, name).default
+
+    return register
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes 30 times as long, which a small kernel would notice."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two from n on, n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
     """x as `[rows, columns]` with contiguous columns, copied only if necessary."""
+    if x.ndim == 2 and x.stride(1) == 1:
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

@@ -13,62 +13,34 @@ Floor: 6 * N * V * D FLOPs, the three products of an ordinary linear layer.
 import torch
 from torch import Tensor
 
-from kernels.launch import on_its_device, runs_triton, tl, triton
+from kernels.launch import next_power_of_2, operator, runs_triton, tile, tl, triton
 
 IGNORE = -100  # how torch and Hugging Face mark a target that does not count
 
 
-def chunk_rows(tokens: int, vocab_size: int) -> int:
-    """Rows of a chunk: an eighth of all rows, with at most 2^26 logits (256 MB in fp32).
+def chunk_rows(tokens: int, vocab_size: int, kernel: bool) -> int:
+    """Rows of a chunk, in whole tiles of 128: a matrix product would waste the rest of a tile.
 
-    Always whole tiles of 128 rows, because a matrix product would waste the rest of a tile.
+    With the kernel 4,096, or fewer where that would be more than 2^28 logits (512 MB in bf16). Each
+    chunk after the first reads and writes d weight, 2.1 GB in Lucie beside 6.5 TFLOP of products.
+    The definition has an eighth of all rows, and at most 2^26 logits (256 MB in fp32).
     """
-    return max(128, min(tokens // 8, 2**26 // vocab_size) // 128 * 128)
+    rows = min(4096, 2**28 // vocab_size) if kernel else min(tokens // 8, 2**26 // vocab_size)
+    return max(128, rows // 128 * 128)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        tokens, vocab_size = hidden.shape[0], weight.shape[0]
-        w = weight.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-
-        rows = chunk_rows(tokens, vocab_size)
-        for start in range(0, tokens, rows):
-            logits = d_logits = None  # of the chunk before, freed
-            h, t = hidden[start : start + rows], targets[start : start + rows]
-            ignored = (t == IGNORE).unsqueeze(1)
-            index = t.clamp(min=0).unsqueeze(1)
-            logits = (h @ w.T).float()
-            lse = logits.logsumexp(dim=1, keepdim=True)
-            loss += (lse - logits.gather(1, index)).masked_fill_(ignored, 0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            # softmax - onehot in the memory of the logits; exp(-inf) clears an ignored row
-            logits.sub_(lse.masked_fill_(ignored, torch.inf)).exp_()
-            logits.scatter_add_(1, index, ignored.float() - 1)
-            d_logits = logits.to(h.dtype)
-            if need_hidden:
-                torch.matmul(d_logits, w, out=d_hidden[start : start + rows])
-            if need_weight and h.dtype == torch.float32:
-                d_weight.addmm_(d_logits.T, h)
-            elif need_weight:
-                d_weight += d_logits.T @ h
-        ctx.save_for_backward(d_hidden, d_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, d_loss: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
-        # Out of place: a second backward through the same graph must find them unscaled.
-        return (
-            None if d_hidden is None else (d_hidden * d_loss).to(d_hidden.dtype),
-            None if d_weight is None else d_weight * d_loss,
-            None,
-        )
+def _definition(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """The summed loss of a chunk. With gradient, d loss / d logits replaces the logits."""
+    ignored = (targets == IGNORE).unsqueeze(1)
+    index = targets.clamp(min=0).unsqueeze(1)
+    x = logits.float()
+    lse = x.logsumexp(dim=1, keepdim=True)
+    loss = (lse - x.gather(1, index)).masked_fill_(ignored, 0).sum()
+    if gradient:  # softmax - onehot; exp(-inf) clears an ignored row
+        x.sub_(lse.masked_fill_(ignored, torch.inf)).exp_()
+        x.scatter_add_(1, index, ignored.float() - 1)
+        logits.copy_(x)
+    return loss
 
 
 # A chunk may begin at any row, so the kernel assumes no alignment of its targets and losses.
@@ -107,78 +79,91 @@ def _cross_entropy(
             tl.store(logits_ptr + column, gradient, column < columns)
 
 
-# A multiprocessor then runs two programs, with 64 KB of bf16 in flight. It should not run more: the
-# rows in work (34 MB on an H100) are read twice, the second time from the L2 cache if they fit.
-BLOCK, WARPS = 16_384, 16
+# Columns at a time, and warps. A multiprocessor then runs two programs, with 64 KB of bf16 in
+# flight. It should not run more: the rows in work (34 MB on an H100) are read twice, the second
+# time from the L2 cache if they fit.
+LAUNCH = {"default": {"cross_entropy": (16_384, 16)}}
 
 
-@torch.library.custom_op("nanolucie::linear_cross_entropy", mutates_args=())
-@on_its_device
-def _linear_cross_entropy_op(
+def _by_kernel(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """What `_definition` returns and does."""
+    block, warps = tile(LAUNCH, "cross_entropy")
+    rows, columns = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    _cross_entropy[(rows,)](
+        logits, targets, losses, logits.stride(0), columns, IGNORE=IGNORE, GRADIENT=gradient,
+        BLOCK=min(block, next_power_of_2(columns)), num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return losses.sum()
+
+
+def _add_product(d_weight: Tensor, d_logits: Tensor, h: Tensor, kernel: bool, first: bool) -> None:
+    """Add d_logits^T h to d_weight, which is fp32; the first one replaces what is there."""
+    if kernel and h.device.type != "cpu":  # for which torch has no such product
+        out = {"out_dtype": torch.float32, "out": d_weight}
+        torch.addmm(d_weight, d_logits.T, h, beta=0 if first else 1, **out)
+        return
+    if first:
+        d_weight.zero_()
+    if h.dtype == torch.float32:
+        d_weight.addmm_(d_logits.T, h)
+    else:
+        d_weight += d_logits.T @ h
+
+
+def _outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
+    return loss, d_hidden, d_weight
+
+
+def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(summed loss, d hidden, d weight in fp32). A gradient that is not needed is empty."""
+    kernel = runs_triton(hidden)
+    loss_of = _by_kernel if kernel else _definition
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     w, targets = weight.to(hidden.dtype), targets.contiguous()
-    d_hidden, d_weight = _gradients(hidden, weight, need_hidden, need_weight)
-    d_weight.zero_()
-    losses = hidden.new_empty(tokens, dtype=torch.float32)
-    rows = chunk_rows(tokens, vocab_size)
+    loss, d_hidden, d_weight = _outputs(hidden, weight, targets, need_hidden, need_weight)
+    rows = chunk_rows(tokens, vocab_size, kernel)
     memory = hidden.new_empty(min(rows, tokens), vocab_size)  # which all chunks use in turn
     for start in range(0, tokens, rows):
         h = hidden[start : start + rows]
         logits = torch.mm(h, w.T, out=memory[: h.shape[0]])
-        _cross_entropy[(h.shape[0],)](
-            logits, targets[start:], losses[start:], logits.stride(0), vocab_size,
-            IGNORE=IGNORE, GRADIENT=need_hidden or need_weight,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        if need_hidden:
-            torch.matmul(logits, w, out=d_hidden[start : start + rows])
-        if need_weight and h.dtype == torch.float32:
-            d_weight.addmm_(logits.T, h)
-        elif need_weight:
-            d_weight += logits.T @ h
-    return losses.sum(), d_hidden, d_weight
+        loss += loss_of(logits, targets[start : start + rows], need_hidden or need_weight)
+        if need_hidden:  # logits are now their gradient
+            torch.mm(logits, w, out=d_hidden[start : start + rows])
+        if need_weight:
+            _add_product(d_weight, logits, h, kernel, first=start == 0)
+    if tokens == 0:
+        d_weight.zero_()
+    return loss, d_hidden, d_weight
 
 
-@_linear_cross_entropy_op.register_fake
-def _(hidden, weight, targets, need_hidden, need_weight):
-    loss = hidden.new_empty((), dtype=torch.float32)
-    return loss, *_gradients(hidden, weight, need_hidden, need_weight)
+_linear_cross_entropy_op = operator("linear_cross_entropy", fake=_outputs)(_loss_and_gradients)
 
 
-def _gradients(
-    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    d_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    d_weight = weight.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
-    return d_hidden, d_weight
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        forward = _linear_cross_entropy_op if runs_triton(hidden) else _loss_and_gradients
+        loss, *gradients = forward(hidden, weight, targets, *ctx.needs_input_grad[:2])
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.save_for_backward(*gradients)
+        return loss
 
-
-def _save(ctx, inputs, output) -> None:
-    _, weight, _, ctx.need_hidden, ctx.need_weight = inputs
-    ctx.weight_dtype = weight.dtype
-    _, d_hidden, d_weight = output
-    ctx.mark_non_differentiable(d_hidden, d_weight)
-    ctx.set_materialize_grads(False)  # or autograd makes zeros, 1 GB for the weight
-    ctx.save_for_backward(d_hidden, d_weight)
-
-
-def _differentiate(ctx, d_loss: Tensor, *_):
-    d_hidden, d_weight = ctx.saved_tensors
-    # Out of place: a second backward through the same graph must find them unscaled.
-    return (
-        (d_hidden * d_loss).to(d_hidden.dtype) if ctx.need_hidden else None,
-        (d_weight * d_loss).to(ctx.weight_dtype) if ctx.need_weight else None,
-        None,
-        None,
-        None,
-    )
-
-
-_linear_cross_entropy_op.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        # Out of place: a second backward through the same graph must find them unscaled.
+        d_hidden, d_weight = (
+            (gradient * d_loss).to(dtype) if needed else None
+            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
+        )
+        return d_hidden, d_weight, None
 
 
 def linear_cross_entropy(
@@ -202,12 +187,7 @@ def linear_cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if not torch.is_grad_enabled():  # the operation cannot know, and would prepare gradients
         hidden, weight = hidden.detach(), weight.detach()
-    if runs_triton(hidden):
-        loss = _linear_cross_entropy_op(
-            hidden, weight, targets, hidden.requires_grad, weight.requires_grad
-        )[0]
-    else:
-        loss = _LinearCrossEntropy.apply(hidden, weight, targets)
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets)
     if reduction == "sum":
         return loss
     if reduction != "mean":

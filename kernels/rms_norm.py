@@ -13,27 +13,37 @@ the gradient of the sum.
 import torch
 from torch import Tensor
 
-from kernels.launch import as_rows, gpu, on_its_device, runs_triton, tl, triton
+from kernels.launch import (
+    as_rows,
+    cdiv,
+    gpu,
+    next_power_of_2,
+    operator,
+    runs_triton,
+    tile,
+    tl,
+    triton,
+)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number per row for the backward. What lies in between is fp32."""
+def _definition(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, what was normalised, rstd of each row). What lies in between is fp32."""
+    total = x if residual is None else residual + x.to(residual.dtype)
+    x32 = total.float()
+    rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x32 * rstd).mul_(weight).to(total.dtype), total, rstd
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).mul_(weight).to(x.dtype)
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, weight, rstd = ctx.saved_tensors
-        dy, n = dy.float(), x.float() * rstd
-        g = dy * weight
-        d_weight = (dy * n).sum(tuple(range(dy.ndim - 1))).to(weight.dtype)
-        d_x = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(rstd)
-        return d_x.to(x.dtype), d_weight, None
+def _definition_backward(
+    dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dy, n = dy.float(), x.float() * rstd
+    g = dy * weight
+    d_weight = (dy * n).sum(tuple(range(dy.ndim - 1))).to(weight.dtype)
+    dx = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(rstd).to(x.dtype)
+    return dx if d_total is None else dx + d_total, d_weight
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -90,22 +100,31 @@ def _rms_norm_backward(
     tl.store(partial_ptr + program * columns + column, d_weight, column < columns)
 
 
-# Elements that a program holds at once; 8,192 are two rows of Lucie. A multiprocessor of any class
-# then runs four programs of the forward, with 64 KB of bf16 in flight, or two of the backward,
-# which keeps more per element. A longer row takes a program for itself.
-FORWARD_TILE, BACKWARD_TILE = 8192, 4096
+# Elements that a program holds at once, elements a thread, and for the backward the programs of a
+# multiprocessor. 8,192 elements are two rows of Lucie: a multiprocessor of any class then runs four
+# programs of the forward, with 64 KB of bf16 in flight, or two of the backward, which keeps more
+# per element. A longer row takes a program for itself.
+LAUNCH = {"default": {"forward": (8192, 16), "backward": (4096, 16, 2)}}
 STAGED_BYTES = 16_384  # of one tensor's rows: a second stage of three tensors is 48 KB
 
 
-def _tile(columns: int, elements: int) -> dict[str, int]:
-    block = triton.next_power_of_2(columns)
+def _options(columns: int, elements: int, per_thread: int) -> dict[str, int]:
+    block = next_power_of_2(columns)
     rows = max(1, elements // block)
-    warps = min(16, rows * block // 512)  # 16 elements a thread
+    warps = min(16, max(1, rows * block // (32 * per_thread)))
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-@torch.library.custom_op("nanolucie::rms_norm", mutates_args=())
-@on_its_device
+def _outputs(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = x.dtype if residual is None else residual.dtype
+    y = x.new_empty(x.shape, dtype=dtype)
+    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@operator("rms_norm", fake=_outputs)
 def _rms_norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,32 +133,25 @@ def _rms_norm_op(
     if weight.shape != (columns,) or (residual is not None and residual.shape != x.shape):
         shapes = [tuple(t.shape) for t in (x, residual, weight) if t is not None]
         raise ValueError(f"shapes of x, residual and weight do not fit: {shapes}")
-    y, total, rstd = _outputs(x, residual)
+    y, total, rstd = _outputs(x, residual, weight, eps)
     x2, r2 = as_rows(x), None if residual is None else as_rows(residual)
     rows = x2.shape[0]
-    tile = _tile(columns, FORWARD_TILE)
-    _rms_norm_forward[(triton.cdiv(rows, tile["ROWS"]),)](
+    options = _options(columns, *tile(LAUNCH, "forward"))
+    _rms_norm_forward[(cdiv(rows, options["ROWS"]),)](
         x2, r2, weight.contiguous(), y, total, rstd,
         x2.stride(0), 0 if r2 is None else r2.stride(0), rows, columns, eps,
-        ADD=residual is not None, **tile,
+        ADD=residual is not None, **options,
     )  # fmt: skip
     return y, total, rstd
 
 
-@_rms_norm_op.register_fake
-def _(x, residual, weight, eps):
-    return _outputs(x, residual)
+def _gradients(
+    dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = x.dtype if residual is None else residual.dtype
-    y = x.new_empty(x.shape, dtype=dtype)
-    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
-    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("nanolucie::rms_norm_backward", mutates_args=())
-@on_its_device
+@operator("rms_norm_backward", fake=_gradients)
 def _rms_norm_backward_op(
     dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -147,41 +159,36 @@ def _rms_norm_backward_op(
     columns = x.shape[-1]
     dy2, x2, t2 = as_rows(dy), as_rows(x), None if d_total is None else as_rows(d_total)
     rows = x2.shape[0]
-    tile = _tile(columns, BACKWARD_TILE)
-    staged = tile["ROWS"] * tile["BLOCK"] * x.element_size() <= STAGED_BYTES
-    programs = min(triton.cdiv(rows, tile["ROWS"]), 2 * gpu().multiprocessors)
+    elements, per_thread, resident = tile(LAUNCH, "backward")
+    options = _options(columns, elements, per_thread)
+    staged = options["ROWS"] * options["BLOCK"] * x.element_size() <= STAGED_BYTES
+    programs = min(cdiv(rows, options["ROWS"]), resident * gpu().multiprocessors)
     dx = x.new_empty(x.shape)
     partial = x.new_empty(programs, columns, dtype=torch.float32)
     _rms_norm_backward[(programs,)](
         dy2, t2, x2, weight.contiguous(), rstd, dx, partial,
         dy2.stride(0), 0 if t2 is None else t2.stride(0), x2.stride(0), rows, columns,
-        ADD=d_total is not None, STAGES=2 if staged else 1, **tile,
+        ADD=d_total is not None, STAGES=2 if staged else 1, **options,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
 
-@_rms_norm_backward_op.register_fake
-def _(dy, d_total, x, weight, rstd):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+class _RMSNorm(torch.autograd.Function):
+    """Keeps what was normalised, and one number per row, for the backward."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
+        ctx.triton, ctx.add, ctx.dtype = runs_triton(x), residual is not None, x.dtype
+        forward = _rms_norm_op if ctx.triton else _definition
+        y, total, rstd = forward(x, residual, weight, eps)
+        ctx.save_for_backward(total if ctx.add else x, weight, rstd)
+        return (y, total) if ctx.add else y
 
-def _save(ctx, inputs, output) -> None:
-    x, residual, weight, _ = inputs
-    _, total, rstd = output
-    ctx.add, ctx.x_dtype = residual is not None, x.dtype
-    ctx.mark_non_differentiable(rstd) if ctx.add else ctx.mark_non_differentiable(total, rstd)
-    ctx.set_materialize_grads(False)  # an output nobody uses needs no zeros for its gradient
-    ctx.save_for_backward(total if ctx.add else x, weight, rstd)
-
-
-def _differentiate(ctx, dy: Tensor | None, d_total: Tensor | None, _):
-    if dy is None:  # only the sum was used
-        return d_total.to(ctx.x_dtype), d_total, None, None
-    dx, d_weight = _rms_norm_backward_op(dy, d_total, *ctx.saved_tensors)
-    return dx.to(ctx.x_dtype), dx if ctx.add else None, d_weight, None
-
-
-_rms_norm_op.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx, dy: Tensor, d_total: Tensor | None = None):
+        backward = _rms_norm_backward_op if ctx.triton else _definition_backward
+        dx, d_weight = backward(dy, d_total, *ctx.saved_tensors)
+        return dx.to(ctx.dtype), dx if ctx.add else None, d_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -190,9 +197,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: `[..., D]`, any float dtype; weight: `[D]`; eps is added to the mean of squares.
     Returns `[..., D]` in the dtype of x.
     """
-    if runs_triton(x):
-        return _rms_norm_op(x, None, weight, eps)[0]
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -201,8 +206,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual: `[..., D]`; weight: `[D]`. Returns `(rms_norm(x + residual), x + residual)`, both
     in the dtype of the residual.
     """
-    if runs_triton(x):
-        y, total, _ = _rms_norm_op(x, residual, weight, eps)
-        return y, total
-    residual = residual + x.to(residual.dtype)
-    return _RMSNorm.apply(residual, weight, eps), residual
+    return _RMSNorm.apply(x, residual, weight, eps)

@@ -9,7 +9,7 @@ Floor: memory. Forward and backward each read and write q and k once; cos and si
 import torch
 from torch import Tensor
 
-from kernels.launch import on_its_device, runs_triton, tl, triton
+from kernels.launch import cdiv, next_power_of_2, operator, runs_triton, tile, tl, triton
 
 
 def rope_tables(
@@ -25,18 +25,13 @@ def rope_tables(
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation. The backward pass is its transpose, which turns by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, -sin), None, None
+def _definition(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    at = slice(q.shape[1]) if positions is None else positions
+    cos, sin = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)  # one angle for all heads
+    sin = -sin if inverse else sin
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,12 +90,15 @@ def _rope(
     tl.store(k_out_ptr + half, k_b * cos + k_a * sin, k_inside)
 
 
-# Elements of one half of the query heads that a program holds: two tokens of Lucie.
-TILE = 4096
+# Elements of one half of the query heads that a program holds, two tokens of Lucie, and warps.
+LAUNCH = {"default": {"rope": (4096, 4)}}
 
 
-@torch.library.custom_op("nanolucie::rope", mutates_args=())
-@on_its_device
+def _outputs(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@operator("rope", fake=_outputs)
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,37 +116,35 @@ def _rope_op(
     if positions is not None:
         positions = positions.expand(batch, tokens)
         position_strides = positions.stride()
-    block, kv_heads = triton.next_power_of_2(half), k.shape[2]
-    elements = triton.next_power_of_2(heads) * block
-    per_program = max(1, TILE // elements)
-    outputs = q.new_empty(q.shape), k.new_empty(k.shape)
-    _rope[(triton.cdiv(tokens, per_program), batch)](
+    block, kv_heads = next_power_of_2(half), k.shape[2]
+    held, warps = tile(LAUNCH, "rope")
+    elements = next_power_of_2(heads) * block  # of a token
+    per_program = max(1, held // elements)
+    outputs = _outputs(q, k)
+    _rope[(cdiv(tokens, per_program), batch)](
         q, k, cos, sin, positions, *outputs,
         *q.stride()[:3], *k.stride()[:3],
         cos.stride(0), sin.stride(0), *position_strides, tokens, length, heads, kv_heads, half,
-        INVERSE=inverse, TOKENS=per_program, HEADS=triton.next_power_of_2(heads),
-        KV_HEADS=triton.next_power_of_2(kv_heads), BLOCK=block,
-        num_warps=min(32, max(4, elements // 1024)), enable_fp_fusion=True,
+        INVERSE=inverse, TOKENS=per_program, HEADS=next_power_of_2(heads),
+        KV_HEADS=next_power_of_2(kv_heads), BLOCK=block,
+        num_warps=min(32, max(warps, elements // 1024)), enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
 
 
-@_rope_op.register_fake
-def _(q, k, cos, sin, positions, inverse):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+class _Rope(torch.autograd.Function):
+    """A rotation. The backward pass is its transpose, which turns by the opposite angle."""
 
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None):
+        ctx.triton = runs_triton(q)
+        ctx.save_for_backward(cos, sin, positions)
+        return (_rope_op if ctx.triton else _definition)(q, k, cos, sin, positions, False)
 
-def _save(ctx, inputs, output) -> None:
-    *saved, ctx.inverse = inputs[2:]
-    ctx.save_for_backward(*saved)
-
-
-def _differentiate(ctx, dq: Tensor, dk: Tensor):
-    dq, dk = _rope_op(dq, dk, *ctx.saved_tensors, not ctx.inverse)
-    return dq, dk, None, None, None, None
-
-
-_rope_op.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor):
+        dq, dk = (_rope_op if ctx.triton else _definition)(dq, dk, *ctx.saved_tensors, True)
+        return dq, dk, None, None, None
 
 
 def rope(
@@ -161,11 +157,4 @@ def rope(
     others the kernel returns NaN. Returns q and k rotated, computed in fp32, in their own dtypes
     and shapes. The kernel raises ValueError for shapes that do not fit.
     """
-    if runs_triton(q):
-        return _rope_op(q, k, cos, sin, positions, False)
-    if positions is None:
-        cos, sin = cos[: q.shape[1]], sin[: q.shape[1]]
-    else:
-        cos, sin = cos[positions], sin[positions]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
+    return _Rope.apply(q, k, cos, sin, positions)

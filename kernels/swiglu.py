@@ -11,25 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import as_rows, on_its_device, runs_triton, tl, triton
+from kernels.launch import (
+    as_rows,
+    cdiv,
+    next_power_of_2,
+    operator,
+    runs_triton,
+    tile,
+    tl,
+    triton,
+)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+def _definition(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        d_up.copy_(dy * F.silu(gate))
-        return d_gate_up
+
+def _definition_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate_up = torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+    d_up.copy_(dy * F.silu(gate))
+    return d_gate_up
 
 
 @triton.jit
@@ -67,61 +72,52 @@ def _swiglu_backward(
     tl.store(d_gate_up_ptr + columns, d_up, inside)
 
 
-# Columns of a program. Lucie's 12,288 are six times 2,048, and a multiprocessor runs eight programs
-# of 8 KB (12 KB in the backward).
-BLOCK, WARPS = 2048, 4
+# Columns of a program, and warps. Lucie's 12,288 are six times 2,048, and a multiprocessor runs
+# eight programs of 8 KB (12 KB in the backward).
+LAUNCH = {"default": {"forward": (2048, 4), "backward": (2048, 4)}}
 
 
-def _grid(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    block = min(BLOCK, triton.next_power_of_2(columns))
-    options = {"BLOCK": block, "num_warps": WARPS, "enable_fp_fusion": True}
-    return (rows * triton.cdiv(columns, block),), options
-
-
-@torch.library.custom_op("nanolucie::swiglu", mutates_args=())
-@on_its_device
-def _swiglu_op(gate_up: Tensor) -> Tensor:
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate|up has {gate_up.shape[-1]} columns, an odd number")
-    x, y = as_rows(gate_up), _half(gate_up)
-    grid, options = _grid(x.shape[0], y.shape[-1])
-    _swiglu_forward[grid](x, y, x.stride(0), y.shape[-1], **options)
-    return y
-
-
-@_swiglu_op.register_fake
-def _(gate_up):
-    return _half(gate_up)
+def _grid(kernel: str, rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
+    block, warps = tile(LAUNCH, kernel)
+    block = min(block, next_power_of_2(columns))
+    options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+    return (rows * cdiv(columns, block),), options
 
 
 def _half(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("nanolucie::swiglu_backward", mutates_args=())
-@on_its_device
+@operator("swiglu", fake=_half)
+def _swiglu_op(gate_up: Tensor) -> Tensor:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate|up has {gate_up.shape[-1]} columns, an odd number")
+    x, y = as_rows(gate_up), _half(gate_up)
+    grid, options = _grid("forward", x.shape[0], y.shape[-1])
+    _swiglu_forward[grid](x, y, x.stride(0), y.shape[-1], **options)
+    return y
+
+
+@operator("swiglu_backward", fake=lambda dy, gate_up: gate_up.new_empty(gate_up.shape))
 def _swiglu_backward_op(dy: Tensor, gate_up: Tensor) -> Tensor:
     dy2, x = as_rows(dy), as_rows(gate_up)
     d_gate_up = gate_up.new_empty(gate_up.shape)
-    grid, options = _grid(*dy2.shape)
+    grid, options = _grid("backward", *dy2.shape)
     _swiglu_backward[grid](dy2, x, d_gate_up, dy2.stride(0), x.stride(0), dy2.shape[1], **options)
     return d_gate_up
 
 
-@_swiglu_backward_op.register_fake
-def _(dy, gate_up):
-    return gate_up.new_empty(gate_up.shape)
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.triton = runs_triton(gate_up)
+        ctx.save_for_backward(gate_up)
+        return _swiglu_op(gate_up) if ctx.triton else _definition(gate_up)
 
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx, dy: Tensor) -> Tensor:
-    return _swiglu_backward_op(dy, *ctx.saved_tensors)
-
-
-_swiglu_op.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        backward = _swiglu_backward_op if ctx.triton else _definition_backward
+        return backward(dy, *ctx.saved_tensors)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -130,6 +126,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up: `[..., 2F]`, the packed output of one matrix product, in any float dtype. Returns
     `[..., F]` in the same dtype. The kernel raises ValueError for an odd last dimension.
     """
-    if runs_triton(gate_up):
-        return _swiglu_op(gate_up)
     return _SwiGLU.apply(gate_up)

@@ -101,11 +101,16 @@ except ValueError as error:
     assert done.stdout == f"kernels=triton: {why}\n", done.stderr
 
 
-def test_operations_run_on_the_device_of_their_first_tensor(monkeypatch):
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_operators_run_on_the_device_of_their_first_tensor(monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
-    x, y = torch.zeros(1), torch.ones(1)
-    assert launch.on_its_device(lambda a, b: b)(x, y) is y and entered == [x]
+    x = torch.ones(2, 8)
+    op = launch.operator("double", fake=torch.empty_like)(_double)
+    assert torch.equal(op(x), 2 * x) and entered == [x]
 
 
 def test_one_rank_speaks_for_all(monkeypatch, capsys):

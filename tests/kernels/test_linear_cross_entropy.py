@@ -12,7 +12,13 @@ from kernels import linear_cross_entropy
 from kernels.launch import runs_triton
 
 file = import_module("kernels.linear_cross_entropy")  # the package's attribute is the function
-device = either
+device, chunk_rows = either, file.chunk_rows
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_128_rows(monkeypatch):
+    """So that few rows are several chunks."""
+    monkeypatch.setattr(file, "chunk_rows", lambda *sizes, **_: 128)
 
 
 def make(tokens=200, hidden=32, vocab=211, dtype=torch.float32, device="cpu"):
@@ -99,8 +105,22 @@ def test_kernel_holds_its_share_of_the_logits(chip, monkeypatch):
     assert [x.shape for x in recorder.logits] == [(128, 100)] * 2 + [(44, 100)]
     assert len({x.data_ptr() for x in recorder.logits}) == 1  # one memory serves all chunks
     assert all(recorder.gradient)
-    assert file.chunk_rows(4096, 1000) == 512  # an eighth
-    assert file.chunk_rows(2**20, 65_024) == 1024  # 2^26 logits
+
+
+def test_rows_of_a_chunk():
+    assert chunk_rows(4096, 1000, kernel=False) == 512  # an eighth
+    assert chunk_rows(2**20, 65_024, kernel=False) == 1024  # 2^26 logits
+    assert [chunk_rows(32_000, v, kernel=True) for v in (97, 65_024, 260_000)] == [
+        4096, 4096, 1024,
+    ]  # fmt: skip
+
+
+def test_the_product_that_adds_in_fp32_can_be_called():
+    """Shapes and dtypes only: torch has it for GPUs, where the other tests here compute with it."""
+    d_weight = torch.zeros(11, 8, device="meta")
+    d_logits, h = (torch.zeros(5, n, dtype=torch.bfloat16, device="meta") for n in (11, 8))
+    for first in (True, False):
+        file._add_product(d_weight, d_logits, h, kernel=True, first=first)
 
 
 def test_only_gradients_in_use_are_prepared(device, monkeypatch):
@@ -116,7 +136,8 @@ def test_only_gradients_in_use_are_prepared(device, monkeypatch):
     assert relative_error(w.grad, d_weight) < 2e-6
     if runs_triton(h):
         op = torch.ops.nanolucie.linear_cross_entropy
-        assert [x.numel() for x in op(h, w, t, False, True)] == [1, 0, w.numel()]
+        found = op(h.detach(), w.detach(), t, False, True)
+        assert [x.numel() for x in found] == [1, 0, w.numel()]
 
 
 def test_what_does_not_fit_is_named(device):
