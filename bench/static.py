@@ -163,6 +163,14 @@ def measure(record: Launch) -> dict[str, object]:
     }
 
 
+def spilling(record: Launch) -> str | None:
+    """How a kernel spills registers where it costs time, in a phrase."""
+    if not (accesses := record.sass.local_in_loops):
+        return None
+    where = "its loops" if record.sass.loops else "a kernel without loops"
+    return f"spills {record.spills} bytes, {accesses} accesses to local memory in {where}"
+
+
 def faults(record: Launch) -> list[str]:
     """What this launch lacks of its row in REQUIREMENTS, a phrase each."""
     needs = REQUIREMENTS.get(record.name)
@@ -171,9 +179,8 @@ def faults(record: Launch) -> list[str]:
     counts, row, chip = record.sass.counts, measure(record), record.capability
     found = []
     loads, wide, overlap = row["loads"], row["wide"], row["overlap"] or 0.0
-    if chip != 100 and row["in_loops"]:
-        accesses = f"{row['in_loops']} accesses to local memory in its loops"
-        found.append(f"spills {row['spills']} bytes, {accesses}")
+    if chip != 100 and (spills := spilling(record)):
+        found.append(spills)
     if row["tensor"] < needs.tensor:
         found.append(f"has {row['tensor']} tensor-core instructions, fewer than {needs.tensor}")
     if needs.wgmma and chip == 90 and counts["HGMMA"] < needs.tensor:

@@ -1,0 +1,270 @@
+"""Which launch table is fastest: a dozen candidates for each kernel of one operation.
+
+    python -m bench.sweep attention [--tokens 8192] [--minutes 3] [--out DIR]
+    python -m bench.sweep attention --toy [--chip 90]     compiles them, on a machine without a GPU
+
+First all candidates are compiled, on all cores, by a driver that stands in for the GPU. That fills
+Triton's cache, so the process that measures only loads. Dropped is what does not compile or does
+not fit, spills inside a loop, or has its wgmma serialized. On a GPU each of the others is compared
+with the definition and timed as bench.kernels does it, in the pass in which its kernel runs; what
+else runs in that pass is in the time too. The last line is the table for LAUNCH of the operation's
+file: it differs from the present one only where at least 1% is gained.
+
+Writes DIR/sweep_OP.json after each candidate.
+"""
+
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.baselines import OPS, OURS, Draw
+from bench.kernels import compare, describe, heading, machine, measure, timed, write_json
+from config.cli import ConfigError, Parser, nearest, run_cli
+from kernels import launch
+from model import LucieConfig
+
+try:
+    import triton
+
+    from bench import static
+    from gpuless.compiler import CHIPS, fake_gpu
+except ImportError as error:
+    print(f"bench.sweep: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
+    sys.exit(2)
+
+TOKENS = 8192
+SMALL = (
+    512  # tokens to compile with and to compare at: Triton specialises alike for multiples of 16
+)
+GAIN = 0.99  # of the present time, below which a candidate replaces it
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What to try for one entry of a table LAUNCH."""
+
+    function: str  # of the kernel
+    mode: str  # of bench.kernels, in which it runs
+    fields: str  # of the entry
+    candidates: list[tuple[int, ...]]
+
+
+# A warpgroup, which is 4 warps, takes 64 rows of a product.
+_TILES = [*product(((64, 4), (128, 8)), (32, 64, 128), (2, 3))]
+_BY_QUERIES = [(m, n, warps, stages) for (m, warps), n, stages in _TILES]
+_BY_KEYS = [(m, n, warps, stages) for (n, warps), m, stages in _TILES]
+_TILE, _HELD = "BLOCK_M, BLOCK_N, warps, stages", "elements, elements a thread"
+_STREAMED = [*product((1024, 2048, 4096, 8192), (2, 4, 8))]
+_NORM = {
+    "forward": Kernel(
+        "_rms_norm_forward", "forward", _HELD,
+        [(4096, 8), *product((4096, 8192), (16, 32, 64)), (16_384, 32)],
+    ),
+    "backward": Kernel(
+        "_rms_norm_backward", "backward", f"{_HELD}, programs a multiprocessor",
+        [*product((4096, 8192), (16, 32), (1, 2, 4))],
+    ),
+}  # fmt: skip
+SWEEPS = {  # op: kernel, as LAUNCH names it: what to try
+    "attention": {
+        "forward": Kernel("_attention_forward", "forward", _TILE, _BY_QUERIES),
+        "dq": Kernel("_attention_backward_dq", "backward", _TILE, _BY_QUERIES),
+        "dkdv": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
+    },
+    "linear_cross_entropy": {
+        "cross_entropy": Kernel(
+            "_cross_entropy", "full", "BLOCK, warps",
+            [*product((4096, 8192, 16_384, 32_768), (8, 16, 32))],
+        )
+    },
+    "rms_norm": _NORM,
+    "add_rms_norm": _NORM,
+    "swiglu": {
+        "forward": Kernel("_swiglu_forward", "forward", "BLOCK, warps", _STREAMED),
+        "backward": Kernel("_swiglu_backward", "backward", "BLOCK, warps", _STREAMED),
+    },
+    "rope": {
+        "rope": Kernel(
+            "_rope", "full", "elements, warps", [*product((2048, 4096, 8192), (2, 4, 8))]
+        )
+    },
+    "int4_linear": {  # a larger BLOCK_N would launch "narrow"
+        "wide": Kernel(
+            "_int4_linear", "no-grad-forward", "BLOCK_N, warps, stages",
+            [*product((16, 32), (2, 4, 8), (3, 4))],
+        )
+    },
+}  # fmt: skip
+
+
+def launch_table(op: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    return import_module(f"kernels.{op.removeprefix('add_')}").LAUNCH
+
+
+def present(op: str) -> dict[str, tuple[int, ...]]:
+    """How the kernels of an operation are launched on the current GPU."""
+    table = launch_table(op)
+    return table.get(launch.gpu().kind, table["default"])
+
+
+@contextmanager
+def launched_as(op: str, kernel: str, candidate: Sequence[int]) -> Iterator[None]:
+    """Inside, this kernel is launched so on the current GPU."""
+    table, before = launch_table(op), dict(launch_table(op))
+    table[launch.gpu().kind] = present(op) | {kernel: tuple(candidate)}
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
+
+
+def compile_candidate(
+    op: str, kernel: str, candidate: Sequence[int], chip: int, tokens: int
+) -> dict:
+    """Its figures, and `dropped`: why it is not worth a run, or None."""
+    spec, sizes, tokens = SWEEPS[op][kernel], LucieConfig(), min(tokens, SMALL)
+    if op == "linear_cross_entropy":  # torch's products do run, on the CPU
+        sizes, tokens = replace(sizes, hidden_size=64), 16
+    try:
+        with fake_gpu(chip) as launches, launched_as(op, kernel, candidate):
+            launch.use("triton")
+            inputs = OPS[op].inputs(Draw("cpu"), sizes, tokens)
+            timed(OPS[op].implementations[OURS], inputs, spec.mode)()
+        record = next(record for record in launches if record.name == spec.function)
+    except Exception as error:
+        return {"dropped": describe(error)}
+    serialized = "waits for each wgmma by itself" if record.sass.serialized else None
+    return static.measure(record) | {"dropped": serialized or static.spilling(record)}
+
+
+def compile_all(jobs: Sequence[tuple], seconds: float) -> Iterator[dict]:
+    """compile_candidate of each. A compiler may hang or die: so many seconds, and what has not come
+    by then is dropped."""
+    end, spawn = time.monotonic() + seconds, multiprocessing.get_context("spawn")
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with spawn.Pool(min(len(jobs), os.cpu_count() or 1), **one_thread) as pool:
+        awaited = [pool.apply_async(compile_candidate, job) for job in jobs]
+        for result in tqdm(awaited, "compile", unit="kernel"):
+            try:
+                yield result.get(max(0, end - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                yield {"dropped": "did not compile in time"}
+
+
+def measure_candidate(op: str, row: dict, tokens: int, device: str) -> dict:
+    """Times of a candidate in its mode, or `dropped` if it is wrong or does not run."""
+    ours, sizes = OPS[op].implementations[OURS], LucieConfig()
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    try:
+        with launched_as(op, row["kernel"], row["candidate"]):
+            alone = replace(OPS[op], implementations={OURS: ours})
+            if failure := compare(alone, sizes, min(tokens, SMALL), device)[OURS]["failure"]:
+                return {"dropped": failure}
+            with torch.cuda.stream(stream):
+                inputs = OPS[op].inputs(Draw(device), sizes, tokens)
+                return measure(ours, inputs, SWEEPS[op][row["kernel"]].mode, device)
+    except Exception as error:
+        return {"dropped": describe(error)}
+
+
+def sweep(op: str, tokens: int, chip: int, device: str, out: Path, minutes: float) -> dict:
+    """Compile for half of the time, on a GPU then measure until it is over; return the results."""
+    deadline, table = time.monotonic() + 60 * minutes, present(op)
+    rows = [
+        {"kernel": name, "candidate": candidate, "dropped": None, "ms": None}
+        for name, kernel in SWEEPS[op].items()
+        for candidate in dict.fromkeys([table[name], *kernel.candidates])
+    ]
+    results = machine(device) | {"op": op, "tokens": tokens, "kind": launch.gpu().kind}
+    results |= {"best": table, "stopped": None, "rows": rows}
+    if chip in CHIPS:
+        jobs = [(op, row["kernel"], row["candidate"], chip, tokens) for row in rows]
+        for row, found in zip(rows, compile_all(jobs, 60 * minutes / (1 + (device == "cuda")))):
+            row.update(found | {"kernel": row["kernel"]})
+    write_json(results, out / f"sweep_{op}.json")
+    if device == "cuda":
+        for row in tqdm([row for row in rows if not row["dropped"]], "measure", unit="kernel"):
+            if time.monotonic() >= deadline:
+                results["stopped"] = f"after {minutes:g} minutes"
+                break
+            row.update(measure_candidate(op, row, tokens, device))
+            results["best"] = {**table, **{kernel: best(rows, kernel) for kernel in SWEEPS[op]}}
+            write_json(results, out / f"sweep_{op}.json")
+    write_json(results, out / f"sweep_{op}.json")
+    return results
+
+
+def best(rows: Sequence[dict], kernel: str) -> tuple[int, ...]:
+    """The fastest candidate, or the present one, which comes first, if that gains too little."""
+    first, *others = (row for row in rows if row["kernel"] == kernel)
+    limit = GAIN * first["ms"] if first["ms"] else math.inf
+    faster = [row for row in others if row["ms"] and row["ms"] < limit]
+    return min(faster, key=lambda row: row["ms"], default=first)["candidate"]
+
+
+def table(results: dict) -> str:
+    """What the compiler made of each candidate, its time, and the ratio to the present one, which
+    comes first (above 1: faster)."""
+    lines = [heading(results), f"{results['op']}, {results['tokens']:,} tokens"]
+    columns = ("registers", "spills", "in_loops", "shared", "overlap", "ms", "speedup")
+    for name, kernel in SWEEPS[results["op"]].items():
+        rows = [row for row in results["rows"] if row["kernel"] == name]
+        lines += ["", f"{name} ({kernel.fields}), {kernel.mode}", f"{'candidate':20}"]
+        lines[-1] += "".join(f"{column:>10}" for column in columns)
+        for row in rows:
+            ratio = rows[0]["ms"] / row["ms"] if rows[0]["ms"] and row["ms"] else None
+            found = [(row | {"speedup": ratio}).get(column) for column in columns]
+            found = [x if isinstance(x, int) else "" if x is None else f"{x:.4g}" for x in found]
+            line = f"{row['candidate']!s:20}" + "".join(f"{x:>10}" for x in found)
+            lines.append(f"{line}  {row['dropped'] or ''}".rstrip())
+    if results["stopped"]:
+        lines += ["", f"stopped {results['stopped']}"]
+    return "\n".join([*lines, "", f'LAUNCH["{results["kind"]}"] = {results["best"]}'])
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="python -m bench.sweep", description=__doc__)
+    parser.add_argument("op", help=f"of {', '.join(SWEEPS)}")
+    parser.add_argument("--tokens", type=int, help=f"default: {TOKENS}, or 1 for int4_linear")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing more after these")
+    parser.add_argument("--toy", action="store_true", help="compile only, without a GPU")
+    parser.add_argument(
+        "--chip", type=int, default=90, choices=list(CHIPS),
+        help="with --toy: ten times the compute capability of the chip to compile for",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.op not in SWEEPS:
+        raise ConfigError(f"no op {args.op!r} to sweep{nearest(args.op, SWEEPS)}")
+    if triton.knobs.runtime.interpret:
+        raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
+    if not (args.toy or torch.cuda.is_available()):
+        raise ConfigError("there is no CUDA GPU here: --toy compiles the candidates")
+    tokens, chip, device = args.tokens or (OPS[args.op].tokens or (TOKENS,))[0], args.chip, "cpu"
+    if not args.toy:
+        major, minor = torch.cuda.get_device_capability()
+        chip, device = 10 * major + minor, "cuda"
+    with fake_gpu(chip) if args.toy else nullcontext():
+        try:
+            launch.use("triton")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        results = sweep(args.op, tokens, chip, device, args.out, args.minutes)
+    print(table(results))
+    return int(all(row["dropped"] for row in results["rows"]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
