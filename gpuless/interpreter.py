@@ -291,7 +291,7 @@ class _Builder(shipped.InterpreterBuilder):
         return super().create_masked_store(ptrs, value, mask, *args)
 
     def create_descriptor_reduce(self, kind: Any, desc: Any, value: Any, indices: Any) -> None:
-        if kind != shipped._ir.DESCRIPTOR_REDUCE_KIND.ADD or value.data.dtype != np.float32:
+        if kind != shipped._ir.DESCRIPTOR_REDUCE_KIND.ADD or value.dtype.scalar.name != "fp32":
             raise NotImplementedError(f"an atomic {kind} of {value.dtype}")
         pointers, mask = desc.materialize_pointers(indices)
         shipped._interpreter.add(pointers.data, value.data, mask)
