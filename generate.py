@@ -166,7 +166,7 @@ class Decoder:
     a step, which is captured at the first step and reads and writes this cache alone.
 
     Whoever decodes more than once keeps one and gives it to each `decode`, one at a time. Without
-    it each of them allocates and captures anew, and a capture takes longer than dozens of steps.
+    it each of them allocates and captures anew, and a capture launches two steps kernel by kernel.
     """
 
     def __init__(self, model: Lucie) -> None:
