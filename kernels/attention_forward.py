@@ -1,18 +1,19 @@
-"""Flash attention, forward: the scores of a block of queries never leave the chip.
+r"""Flash attention, forward: the scores of a block of queries never leave the chip.
 
 A program holds BLOCK_M queries of one head and walks over the keys that they see, BLOCK_N at a
 time, from the diagonal down:
 
-    key        lowest        common                       start         highest
-    query        |             |                            |              |
-    first_m      +-------------+----------------------------+--------------+
-      :          |             |                            |  \\           |
-      :          |/ / /        |                            |     \\   ///  |     / is masked
-      :          |/ / / / /    |                            |        \\     |
-    + BLOCK_M    +-------------+----------------------------+--------------+
-                 3. documents      2. all queries see         1. the diagonal,
-                    begin             all keys: no mask          causal mask
-                                                <--- the walk
+    key        lowest        common                         start         highest
+    query        v             v                              v               v
+    first_m      +-------------+------------------------------+---------------+
+      :          |             |                              |\  . . . . . . |     . is masked
+      :          | . .         |                              |   \  . . . . .|
+      :          | . . . .     |                              |      \  . . . |
+    + BLOCK_M    | . . . . . . |                              |         \  . .|
+                 +-------------+------------------------------+---------------+
+                  3. documents    2. all queries see           1. the diagonal:
+                     begin           all keys: no mask            causal mask
+                                              <--- the walk
 
 Without documents, lowest and common are 0 and part 3 is empty. The parts are loops of their own, so
 that the longest, part 2, has no mask. For each query the program keeps (Milakov and Gimelshein
