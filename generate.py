@@ -107,17 +107,17 @@ def complete(
     prompts and batch_size give the same texts. Raises ValueError as `decode` does, before anything
     is computed.
     """
-    found = [begin(model, tokenizer, prompt) for prompt in prompts]
+    found, decoder = [begin(model, tokenizer, prompt) for prompt in prompts], Decoder(model)
     by_length = sorted(found, key=lambda completion: len(completion.prompt_ids))
-    if found:  # the last batch is the largest
+    if found:  # the last batch has the longest prompts, and the others use its room
         longest = len(by_length[-1].prompt_ids) + max_new_tokens
         length = min(longest, model.config.max_position_embeddings)
-        check_room(model, min(batch_size, len(found)), length)
+        decoder.reserve(min(batch_size, len(found)), length)
     with tqdm(desc="prompts", total=len(found), delay=2, leave=False) as bar:
         for start in range(0, len(found), batch_size):
             batch = by_length[start : start + batch_size]
             ids = [completion.prompt_ids for completion in batch]
-            for tokens in decode(model, ids, max_new_tokens, sampling, generator):
+            for tokens in decode(model, ids, max_new_tokens, sampling, generator, decoder):
                 for row, token, logprob in tokens:
                     batch[row].add(model, token, logprob)
             bar.update(len(batch))
@@ -133,12 +133,13 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator,
+    decoder: "Decoder | None" = None,
 ) -> Iterator[str]:
     """Fill a completion, yielding its text as it grows."""
 
     def new_ids() -> Iterator[int]:
-        prompts = [completion.prompt_ids]
-        for ((_, token, logprob),) in decode(model, prompts, max_new_tokens, sampling, generator):
+        how = (max_new_tokens, sampling, generator, decoder)
+        for ((_, token, logprob),) in decode(model, [completion.prompt_ids], *how):
             completion.add(model, token, logprob)
             if completion.finish_reason != "stop":
                 yield token
@@ -160,6 +161,45 @@ def check_room(model: Lucie, batch: int, length: int) -> None:
         )
 
 
+class Decoder:
+    """The memory that decoding takes beside the model's: a KV cache, and on a GPU the CUDA graph of
+    a step, which is captured at the first step and reads and writes this cache alone.
+
+    Whoever decodes more than once keeps one and gives it to each `decode`, one at a time. Without
+    it each of them allocates and captures anew, and a capture launches two steps kernel by kernel.
+    """
+
+    def __init__(self, model: Lucie) -> None:
+        self.model = model
+        self.cache: KVCache | None = None
+        self._step: Callable[[Tensor], Tensor] | None = None
+
+    def reserve(self, batch_size: int, length: int) -> KVCache:
+        """The cache, empty, with room for `length` tokens or more in each of `batch_size` rows.
+
+        One that is too short or has another number of rows is freed, with its graph, before a new
+        one is allocated. Raises ValueError if that does not fit in memory.
+        """
+        rows, room = self.cache.k.shape[1:3] if self.cache else (0, 0)
+        if rows != batch_size or room < length:
+            self.cache = self._step = None
+            check_room(self.model, batch_size, length)
+            embedding = self.model.embed_tokens.weight
+            at = (embedding.device, embedding.dtype)
+            self.cache = KVCache(self.model.config, batch_size, length, *at)
+        self.cache.clear()
+        return self.cache
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append the newest ids `[B]`; the fp32 logits `[B, vocab_size]` after them, which the next
+        step may overwrite."""
+        if self._step is None:
+            self._step = plain_step(self.model, self.cache)
+            if self.cache.k.is_cuda:
+                self._step = _captured(self._step, self.cache)
+        return self._step(ids)
+
+
 @torch.no_grad()
 def decode(
     model: Lucie,
@@ -167,6 +207,7 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[list[tuple[int, int, float]]]:
     """Continue all prompts at once; yield for each step (row, id, log-probability) of the rows that
     have not ended: at one of model.eos_token_ids, which is yielded, at max_new_tokens, or where the
@@ -175,7 +216,8 @@ def decode(
     Prompts of different lengths are padded on the right, which causal attention never sees, and go
     through the model in chunks. From there each row of the cache goes on at its own end
     (KVCache.decode_from). On a GPU a step is one CUDA graph, replayed, and the host reads a token
-    while the next step runs. The cache has the dtype of the embedding.
+    while the next step runs. The cache has the dtype of the embedding. decoder: one of this model
+    to use instead of a new one.
     Floor of a step: the bytes of the weights and of the keys and values seen, over the bandwidth.
 
     Raises ValueError for a prompt that is empty or too long, a max_new_tokens below 1, a sampling
@@ -191,17 +233,14 @@ def decode(
             raise ValueError(f"a prompt must have 1 to {room - 1:,} tokens, not {len(prompt):,}")
     left = [min(max_new_tokens, room - len(prompt)) for prompt in prompts]  # of each row
     length = max(len(prompt) + more for prompt, more in zip(prompts, left))
-    embedding = model.embed_tokens.weight
-    check_room(model, len(prompts), length)
-    cache = KVCache(model.config, len(prompts), length, embedding.device, embedding.dtype)
-    logits = prefill(model, prompts, cache)
-    step = _captured(model, cache) if embedding.is_cuda else _plain(model, cache)
+    decoder = decoder or Decoder(model)
+    logits = prefill(model, prompts, decoder.reserve(len(prompts), length))
     for number in itertools.count(1):
         ids, logprobs = sample(logits, sampling, generator)
         arriving = _to_host(ids, logprobs)
         more = number < max(left)
-        if more and embedding.is_cuda:
-            logits = step(ids)  # the device computes while the host reads
+        if more and ids.is_cuda:
+            logits = decoder.step(ids)  # the device computes while the host reads
         tokens = [(row, int(token), p) for row, (token, p) in enumerate(arriving()) if left[row]]
         for row, token, _ in tokens:
             ended = token in model.eos_token_ids or left[row] <= number
@@ -209,8 +248,8 @@ def decode(
         yield tokens
         if not any(left):
             return
-        if more and not embedding.is_cuda:
-            logits = step(ids)
+        if more and not ids.is_cuda:
+            logits = decoder.step(ids)
 
 
 def prefill(model: Lucie, prompts: list[list[int]], cache: KVCache) -> Tensor:
@@ -251,17 +290,17 @@ def sample(
     return ids[:, 0], logprobs[:, 0]
 
 
-def _plain(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
+def plain_step(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """A function from the newest ids `[B]` to the fp32 logits `[B, vocab_size]` after them."""
     return lambda ids: model(ids[:, None], cache=cache)[:, -1].float()
 
 
-def _captured(model: Lucie, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """The same as one CUDA graph: the hundreds of launches of a step take longer than their work.
+def _captured(run: Callable[[Tensor], Tensor], cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """The same step as one CUDA graph: hundreds of launches take longer than their work.
 
     The graph reads and advances cache.positions, so that every replay is the next step.
     """
-    run, ids = _plain(model, cache), torch.zeros_like(cache.positions)
+    ids = torch.zeros_like(cache.positions)
     before, length = cache.positions.clone(), cache.length
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -387,11 +426,13 @@ def _text(content: bytes, name: str) -> str:
 
 def talk(model: Lucie, tokenizer: Tokenizer, *how: object) -> None:
     """Complete one prompt after the other until the input ends; Ctrl-C ends a completion."""
+    decoder = Decoder(model)
     while True:
         try:
             prompt = input("> ").replace("\\n", "\n")
             if prompt.strip():
-                for piece in stream(model, tokenizer, begin(model, tokenizer, prompt), *how):
+                completion = begin(model, tokenizer, prompt)
+                for piece in stream(model, tokenizer, completion, *how, decoder):
                     print(piece, end="", flush=True)
                 print()
         except ValueError as error:

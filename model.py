@@ -66,7 +66,8 @@ class KVCache:
     k, v: `[layers, B, max_length, KV, D]`; `length`: the number of tokens, advanced by the model.
     Prompts of different lengths are padded at their ends. `decode_from` then says where each row
     ends, and from there the model takes one token a row; it overwrites the padding before any
-    query sees it. `positions`: int64 `[B]`, the positions of those next tokens.
+    query sees it. `positions`: int64 `[B]`, the positions of those next tokens, always at the same
+    address, which a CUDA graph keeps.
     """
 
     def __init__(
@@ -82,13 +83,18 @@ class KVCache:
         # Zeros, because a masked key has weight 0, and 0 times NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self._rows = torch.arange(batch_size, device=device)
+        self._positions = torch.zeros_like(self._rows)
+        self.clear()
+
+    def clear(self) -> None:
+        """Make room for other prompts. Old keys stay, finite, and no query sees them."""
         self.length = 0
         self.positions: Tensor | None = None
-        self._rows = torch.arange(batch_size, device=device)
 
     def decode_from(self, lengths: list[int]) -> None:
         """Set the number of tokens of each row; from here on each row grows at its own end."""
-        self.positions = torch.tensor(lengths, device=self.k.device)
+        self.positions = self._positions.copy_(torch.tensor(lengths))
         self.length = max(lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,8 +137,9 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         positions = None if cache is None else cache.positions
         q, k = rope(q, k, cos, sin, None if positions is None else positions[:, None])
-        v = v.contiguous()  # attention keeps v for its backward; a slice would keep all of qkv
-        if cache is not None:
+        if cache is None:
+            v = v.contiguous()  # attention keeps v for its backward; a slice would keep all of qkv
+        else:
             k, v = cache.append(self.layer, k, v)
         return self.o_proj(attention(q, k, v, cu_seqlens, positions).flatten(2))
 

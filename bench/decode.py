@@ -15,8 +15,9 @@ fp32 on a CPU:
 
 The time of a step is that of `new` tokens more after the first, so the prompt is not in it. The
 floor of a step is what it must read, every matrix once and the keys and values so far, at the speed
-of a large copy. Memory is the peak of what torch allocated. Writes DIR/decode.json. Exit code 1
-where ours failed.
+of a large copy. Memory is the peak of what torch allocated. For ours on a GPU, host_ms is the time
+that the host takes to launch a step, as one graph and kernel by kernel; without the graph, a step
+cannot take less. Writes DIR/decode.json. Exit code 1 where ours failed.
 """
 
 import argparse
@@ -35,11 +36,11 @@ import quantize
 from bench.kernels import copy_speed, describe, heading, machine, write_json
 from bench.step import architecture, read_config
 from config.cli import ConfigError, Parser, run_cli
-from generate import Sampling, decode
+from generate import Decoder, Sampling, decode, plain_step
 from model import Lucie, LucieConfig
 
 Generate = Callable[[list[list[int]], int], int]  # prompts, new tokens -> tokens of a row
-Built = tuple[Generate, int]  # and the bytes of weights that a step reads
+Built = tuple[Generate, int, Decoder | None]  # bytes of weights that a step reads; None: not ours
 
 
 def random_lucie(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool) -> Lucie:
@@ -57,11 +58,13 @@ def random_lucie(config: LucieConfig, device: str, dtype: torch.dtype, int4: boo
 def ours(config: LucieConfig, device: str, dtype: torch.dtype, int4: bool = False) -> Built:
     model = random_lucie(config, device, dtype, int4)
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    decoder = Decoder(model)
 
     def generate(prompts: list[list[int]], new: int) -> int:
-        return sum(1 for _ in decode(model, prompts, new, Sampling(temperature=0)))
+        greedy = Sampling(temperature=0)
+        return sum(1 for _ in decode(model, prompts, new, greedy, decoder=decoder))
 
-    return generate, weights - model.embed_tokens.weight.nbytes
+    return generate, weights - model.embed_tokens.weight.nbytes, decoder
 
 
 def transformers(
@@ -84,7 +87,7 @@ def transformers(
         out = model.generate(tokens, attention_mask=mask, do_sample=False, **lengths, **options)
         return out.shape[1] - tokens.shape[1]
 
-    return generate, weights - model.model.embed_tokens.weight.nbytes
+    return generate, weights - model.model.embed_tokens.weight.nbytes, None
 
 
 def to_nf4(model: nn.Module, device: str, dtype: torch.dtype) -> None:
@@ -131,18 +134,19 @@ def run(config: LucieConfig, dtype: torch.dtype, device: str, args: argparse.Nam
             results["stopped"] = f"after {args.minutes:g} minutes, before {name}"
             break
         try:
-            generate, weights = IMPLEMENTATIONS[name](config, device, dtype)
+            generate, weights, decoder = IMPLEMENTATIONS[name](config, device, dtype)
             for batch in args.batch:
                 step, peak = measure(generate, config.vocab_size, device, batch, args)
                 floor = (weights + batch * kv) / copied / 1e9
                 row = {"name": name, "batch": batch, "tokens_per_second": batch / step}
                 row |= {"ms_per_step": 1e3 * step, "floor_ms": 1e3 * floor}
                 row |= {"of_floor": floor / step, "weight_bytes": weights, "peak_bytes": peak}
+                row["host_ms"] = host_ms(decoder) if decoder and device == "cuda" else None
                 results["rows"].append(row)
         except Exception as error:  # a baseline that cannot run is a result too
             results["failures"][name] = describe(error)
         write_json(results, args.out / "decode.json")
-        generate = None  # frees the model
+        generate = decoder = None  # frees the model
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()  # does nothing on a CPU
@@ -172,6 +176,23 @@ def measure(
     return statistics.median(times) / args.new, torch.cuda.max_memory_allocated() or None
 
 
+@torch.no_grad()
+def host_ms(decoder: Decoder) -> dict[str, float]:
+    """Milliseconds until a step is launched, as one graph and kernel by kernel."""
+    cache, found = decoder.cache, {}
+    ids = torch.zeros_like(cache.positions)
+    steps = {"graph": decoder.step, "kernels": plain_step(decoder.model, cache)}
+    for name, step in steps.items():
+        times = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step(ids)
+            times.append(time.perf_counter() - begin)
+        found[name] = 1e3 * statistics.median(times[2:])  # the first ones find cold caches
+    return found
+
+
 def table(results: dict) -> str:
     c = results["config"]
     lines = [
@@ -184,7 +205,10 @@ def table(results: dict) -> str:
     for row in results["rows"]:
         line = f"{row['name']:22} {row['batch']:5}  {row['tokens_per_second']:8,.1f} "
         line += f"{row['ms_per_step']:10.2f} {row['floor_ms']:9.3f} {row['of_floor']:9.0%}"
-        lines.append(line + (f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""))
+        line += f"{row['peak_bytes'] / 1e9:9.2f}" if row["peak_bytes"] else ""
+        if host := row["host_ms"]:
+            line += f"  host {host['graph']:.2f} ms a step, {host['kernels']:.2f} without a graph"
+        lines.append(line)
     lines += [f"{name:22} {failure}" for name, failure in results["failures"].items()]
     return "\n".join(lines + [f"stopped {results['stopped']}"] * bool(results["stopped"]))
 

@@ -43,7 +43,7 @@ from config.cli import ConfigError, in_one_line, nearest, run_cli, write_file
 from data.dataset import DataError
 from data.tokenizer import BOS, EOS, Tokenizer
 from eval.perplexity import model_parser, newest_of, open_model, token_scores, write_table
-from generate import Sampling, complete, decode
+from generate import Decoder, Sampling, complete, decode
 from model import Lucie
 from parallel import gather, rank, start_processes, together, world_size
 from schedule import Schedule
@@ -148,7 +148,11 @@ class LucieLM(TemplateLM):
         alike: dict[str, list[int]] = {}  # {generation_kwargs: requests}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-        texts = [""] * len(requests)
+        texts, decoder = [""] * len(requests), Decoder(self.model)
+
+        def work(batch: list[tuple]) -> list[str]:
+            return self._continued(batch, decoder)
+
         for asked, numbers in alike.items():
             how = normalize_gen_kwargs(json.loads(asked))
             stops, new = handle_stop_sequences(how["until"], "</s>"), how["max_gen_toks"]
@@ -160,7 +164,7 @@ class LucieLM(TemplateLM):
             stops, room = [stop for stop in stops if stop], self.room - new
             contexts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             prompts = [(ids, new, stops) for ids in contexts]
-            found = self._share(prompts, lambda prompt: len(prompt[0]) + prompt[1], self._continued)
+            found = self._share(prompts, lambda prompt: len(prompt[0]) + prompt[1], work)
             for number, text in zip(numbers, found):
                 texts[number] = text
         return texts
@@ -202,12 +206,12 @@ class LucieLM(TemplateLM):
                 found[-1].append((float(nats.double().sum()), bool(likeliest.all())))
         return found
 
-    def _continued(self, batch: list[tuple]) -> list[str]:
+    def _continued(self, batch: list[tuple], decoder: Decoder) -> list[str]:
         """The greedy text after each (prompt ids, max_gen_toks, stop texts)."""
         _, new, stops = batch[0]
         ids: list[list[int]] = [[] for _ in batch]
         prompts = [prompt for prompt, *_ in batch]
-        steps = decode(self.model, prompts, new, Sampling(temperature=0))
+        steps = decode(self.model, prompts, new, Sampling(temperature=0), decoder=decoder)
         for number, step in enumerate(steps, 1):
             for row, token, _ in step:
                 ids[row].append(token)

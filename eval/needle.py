@@ -48,8 +48,7 @@ from eval.perplexity import (
     token_scores,
     write_table,
 )
-from generate import PREFILL, Sampling, check_room, decode
-from model import KVCache, Lucie
+from generate import PREFILL, Decoder, Sampling, decode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,34 +155,31 @@ def room_for_answer(tokenizer: Tokenizer, needles: list[Needle]) -> int:
     return max(len(continuation(tokenizer, f" {needle.fact}")) for needle in needles)
 
 
-def generated(model: Lucie, tokenizer: Tokenizer, room: int, prompt: list[int]) -> str:
+def generated(decoder: Decoder, tokenizer: Tokenizer, room: int, prompt: list[int]) -> str:
     """The first line of a greedy completion, of at most `room` tokens, that is not blank."""
-    steps = decode(model, [prompt], room, Sampling(temperature=0))
+    steps = decode(decoder.model, [prompt], room, Sampling(temperature=0), decoder=decoder)
     text = tokenizer.decode(token for step in steps for _, token, _ in step)
     return (text.strip().splitlines() or [""])[0]
 
 
-def picked(model: Lucie, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
+def picked(decoder: Decoder, tokenizer: Tokenizer, needles: list[Needle], prompt: list[int]) -> str:
     """The answer of all needles whose bytes are likeliest on average."""
     answers = [needle.answer for needle in needles]
     ids = [continuation(tokenizer, f" {answer}") for answer in answers]
-    found = zip(log_probabilities(model, prompt, ids), answers)
+    found = zip(log_probabilities(decoder, prompt, ids), answers)
     return max(found, key=lambda pair: pair[0] / len(pair[1].encode()))[1]
 
 
 @torch.no_grad()
-def log_probabilities(model: Lucie, prompt: list[int], texts: list[list[int]]) -> list[float]:
+def log_probabilities(decoder: Decoder, prompt: list[int], texts: list[list[int]]) -> list[float]:
     """The log-probability, in nats, of each text after a prompt, which is read once."""
-    embedding = model.embed_tokens.weight
-    length = len(prompt) + max(map(len, texts))
-    check_room(model, 1, length)
-    cache = KVCache(model.config, 1, length, embedding.device, embedding.dtype)
-    for part in torch.tensor([prompt], device=embedding.device).split(PREFILL, dim=1):
+    model, cache = decoder.model, decoder.reserve(1, len(prompt) + max(map(len, texts)))
+    for part in torch.tensor([prompt], device=cache.k.device).split(PREFILL, dim=1):
         last = model.hidden(part, cache=cache)[:, -1:]
     found = []
     for ids in texts:
         cache.length = len(prompt)  # what the text before this one wrote is overwritten
-        tokens = torch.tensor([ids], device=embedding.device)
+        tokens = torch.tensor([ids], device=cache.k.device)
         hidden = last
         if len(ids) > 1:
             hidden = torch.cat([last, model.hidden(tokens[:, :-1], cache=cache)], dim=1)
@@ -316,7 +312,8 @@ def main(argv: list[str]) -> None:
     lengths = list(dict.fromkeys(np.linspace(low, high, steps).round().astype(int).tolist()))
     depths = list(dict.fromkeys(np.linspace(0, 100, args.depths).round().astype(int).tolist()))
     make_room(model, high)
-    check_room(model, 1, high)
+    decoder = Decoder(model)
+    decoder.reserve(1, high)  # for all cells; a lack of memory shows now
     haystack = read_haystack(read_documents(files), tokenizer, high)
 
     name = Path(source.removeprefix("hf:")).name
@@ -337,10 +334,10 @@ def main(argv: list[str]) -> None:
             needle = random.Random(f"42 {length} {depth}").choice(needles)
             ids, position = hide(haystack, needle, length, depth, tokenizer, room)
             if args.scoring == "generate":
-                answer = generated(model, tokenizer, room, ids)
+                answer = generated(decoder, tokenizer, room, ids)
                 score = words_found(answer, needle.answer)
             else:
-                answer = picked(model, tokenizer, needles, ids)
+                answer = picked(decoder, tokenizer, needles, ids)
                 score = float(answer == needle.answer)
             rows.append([length, depth, f"{score:.4f}", position, needle.answer, answer])
             write_table(file, COLUMNS, rows)

@@ -11,11 +11,12 @@ and writes wherever a wrong offset leads. After `install()`
 - each load and store must stay on the elements of the tensor whose pointer it started from. For a
   view this means the view: neither the rest of its storage nor the gaps between its rows. Views of
   one storage that are passed together may be reached from each other;
-- a program that touches an address where another one has stored is a race.
+- a program that touches an address where another one has stored is a race. Programs may add to one
+  address through the atomic addition of a tensor descriptor, which is fp32, and only so.
 
-The last two raise `MemoryFault`. Atomics (our kernels have none, so that runs repeat bit for bit),
-bf16 bitcasts, and conversions between bf16 and 8-bit floats are refused. Tensors in tuples are not
-known, and loop variables of `range` stay Python integers, as shipped.
+The last two raise `MemoryFault`. Other atomics, bf16 bitcasts, and conversions between bf16 and
+8-bit floats are refused. Tensors in tuples are not known, and loop variables of `range` stay Python
+integers, as shipped.
 """
 
 import os
@@ -80,6 +81,7 @@ class _Memory:
     """What one launch of a kernel may touch, and what it has stored so far."""
 
     PAGE = 20  # bits of an address within a page
+    ADDED = -1  # the owner of an address that programs add to
 
     def __init__(self, kernel: str, args: dict[str, Any]) -> None:
         self.kernel = kernel
@@ -96,7 +98,8 @@ class _Memory:
         self.owners: dict[int, np.ndarray] = {}
 
     def check(self, what: str, pointers: np.ndarray, mask: Any, size: int) -> np.ndarray:
-        """Return the addresses without their tags, or raise MemoryFault. `size` is in bytes."""
+        """Return the addresses without their tags, or raise MemoryFault. what: load, store or add;
+        size: in bytes."""
         address, mask = pointers, np.asarray(mask, bool)  # `&` of masks may give integers
         if not mask.all():
             address = address[np.broadcast_to(mask, address.shape)]
@@ -107,7 +110,7 @@ class _Memory:
                     break
             else:
                 self._check_each(what, address, size)
-            if what == "store" or self.owners:
+            if what != "load" or self.owners:
                 first, last = low >> self.PAGE, (high - size) >> self.PAGE
                 if first == last:
                     self._claim(what, first, address)
@@ -138,23 +141,25 @@ class _Memory:
     def _claim(self, what: str, page: int, address: np.ndarray) -> None:
         owner = self.owners.get(page)
         if owner is None:
-            if what != "store":
+            if what == "load":
                 return
             owner = self.owners[page] = np.zeros(1 << self.PAGE, np.int32)
         x, y, z = program = shipped.interpreter_builder.grid_idx
         width, height, _ = shipped.interpreter_builder.grid_dim
-        me = 1 + x + width * (y + height * z)
+        me = self.ADDED if what == "add" else 1 + x + width * (y + height * z)
         index = (address & np.uint64((1 << self.PAGE) - 1)).view(np.int64)
         found = owner[index]
         others = found[(found != 0) & (found != me)]
         if others.size:
             other = int(others[0]) - 1
-            raise MemoryFault(
-                f"{self.kernel}, program {program}: race: {what} where program "
-                f"{(other % width, other // width % height, other // (width * height))} has "
-                f"stored, {others.size} lanes"
+            who = (
+                f"{(other % width, other // width % height, other // (width * height))} has stored"
             )
-        if what == "store":
+            who = "others add" if other < 0 else f"program {who}"
+            raise MemoryFault(
+                f"{self.kernel}, program {program}: race: {what} where {who}, {others.size} lanes"
+            )
+        if what != "load":
             owner[index] = me
 
 
@@ -170,6 +175,11 @@ class _Access:
     def store(self, ptr: np.ndarray, value: np.ndarray, mask: Any) -> None:
         address = self.memory.check("store", ptr, mask, value.itemsize)
         _machine.store(address, value, mask)
+
+    def add(self, ptr: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        address = self.memory.check("add", ptr, mask, value.itemsize)
+        before = _machine.load(address, mask, np.zeros_like(value), value.dtype)
+        _machine.store(address, before + value, mask)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("fma_"):
@@ -279,6 +289,12 @@ class _Builder(shipped.InterpreterBuilder):
             ptrs = _Handle(ptrs.data, tl.pointer_type(tl.uint16))
             value = _Handle(_bf16_to_bits(value.data), tl.uint16)
         return super().create_masked_store(ptrs, value, mask, *args)
+
+    def create_descriptor_reduce(self, kind: Any, desc: Any, value: Any, indices: Any) -> None:
+        if kind != shipped._ir.DESCRIPTOR_REDUCE_KIND.ADD or value.dtype.scalar.name != "fp32":
+            raise NotImplementedError(f"an atomic {kind} of {value.dtype}")
+        pointers, mask = desc.materialize_pointers(indices)
+        shipped._interpreter.add(pointers.data, value.data, mask)
 
 
 class _Launch(shipped.GridExecutor):

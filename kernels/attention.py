@@ -18,7 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_backward import _attention_backward_dkdv, _attention_backward_dq
+from kernels.attention_backward import (
+    _attention_backward_delta,
+    _attention_backward_dkdv,
+    _attention_backward_dq,
+)
 from kernels.attention_decode import _attention_combine, _attention_decode
 from kernels.attention_forward import PADDING, _attention_forward
 from kernels.launch import (
@@ -29,6 +33,7 @@ from kernels.launch import (
     not_offered,
     operator,
     runs_triton,
+    tile,
 )
 
 LOG2_E = math.log2(math.e)
@@ -40,6 +45,7 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     positions: Tensor | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """Causal attention of T queries over S >= T keys, the last query seeing the last key.
 
@@ -47,7 +53,9 @@ def attention(
     cache. cu_seqlens: int32 or int64 `[documents + 1]`, the offsets at which documents start in the
     flattened `[B * T]` tokens, from 0 to B * T (then S = T): a query sees only its own document.
     positions: int64 `[B]`, for T = 1 and rows of different lengths: the query of a row sees the
-    keys up to and including its position, whatever S is. Returns `[B, T, H, D]` in the dtype of q.
+    keys up to and including its position, whatever S is. deterministic: False allows a backward in
+    one pass, where the GPU has one (Hopper and later): 5 products instead of 7, but dq differs in
+    its last bits from run to run. Returns `[B, T, H, D]` in the dtype of q.
 
     The Triton kernels take D of 64 and 128, and one dtype for q, k and v: bf16, fp16, or, only with
     use("triton"), fp32, which is exact and slow. Raises ValueError for shapes that do not fit.
@@ -73,7 +81,7 @@ def attention(
     starts = ends = None
     if cu_seqlens is not None:
         starts, ends = _bounds(cu_seqlens, q.shape[0], queries)
-    return _Attention.apply(q, k, v, starts, ends)
+    return _Attention.apply(q, k, v, starts, ends, deterministic)
 
 
 def _definition(
@@ -142,38 +150,40 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-# --- blocks ---------------------------------------------------------------------------------------
+# --- launches -------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages). With these no Triton from 3.6 to 3.9 spills a register or stops
-# running wgmma in the background (python -m bench.static). sm_90 reads through the tensor memory
-# accelerator, the others through pointers.
-_SMALL = {
-    "forward": (32, 64, 4, 2),
-    "dq": (32, 32, 8, 2),
-    "dkdv": (32, 64, 8, 2),
-}
+# (BLOCK_M, BLOCK_N, warps, stages). With these neither Triton 3.6 nor 3.7 spills registers in a
+# loop or serializes wgmma (python -m bench.static). "small" is for documents, whose masks take
+# registers, and for head_dim 64, where large blocks overlap less.
+_ANY = {"forward": (32, 64, 4, 2), "dq": (32, 32, 8, 2), "dkdv": (32, 64, 8, 2)}
 LAUNCH = {
     "sm_90": {
-        "forward": (128, 64, 8, 2),
-        "dq": (128, 64, 8, 2),
-        "dkdv": (32, 128, 8, 2),
+        "forward": (128, 128, 8, 2),
+        "forward small": (128, 64, 8, 2),
+        "dq": (128, 128, 8, 2),
+        "dq small": (128, 64, 8, 2),
+        "dkdv": (64, 128, 8, 2),
+        "dkdv small": (32, 128, 8, 2),
+        "one pass": (32, 128, 8, 2),
+        "one pass small": (32, 128, 8, 2),
     },
-    "sm_80": _SMALL,
-    "default": _SMALL,
+    "default": _ANY | {f"{kernel} small": blocks for kernel, blocks in _ANY.items()},
 }
 FP32 = (32, 32, 4, 1)  # exact products without tensor cores, for checks and not for speed
 DECODE_BLOCK = 64  # keys at a time
 MOST_SPLITS = 64  # of the keys of one head, which one program joins
 
 
-def _blocks(kernel: str, x: Tensor) -> tuple[dict, bool]:
-    """Launch options of a kernel, and whether it reads through tensor descriptors."""
-    kind = gpu().kind
-    exact = x.dtype == torch.float32
-    block_m, block_n, warps, stages = FP32 if exact else LAUNCH[kind][kernel]
-    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages}
-    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return options, kind == "sm_90" and not exact
+def _options(kernel: str, x: Tensor, documents: bool) -> dict:
+    """Launch options of a kernel. TMA: it gets tensor descriptors for the tensor memory
+    accelerator, not pointers."""
+    exact, head_dim = x.dtype == torch.float32, x.shape[3]
+    small = documents or head_dim == 64
+    row = FP32 if exact else tile(LAUNCH, kernel + " small" * small)
+    block_m, block_n, warps, stages = row
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_stages": stages}
+    options |= {"num_warps": warps, "enable_fp_fusion": True, "D": head_dim}
+    return options | {"TMA": gpu().kind == "sm_90" and not exact}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -187,8 +197,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)  # contiguous() may not copy
 
 
-def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:
-    """What the kernels load from: x itself, or a tensor descriptor of `[B, T, H * D]`."""
+def _source(x: Tensor, block: int, tma: bool) -> Tensor | object:
+    """What a kernel makes its descriptor of: x, or the descriptor of `[B, T, H * D]` itself."""
     if not tma:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -196,6 +206,10 @@ def _table(x: Tensor, block: int, tma: bool) -> Tensor | object:
     batch, length, heads, head_dim = x.shape
     strides = [x.stride(0), x.stride(1), 1]
     return TensorDescriptor(x, [batch, length, heads * head_dim], strides, [1, block, head_dim])
+
+
+def _strides(*tensors: Tensor) -> list[tuple[int, int]]:
+    return [(x.stride(0), x.stride(1)) for x in tensors]
 
 
 def _ragged_bounds(
@@ -209,20 +223,9 @@ def _ragged_bounds(
     return starts, ends
 
 
-def _table_length(queries: int) -> int:
-    """Length of a row of lse and delta, as table_length computes it in the kernels."""
-    return (queries // PADDING.value + 2) * PADDING.value
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
-
-
-# --- what torch sees ------------------------------------------------------------------------------
-
-
 def _outputs(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[0], q.shape[2], _table_length(q.shape[1]), dtype=torch.float32)
+    length = (q.shape[1] // PADDING.value + 2) * PADDING.value  # as `padded` computes it
+    lse = q.new_empty(q.shape[0], q.shape[2], length, dtype=torch.float32)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
@@ -235,16 +238,14 @@ def _forward_op(
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     out, lse = _outputs(q)
+    options = _options("forward", q, starts is not None)
     if starts is None:
         starts = torch.zeros(batch, queries, dtype=torch.int32, device=q.device)
-    blocks, tma = _blocks("forward", q)
-    grid = (heads, cdiv(queries, blocks["BLOCK_M"]), batch)
-    _attention_forward[grid](
-        _table(q, blocks["BLOCK_M"], tma),
-        _table(k, blocks["BLOCK_N"], tma),
-        _table(v, blocks["BLOCK_N"], tma),
-        out, lse, starts, *_strides(q, k, v), queries, keys, LOG2_E / math.sqrt(head_dim),
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, TMA=tma, **blocks,
+    m, n, tma = options["BLOCK_M"], options["BLOCK_N"], options["TMA"]
+    _attention_forward[(heads, cdiv(queries, m), batch)](
+        _source(q, m, tma), _source(k, n, tma), _source(v, n, tma), out, lse, starts,
+        *_strides(q, k, v), queries, keys, LOG2_E / math.sqrt(head_dim),
+        HEADS=heads, KV_HEADS=kv_heads, **options,
     )  # fmt: skip
     return out, lse
 
@@ -256,7 +257,7 @@ def _gradients(d_out: Tensor, *qkv: Tensor | None) -> tuple[Tensor, Tensor, Tens
 @operator("attention_backward", fake=_gradients)
 def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    starts: Tensor | None, ends: Tensor | None,
+    starts: Tensor | None, ends: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, with the shapes of q, k and v."""
     d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
@@ -265,35 +266,54 @@ def _backward_op(
     dq, dk, dv = _gradients(d_out, q, k, v)
     delta = torch.empty_like(lse)
     starts, ends = _ragged_bounds(q, k, starts, ends)
+    ragged = starts is not None
     common = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
-    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SQUARE": queries == keys}
-    constants["RAGGED"] = starts is not None
+    shape = {"HEADS": heads, "KV_HEADS": kv_heads, "SQUARE": queries == keys, "RAGGED": ragged}
 
-    blocks, tma = _blocks("dq", q)
-    m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
-    tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
-    _attention_backward_dq[(heads, cdiv(queries, m), batch)](
-        *tables, out, lse, delta, dq, starts, *common, TMA=tma, **constants, **blocks
-    )
-    blocks, tma = _blocks("dkdv", q)
-    m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
-    tables = [_table(x, b, tma) for x, b in ((q, m), (k, n), (v, n), (d_out, m))]
-    _attention_backward_dkdv[(kv_heads, cdiv(keys, n), batch)](
-        *tables, lse, delta, dk, dv, starts, ends, *common, TMA=tma, **constants, **blocks
-    )
+    def sources(options: dict) -> list:
+        m, n, tma = options["BLOCK_M"], options["BLOCK_N"], options["TMA"]
+        return [_source(x, block, tma) for x, block in ((q, m), (k, n), (v, n), (d_out, m))]
+
+    options = _options("dq", q, ragged)
+    one_pass = not deterministic and options["TMA"]
+    sum_desc = None  # of dq in fp32
+    if one_pass:
+        options = _options("one pass", q, ragged)
+        dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        sum_desc = _source(dq_sum, options["BLOCK_M"], tma=True)
+        _attention_backward_delta[(heads, cdiv(queries, 64), batch)](
+            out, _source(d_out, 64, tma=True), delta, *_strides(d_out), queries,
+            HEADS=heads, D=head_dim, BLOCK_M=64, TMA=True, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        _attention_backward_dq[(heads, cdiv(queries, options["BLOCK_M"]), batch)](
+            *sources(options), out, lse, delta, dq, starts, *common, **shape, **options
+        )
+        options = _options("dkdv", q, ragged)
+    _attention_backward_dkdv[(kv_heads, cdiv(keys, options["BLOCK_N"]), batch)](
+        *sources(options), sum_desc, lse, delta, dk, dv, starts, ends, *common,
+        ONE_PASS=one_pass, **shape, **options,
+    )  # fmt: skip
+    if one_pass:
+        torch.mul(dq_sum, 1 / math.sqrt(head_dim), out=dq)
     return dq, dk, dv
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None):
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None,
+        deterministic: bool,
+    ):  # fmt: skip
         out, lse = _forward_op(q, k, v, starts, ends)
         ctx.save_for_backward(q, k, v, out, lse, starts, ends)
+        ctx.deterministic = deterministic
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        return *_backward_op(d_out, *ctx.saved_tensors), None, None
+        gradients = _backward_op(d_out, *ctx.saved_tensors, ctx.deterministic)
+        return *gradients, None, None, None
 
 
 @operator(
@@ -314,7 +334,7 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Ten
     lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attention_decode[(kv_heads, splits, batch)](
-        q, k, v, positions, partial, lse, q.stride(0), *_strides(k, v), keys, per_split,
+        q, k, v, positions, partial, lse, *_strides(q, k, v), keys, per_split,
         LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,
         ROWS=max(16, next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
         num_warps=4, num_stages=3, enable_fp_fusion=True,

@@ -1,14 +1,35 @@
-"""Flash attention, forward: the scores of a block of queries never leave the chip.
+r"""Flash attention, forward: the scores of a block of queries never leave the chip.
 
 A program holds BLOCK_M queries of one head and walks over the keys that they see, BLOCK_N at a
-time. For each query it keeps the maximum of the scores so far, the sum of their exponentials, and
-the output scaled to that maximum (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
-arXiv:2205.14135).
+time, from the diagonal down:
 
-It walks down from the diagonal, so that only the first blocks need the causal mask and the loop
-over all others has none. The loop issues the scores of the *next* block before the softmax of this
-one. On Hopper the tensor cores then compute them in the background while the other units take
-exponentials; issued in order, each would wait for the other.
+    key        lowest        common                         start         highest
+    query        v             v                              v               v
+    first_m      +-------------+------------------------------+---------------+
+      :          |             |                              |\  . . . . . . |     . is masked
+      :          | . .         |                              |   \  . . . . .|
+      :          | . . . .     |                              |      \  . . . |
+    + BLOCK_M    | . . . . . . |                              |         \  . .|
+                 +-------------+------------------------------+---------------+
+                  3. documents    2. all queries see           1. the diagonal:
+                     begin           all keys: no mask            causal mask
+                                              <--- the walk
+
+Without documents, lowest and common are 0 and part 3 is empty. The parts are loops of their own, so
+that the longest, part 2, has no mask. For each query the program keeps (Milakov and Gimelshein
+2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135; their names, which are those of Triton's
+tutorial, on the right)
+
+    row_max   the largest score so far, in units of log2            m_i
+    row_sum   the sum of exp2(score - row_max)                      l_i
+    acc       the sum of exp2(score - row_max) * v                  acc
+    scores    of the block in work, before scaling                  qk
+
+Each turn of a loop issues the scores of the *next* block before the softmax of this one. On Hopper
+the tensor cores then compute them in the background while the other units take exponentials. In the
+order of the textbook each would wait for the other.
+
+The `*_desc` are tensor descriptors, the `*_ptr` pointers.
 """
 
 from kernels.launch import tl, triton
@@ -18,34 +39,41 @@ PADDING = tl.constexpr(128)
 
 
 @triton.jit
-def table_length(queries):
+def padded(queries):
     """Length of a row of lse and delta: a multiple of PADDING, at least queries + PADDING."""
     return (queries // PADDING + 2) * PADDING
 
 
 @triton.jit
-def load_rows(
-    table, batch, row, column, batch_stride, stride, rows,
-    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+def describe(
+    x, batch, strides, rows, columns: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """Load `[BLOCK, D]` of `[B, rows, columns]`, from (batch, row, column) on.
+    """The tensor descriptor of x `[B, rows, columns]` for tiles of BLOCK rows and D columns.
 
-    With TMA, table is a tensor descriptor, which the tensor memory accelerator reads; otherwise it
-    is a pointer. Rows before 0 or from `rows` on are not read and become zeros.
+    With TMA the host has made it, for the tensor memory accelerator. Without, x is a pointer; this
+    makes a descriptor of the sequence, whose loads the compiler turns into those of pointers.
     """
     if TMA:
-        tile = table.load([batch, row, column]).reshape(BLOCK, D)
+        desc = x
     else:
-        r = tl.arange(0, BLOCK)
-        table += batch.to(tl.int64) * batch_stride + row.to(tl.int64) * stride + column
-        inside = (row + r >= 0) & (row + r < rows)
-        pointers = table + r[:, None] * stride + tl.arange(0, D)[None, :]
-        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+        x += batch.to(tl.int64) * strides[0]
+        desc = tl.make_tensor_descriptor(x, [rows, columns], [strides[1], 1], [BLOCK, D])
+    return desc
+
+
+@triton.jit
+def load_tile(desc, batch, row, column):
+    """The tile that begins at (batch, row, column). Rows that do not exist are zeros."""
+    if len(desc.block_shape) == 3:
+        tile = desc.load([batch, row, column]).reshape(desc.block_shape[1], desc.block_shape[2])
+    else:
+        tile = desc.load([row, column])
     return tile
 
 
 @triton.jit
-def _softmax(acc, row_max, row_sum, scores, scale, dtype: tl.constexpr):
+def softmax_step(acc, row_max, row_sum, scores, scale, dtype: tl.constexpr):
     """Exponentials of a block of scores, and what came before rescaled to the new maximum.
 
     scale includes log2(e), because exp2 is the instruction that the hardware has.
@@ -60,91 +88,97 @@ def _softmax(acc, row_max, row_sum, scores, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _advance(
-    q, scores, acc, row_max, row_sum, start, k_table, v_table, batch, column,
-    k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    q, scores, acc, row_max, row_sum, start, k_desc, v_desc, batch, column, scale,
+    BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Add the block of keys at `start`, whose scores are known, and compute the scores below it."""
     below = start - BLOCK_N
-    k = load_rows(k_table, batch, below, column, k_batch_stride, k_stride, keys, BLOCK_N, D, TMA)
+    k = load_tile(k_desc, batch, below, column)
     next_scores = tl.dot(q, k.T, input_precision="ieee")
-    p, acc, row_max, row_sum = _softmax(acc, row_max, row_sum, scores, scale, q.dtype)
-    v = load_rows(v_table, batch, start, column, v_batch_stride, v_stride, keys, BLOCK_N, D, TMA)
+    p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale, q.dtype)
+    v = load_tile(v_desc, batch, start, column)
     acc = tl.dot(p, v, acc, input_precision="ieee")
     return next_scores, acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_forward(
-    q_table, k_table, v_table, out, lse, starts,
-    q_batch_stride, q_stride, k_batch_stride, k_stride, v_batch_stride, v_stride,
-    queries, keys, scale,
+    q, k, v, out_ptr, lse_ptr, starts_ptr, q_strides, k_strides, v_strides, queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """q, k, v: see `describe`; *_strides: of batch and token. out: `[B, T, H, D]`, contiguous;
+    lse: fp32 `[B, H, padded(T)]`, the log2 of the sum of exponentials, infinite past the last
+    query; starts: int32 `[B, T]`, the first key that each query sees."""
     head, batch = tl.program_id(0), tl.program_id(2)
     # The last queries see the most keys, so their programs begin first.
     first_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    row = first_m + m
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row = first_m + offs_m
     column = head // (HEADS // KV_HEADS) * D
-    # The first key that each query sees (first_key), that any sees (lowest), that all see (common).
-    # They are loaded even where all are 0: with a known 0 ptxas makes the loop wait for each wgmma.
-    starts += batch.to(tl.int64) * queries
-    first_key = tl.load(starts + row, mask=row < queries, other=0)
-    lowest = tl.load(starts + first_m)
-    common = tl.load(starts + tl.minimum(first_m + BLOCK_M, queries) - 1)
+    q_desc = describe(q, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
+    k_desc = describe(k, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    v_desc = describe(v, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    # The bounds are loaded even where all are 0: if it knows them, ptxas serializes the loop's
+    # tensor-core instructions.
+    starts_ptr += batch.to(tl.int64) * queries
+    first_key = tl.load(starts_ptr + row, mask=row < queries, other=0)
+    lowest = tl.load(starts_ptr + first_m)
+    common = tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
 
-    q = load_rows(
-        q_table, batch, first_m, head * D, q_batch_stride, q_stride, queries, BLOCK_M, D, TMA
-    )
+    query = load_tile(q_desc, batch, first_m, head * D)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may meet masked blocks first
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
+    # 1. the diagonal. The scores of a block are known before its turn: begin with the first.
     highest = first_m + BLOCK_M + keys - queries
-    start = highest - BLOCK_N  # first key of the block whose scores are known
-    k = load_rows(k_table, batch, start, column, k_batch_stride, k_stride, keys, BLOCK_N, D, TMA)
-    scores = tl.dot(q, k.T, input_precision="ieee")
-    scores = tl.where(m[:, None] >= (n + BLOCK_M - BLOCK_N)[None, :], scores, float("-inf"))
-    scores = tl.where((start + n)[None, :] >= first_key[:, None], scores, float("-inf"))
-    for block in tl.static_range(2, BLOCK_M // BLOCK_N + 1):  # the other blocks on the diagonal
+    start = highest - BLOCK_N
+    key = load_tile(k_desc, batch, start, column)
+    scores = tl.dot(query, key.T, input_precision="ieee")
+    causal = offs_m[:, None] >= (offs_n + BLOCK_M - BLOCK_N)[None, :]
+    scores = tl.where(causal, scores, float("-inf"))
+    scores = tl.where((start + offs_n)[None, :] >= first_key[:, None], scores, float("-inf"))
+    for block in tl.static_range(2, BLOCK_M // BLOCK_N + 1):
         scores, acc, row_max, row_sum = _advance(
-            q, scores, acc, row_max, row_sum, start, k_table, v_table, batch, column,
-            k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale, BLOCK_N, D, TMA,
+            query, scores, acc, row_max, row_sum, start, k_desc, v_desc, batch, column, scale,
+            BLOCK_N, D,
         )  # fmt: skip
         start -= BLOCK_N
-        causal = m[:, None] >= (n + BLOCK_M - block * BLOCK_N)[None, :]
+        causal = offs_m[:, None] >= (offs_n + BLOCK_M - block * BLOCK_N)[None, :]
         scores = tl.where(causal, scores, float("-inf"))
-        scores = tl.where((start + n)[None, :] >= first_key[:, None], scores, float("-inf"))
+        scores = tl.where((start + offs_n)[None, :] >= first_key[:, None], scores, float("-inf"))
 
     unmasked = tl.maximum(start - common, 0) // BLOCK_N * BLOCK_N
     rest = start - unmasked - lowest
+    # 2. keys that all queries see
     for _ in tl.range(0, unmasked, BLOCK_N, num_stages=STAGES):
         scores, acc, row_max, row_sum = _advance(
-            q, scores, acc, row_max, row_sum, start, k_table, v_table, batch, column,
-            k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale, BLOCK_N, D, TMA,
+            query, scores, acc, row_max, row_sum, start, k_desc, v_desc, batch, column, scale,
+            BLOCK_N, D,
         )  # fmt: skip
         start -= BLOCK_N
+    # 3. keys before the document of some query
     for _ in tl.range(0, rest, BLOCK_N, num_stages=STAGES):
         scores, acc, row_max, row_sum = _advance(
-            q, scores, acc, row_max, row_sum, start, k_table, v_table, batch, column,
-            k_batch_stride, k_stride, v_batch_stride, v_stride, keys, scale, BLOCK_N, D, TMA,
+            query, scores, acc, row_max, row_sum, start, k_desc, v_desc, batch, column, scale,
+            BLOCK_N, D,
         )  # fmt: skip
         start -= BLOCK_N
-        scores = tl.where((start + n)[None, :] >= first_key[:, None], scores, float("-inf"))
+        scores = tl.where((start + offs_n)[None, :] >= first_key[:, None], scores, float("-inf"))
 
-    p, acc, row_max, row_sum = _softmax(acc, row_max, row_sum, scores, scale, q.dtype)
-    v = load_rows(v_table, batch, start, column, v_batch_stride, v_stride, keys, BLOCK_N, D, TMA)
-    acc = tl.dot(p, v, acc, input_precision="ieee")
+    p, acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale, query.dtype)
+    value = load_tile(v_desc, batch, start, column)
+    acc = tl.dot(p, value, acc, input_precision="ieee")
 
     inside = row < queries
-    lse += (batch.to(tl.int64) * HEADS + head) * table_length(queries)
-    tl.store(lse + row, row_max + tl.log2(row_sum), mask=inside)
+    lse_ptr += (batch.to(tl.int64) * HEADS + head) * padded(queries)
+    tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=inside)
     tail = tl.arange(0, 2 * PADDING)  # exp2(score - infinity) is 0
     last = first_m + BLOCK_M >= queries  # a mask: a branch here changes the loop's schedule
-    mask = last & (queries + tail < table_length(queries))
-    tl.store(lse + queries + tail, tail + float("inf"), mask=mask)
-    out += batch.to(tl.int64) * queries * HEADS * D + head * D
-    pointers = out + row.to(tl.int64)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(pointers, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    mask = last & (queries + tail < padded(queries))
+    tl.store(lse_ptr + queries + tail, tail + float("inf"), mask=mask)
+    out_ptr += batch.to(tl.int64) * queries * HEADS * D + head * D
+    offsets = row.to(tl.int64)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=inside[:, None])

@@ -250,8 +250,8 @@ def _attention(device, dtype, batch, tokens, heads=4, kv_heads=2, head_dim=64):
     return Case(kernels.attention, _definition, qkv, [dy])
 
 
-def _attention_documents(device, dtype, batch, tokens):
-    case = _attention(device, dtype, batch, tokens)
+def _attention_documents(device, dtype, batch, tokens, heads=4, kv_heads=2):
+    case = _attention(device, dtype, batch, tokens, heads, kv_heads)
     case.inputs.append(torch.tensor([0, 2, batch * tokens], device=device))
     return case
 
@@ -323,10 +323,10 @@ OPS = {
     "attention": Op(
         _attention,
         [(2, 70, 4, 1, 128)],
-        (3, 20), ((1, 3), (1, 5), (1, 17)), (17, 32_768, 32, 8, 128),
+        (3, 20, 2, 1), ((1, 3), (1, 5), (1, 17)), (17, 32_768, 32, 8, 128),
     ),
     "attention documents": Op(
-        _attention_documents, [(2, 12)], (3, 20), ((2, 7), (2, 5), (2, 17))
+        _attention_documents, [(2, 12)], (3, 20, 2, 1), ((2, 7), (2, 5), (2, 17))
     ),
     "attention decode": Op(
         _attention_decode, [(2, 300, 4, 1, 128)],

@@ -1,16 +1,19 @@
 """Completions: the function against recomputing and transformers, then the command."""
 
 import codecs
+import contextlib
 import io
 import json
 import runpy
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import generate
@@ -18,8 +21,8 @@ import hf
 import quantize
 from data import tokenizer
 from data.tokenizer import EOS, ByteLevelBPE, Tokenizer
-from generate import Completion, Sampling, complete, decode, sample
-from model import Lucie, LucieConfig
+from generate import Completion, Decoder, Sampling, complete, decode, sample
+from model import KVCache, Lucie, LucieConfig
 
 RANKS = {bytes([b]): b + 4 for b in range(256)}
 BYTES = Tokenizer(ByteLevelBPE(RANKS))
@@ -166,6 +169,123 @@ def test_edges_of_sampling():
         assert sample(logits, sampling)[0].tolist() == [1, 0]
 
 
+class Graph(TorchDispatchMode):
+    """A CUDA graph on the CPU: what is captured leaves no trace in the tensors that were there, and
+    a replay computes it anew between the same addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape, self.written = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, is_mutable = kwargs or {}, func._schema.is_mutable
+        if is_mutable:  # of the operations of a step all write to the first argument
+            self.written.append((args[0], args[0].clone()))
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            self.tape.append((func, args, kwargs, None if is_mutable else out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.written):
+            tensor.copy_(before)
+
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            new = func(*args, **kwargs)
+            for old, value in zip(*map(torch.utils._pytree.tree_leaves, (out, new))):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(value)
+
+
+class WholeCache(KVCache):
+    """As on a GPU, attention is given the whole cache at each step."""
+
+    def append(self, layer, k, v):
+        so_far = super().append(layer, k, v)
+        return so_far if self.positions is None else (self.k[layer], self.v[layer])
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Capture on the CPU; the list of graphs captured."""
+    graphs, captured, plain = [], generate._captured, generate.plain_step
+
+    def new_graph():
+        graphs.append(Graph())
+        return graphs[-1]
+
+    aside = SimpleNamespace(wait_stream=lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: aside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: aside)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(generate, "KVCache", WholeCache)
+    monkeypatch.setattr(generate, "plain_step", lambda *args: captured(plain(*args), args[1]))
+    return graphs
+
+
+LENGTHS = ([120, 3, 51], [2, 60, 9], [1, 1, 2], [390, 7, 380])  # of prompts that follow each other
+
+
+def random_prompts(lengths):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(4, 260, (n,), generator=generator).tolist() for n in lengths]
+
+
+def test_one_decoder_for_many_prompts_equals_a_new_one_for_each(model):
+    """Shorter prompts and longer ones, another number of them, and a decoding that is given up."""
+    decoder = Decoder(model)
+    for lengths in (*LENGTHS, [30], [40, 5]):
+        prompts = random_prompts(lengths)
+        new = rows(model, prompts, 20, GREEDY)
+        next(decode(model, prompts[::-1], 20, GREEDY, decoder=decoder))
+        assert rows(model, prompts, 20, GREEDY, None, decoder) == new
+
+
+def test_a_step_is_captured_once_for_a_batch_size(model, captures):
+    """As long as there is room; the prompts and what they become are those of a plain step."""
+    decoder = Decoder(model)
+    decoder.reserve(3, 200)
+    for number, lengths in enumerate(LENGTHS):
+        prompts = random_prompts(lengths)
+        ids, logprobs = rows(model, prompts, 20, GREEDY, None, decoder)
+        for row, prompt in enumerate(prompts):
+            expected, exact = recomputed(model, prompt, 20)
+            assert ids[row] == expected
+            assert logprobs[row] == pytest.approx(exact, abs=1e-5)
+        assert len(captures) == 1 + (number == 3)  # the last ones fill the context
+        steps = max(map(len, ids)) - 1
+        ends = [min(n + steps, decoder.cache.k.shape[2] - 1) for n in lengths]
+        assert decoder.cache.positions.tolist() == ends
+        assert decoder.cache.length == max(lengths)  # a replay runs nothing on the host
+    captures.clear()
+    texts = ["a" * n for n in (5, 9, 70, 12, 33)]
+    found = [x.ids for x in complete(model, BYTES, texts, 20, GREEDY, batch_size=2)]
+    assert len(captures) == 2  # two batches of two, one of one
+    assert found == [recomputed(model, BYTES.encode(text), 20)[0] for text in texts]
+
+
+def test_a_decoder_is_freed_before_a_larger_one_is_made(model, monkeypatch):
+    decoder, free = Decoder(model), []
+
+    def available_memory(device):
+        free.append(decoder.cache is None and decoder._step is None)
+        return 10**6
+
+    monkeypatch.setattr(generate, "available_memory", available_memory)
+    row = 2 * 2 * 2 * 16 * 4  # bytes of a token in fp32
+    for batch, length, allocated in ((2, 90, 1), (2, 90, 1), (2, 9, 1), (2, 91, 2), (1, 91, 3)):
+        cache = decoder.reserve(batch, length)
+        decoder._step = object()
+        assert len(free) == allocated and all(free)
+        assert cache.length == 0 and cache.k.shape[1] == batch and cache.k.shape[2] >= length
+    with pytest.raises(ValueError, match="1 x 1,954 tokens take"):
+        decoder.reserve(1, 10**6 // row + 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("int4", [False, True])
@@ -180,11 +300,14 @@ def test_the_captured_step_is_the_plain_one(monkeypatch, int4, batch, sampling):
         quantize.quantize_(model)
     prompts = [BYTES.encode("a" * n) for n in (70, 1, 200, *range(2, 19))[:batch]]
 
-    def run():
-        return rows(model, prompts, 64, sampling, torch.Generator("cuda").manual_seed(1))
+    def run(decoder=None):
+        generator = torch.Generator("cuda").manual_seed(1)
+        return rows(model, prompts, 64, sampling, generator, decoder)
 
-    captured = run()
-    monkeypatch.setattr(generate, "_captured", generate._plain)
+    decoder = Decoder(model)
+    captured = run(decoder)
+    assert run(decoder) == captured
+    monkeypatch.setattr(generate, "_captured", lambda run, cache: run)
     assert captured == run()
 
 

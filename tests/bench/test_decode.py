@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
+from conftest import TINY
 
 from bench import decode
 from config.cli import ConfigError
+from generate import Decoder, prefill
+from model import Lucie, LucieConfig
 
 
 def run(tmp_path, *arguments):
@@ -31,7 +35,21 @@ def test_rows_and_their_floor(tmp_path, capsys):
         seen = batch * (7 + 8) * 2 * 2 * 32 * 4  # keys and values of two layers
         floor = (row["weight_bytes"] + seen) / found["copy_gb_per_second"] / 1e6
         assert row["floor_ms"] == pytest.approx(floor)
+        assert row["host_ms"] is None  # a CPU does not launch
     assert rows["ours int4", 1]["weight_bytes"] < rows["ours", 1]["weight_bytes"] / 2
+
+
+def test_time_of_the_host(monkeypatch):
+    """The device is waited for before each step, not in it. A clock that counts what is called."""
+    model, calls = Lucie(LucieConfig(**TINY, max_position_embeddings=64)), []
+    decoder = Decoder(model)
+    decoder.step = lambda ids: calls.append("graph")
+    monkeypatch.setattr(decode, "plain_step", lambda *args: lambda ids: calls.extend("kernels"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: len(calls))
+    prefill(model, [[5, 6]], decoder.reserve(1, 9))
+    assert decode.host_ms(decoder) == {"graph": 1000, "kernels": 7000}
+    assert calls.count("wait") == calls.count("graph") * 2 == 24
 
 
 def test_one_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, capsys):
@@ -39,7 +57,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, caps
         raise RuntimeError("out of luck")
 
     def right(*args):
-        return lambda prompts, new: new, 1000
+        return lambda prompts, new: new, 1000, None
 
     for name, code in (("transformers", 0), ("ours", 1)):  # ours must not fail
         chosen = dict.fromkeys(("ours", "transformers"), right) | {name: fails}

@@ -25,7 +25,7 @@ from eval.needle import (
     room_for_answer,
     words_found,
 )
-from generate import Sampling
+from generate import Decoder, Sampling
 from hf import to_hf
 from model import Lucie, LucieConfig
 
@@ -182,7 +182,7 @@ def stand_in(monkeypatch, window=10**9, asked=None):
         fact = re.search(rf"\nThe best thing to do in {place} is (.*)\.\n", seen)
         return place, fact[1] if fact else None
 
-    def decode(model, prompts, room, sampling):
+    def decode(model, prompts, room, sampling, decoder):
         (prompt,) = prompts
         assert len(prompt) + room <= model.config.max_position_embeddings
         assert sampling == Sampling(temperature=0)
@@ -190,7 +190,7 @@ def stand_in(monkeypatch, window=10**9, asked=None):
         for token in BYTES.encode_ordinary(f" {text}\nQuestion: and yet")[:room]:
             yield [(0, token, -1.0)]
 
-    def log_probabilities(model, prompt, continuations):
+    def log_probabilities(decoder, prompt, continuations):
         """Of what it has not read it takes the answer for another place to be likely."""
         place, known = answer(prompt)
         others = [n.answer for n in read_needles("en") if f" {place} " not in n.fact]
@@ -278,7 +278,7 @@ def test_log_probabilities_equal_those_of_whole_sequences(model, monkeypatch, ch
     torch.manual_seed(0)
     prompt = torch.randint(4, 260, (100,)).tolist()
     continuations = [torch.randint(4, 260, (n,)).tolist() for n in (40, 1, 7, 40)]
-    found = log_probabilities(model, prompt, continuations)
+    found = log_probabilities(Decoder(model), prompt, continuations)
     for ids, ours in zip(continuations, found):
         with torch.no_grad():
             likely = model(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)

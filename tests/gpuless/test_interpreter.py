@@ -66,12 +66,18 @@ def unrepaired(x, y, KIND: tl.constexpr):
         tl.atomic_add(x, 1.0)
     if KIND == "atomic_cas":
         tl.atomic_cas(x, 1.0, 2.0)
+    if KIND == "atomic .*ADD of bf16":
+        desc = tl.make_tensor_descriptor(y, [8], [1], [8])
+        desc.atomic_add([0], tl.zeros([8], tl.bfloat16))
 
 
-@pytest.mark.parametrize("kind", ["rounded toward zero", "bitcast", "atomic_rmw", "atomic_cas"])
+@pytest.mark.parametrize(
+    "kind",
+    ["rounded toward zero", "bitcast", "atomic_rmw", "atomic_cas", "atomic .*ADD of bf16"],
+)
 def test_what_is_not_repaired_is_refused(kind):
     with pytest.raises(InterpreterError, match=kind):
-        unrepaired[(1,)](torch.ones(1), torch.ones(1, dtype=bf16), KIND=kind)
+        unrepaired[(1,)](torch.ones(8), torch.ones(8, dtype=bf16), KIND=kind)
 
 
 @triton.jit
@@ -253,6 +259,28 @@ def test_races_are_told_by_all_axes_of_the_grid():
     for strides in ((0, 1, 6), (3, 0, 6), (3, 1, 0)):
         with pytest.raises(MemoryFault, match="race"):
             mark[(2, 3, 2)](y, *strides, N=4)
+
+
+@triton.jit
+def add_rows(y_ptr, y_desc, WHAT: tl.constexpr):
+    """Each program adds its number to rows 2 to 9 of y, which has 6; a last one may touch one."""
+    number = tl.program_id(0)
+    last = number == tl.num_programs(0) - 1
+    y_desc.atomic_add([2, 0], tl.zeros([8, 4], tl.float32) + number)
+    if WHAT == "load":
+        tl.store(y_ptr, tl.load(y_ptr + 23, mask=last, other=0.0), mask=last)
+    if WHAT == "store":
+        tl.store(y_ptr + 23, 1.0, mask=last)
+
+
+def test_programs_may_add_to_one_address_but_not_touch_it_otherwise():
+    y = torch.ones(6, 4)
+    desc = TensorDescriptor(y, [6, 4], [4, 1], [8, 4])
+    add_rows[(4,)](y, desc, WHAT="")
+    assert torch.equal(y[:, 0], torch.tensor([1.0, 1, 7, 7, 7, 7]))
+    for what in ("load", "store"):
+        with pytest.raises(MemoryFault, match=rf"race: {what} where others add, 1 lanes"):
+            add_rows[(4,)](y, desc, WHAT=what)
 
 
 @triton.jit

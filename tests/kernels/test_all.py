@@ -64,7 +64,8 @@ def test_any_layout(device, name, shift):
 
 @every_op
 def test_runs_repeat_bit_for_bit(chip, name):
-    size = OPS[name].sizes[min(3, len(OPS[name].sizes) - 1)]
+    sizes = OPS[name].sizes
+    size = sizes[min(3, len(sizes) - 1)] if chip.type == "cuda" else OPS[name].few
     case = OPS[name].make(chip, bf16, *size)
     runs = [case.run() for _ in range(5)]
     for run in runs[1:]:
@@ -110,7 +111,7 @@ def test_operators_keep_their_promises(chip, name):
     assert operators.calls
     for op, args in operators.calls:  # gradients are the business of what calls them
         copies = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
-        torch.library.opcheck(op, tuple(copies))
+        torch.library.opcheck(op, tuple(copies), test_utils=("test_schema", "test_faketensor"))
 
 
 @every_op

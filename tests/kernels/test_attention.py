@@ -24,7 +24,7 @@ import kernels
 import kernels.launch
 from kernels import attention
 from kernels.attention import _definition
-from kernels.launch import gpu
+from kernels.launch import gpu, tile
 
 A = sys.modules["kernels.attention"]  # the name in the package is the function's
 both_chips = pytest.mark.parametrize(  # descriptors; pointers, in smaller blocks
@@ -141,6 +141,32 @@ def test_kernels_with_documents(chip, documents):
     check(ours, plain, [q, k, v], dy)
 
 
+@pytest.mark.parametrize(
+    "dtype, queries, keys, head_dim, cu_seqlens",
+    [(bf16, 300, 300, 128, None), (f16, 63, 63, 64, None), (bf16, 70, 198, 64, None),
+     (bf16, 1, 1, 64, None), (bf16, 150, 150, 128, [0, 70, 70, 71, 200, 200, 299, 300])],
+)  # fmt: skip
+def test_a_backward_in_one_pass(chip, monkeypatch, dtype, queries, keys, head_dim, cu_seqlens):
+    """Of the programs that add to dq, none writes or reads it in another way: that is a fault."""
+    *qkv, dy = draw_attention(chip, dtype, 2, queries, keys, 4, 2, head_dim)
+    if cu_seqlens:
+        cu_seqlens = torch.tensor(cu_seqlens, device=chip)
+    if gpu().kind == "sm_90":
+        monkeypatch.setattr(A, "_attention_backward_dq", None)  # is not needed
+    ours = partial(attention, cu_seqlens=cu_seqlens, deterministic=False)
+    check(ours, partial(_definition, cu_seqlens=cu_seqlens), qkv, dy)
+
+
+@pytest.mark.parametrize("chip, dtype", [(90, f32), (80, bf16)], indirect=["chip"])
+def test_where_there_is_no_one_pass_two_kernels_run(chip, monkeypatch, dtype):
+    *qkv, dy = draw_attention(chip, dtype, 1, 33, 33, 2, 1, 64)
+    if dtype == f32 or gpu().kind != "sm_90":
+        monkeypatch.setattr(A, "_attention_backward_delta", None)
+    expected = gradients(attention, qkv, dy)
+    found = gradients(partial(attention, deterministic=False), qkv, dy)
+    assert all(map(torch.equal, found, expected))
+
+
 def check_others_untouched(chip, value, cu_seqlens, document, end=None):
     """With the tokens of one document replaced, up to end, the others are the same bit for bit."""
     length, (begin, after) = cu_seqlens[-1] // 2, document
@@ -165,7 +191,7 @@ def test_a_changed_document_leaves_the_others_bit_equal(device, document):
 @pytest.mark.parametrize("document", [(0, 128), (128, 256)])
 def test_blocks_of_other_documents_are_skipped(chip, document):
     """Masked, NaN would spread: 0 times NaN. What a block over the border takes in is spared."""
-    block_m, block_n, *_ = A.LAUNCH[gpu().kind]["forward"]
+    block_m, block_n, *_ = tile(A.LAUNCH, "forward small")
     end = document[1] - max(block_n - block_m, 0)
     check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], document, end)
 
@@ -178,7 +204,7 @@ def test_padding_holds_no_nan(chip):
     for starts, ends in ((None, None), bounds):
         with poisoned():
             out, lse = torch.ops.nanolucie.attention(q, k, v, starts, ends)
-            saved = out, lse, starts, ends
+            saved = out, lse, starts, ends, True
             d_qkv = torch.ops.nanolucie.attention_backward(dy, q, k, v, *saved)
         assert all(x.isfinite().all() for x in (out, lse[:, :, :130], *d_qkv))
         assert lse[:, :, 130:258].isposinf().all()
@@ -296,14 +322,15 @@ def test_what_is_not_offered_is_said_once(chip, monkeypatch, capsys, why, change
 
 
 def test_launch_tables_fit_the_kernels():
-    assert A.LAUNCH.keys() == kernels.launch.CLASSES.keys()
-    for table in A.LAUNCH.values():
-        assert table.keys() == {"forward", "dq", "dkdv"}
+    assert A.LAUNCH.keys() <= {*kernels.launch.CLASSES, "default"}
+    for kind, table in A.LAUNCH.items():
+        expected = {"forward", "dq", "dkdv", *(["one pass"] if kind == "sm_90" else [])}
+        assert table.keys() == expected | {f"{kernel} small" for kernel in expected}
         for kernel, (block_m, block_n, warps, stages) in [*table.items(), ("dq", A.FP32)]:
             assert all(x >= 16 and x & (x - 1) == 0 for x in (block_m, block_n))
             # Queries are padded to PADDING; keys are aligned to it where there are more of them.
             assert A.PADDING.value % block_m == A.PADDING.value % block_n == 0
-            assert kernel != "dq" or block_m % block_n == 0
+            assert not kernel.startswith("dq") or block_m % block_n == 0
             assert warps in (4, 8) and stages >= 1
 
 

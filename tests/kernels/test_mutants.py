@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -52,6 +53,11 @@ def attend(chip):
     cu_seqlens = torch.tensor([0, 90, 91, 260, 300], device=chip)
     functions = [partial(f, cu_seqlens=cu_seqlens) for f in (attention, _definition)]
     check(*functions, case.inputs, *case.dys)
+
+
+def attend_in_one_pass(chip):
+    case = OPS["attention"].make(chip, bf16, 1, 70)
+    replace(case, ours=partial(attention, deterministic=False)).check()
 
 
 def attend_with_nan_in_others(chip):
@@ -125,9 +131,9 @@ MUTANTS = [
         (FAULT, "tl.minimum(n, N - 1).to(tl.int64)", "tl.minimum(n, N - 1)"),
     ]),
     ("attention_forward", attend, [
-        (WRONG, "m[:, None] >= (n + BLOCK_M - BLOCK_N)[", "m[:, None] >= (0 * n)["),
+        (WRONG, ">= (offs_n + BLOCK_M - BLOCK_N)[", ">= (0 * offs_n)["),
         (WRONG, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
-        (WRONG, "tl.load(starts + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
+        (WRONG, "tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "acc * shrink[:, None], new_max", "acc, new_max"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
@@ -136,7 +142,7 @@ MUTANTS = [
         (WRONG, "mask = last & (queries", "mask = (tail < 0) & (queries"),  # lse not padded
     ]),
     ("attention_forward", attend_with_nan_in_others, [
-        (WRONG, "lowest = tl.load(starts + first_m)", "lowest = first_m * 0"),
+        (WRONG, "lowest = tl.load(starts_ptr + first_m)", "lowest = first_m * 0"),
     ]),
     ("attention_backward", attend, [
         (WRONG, "(row + offset)[:, None] >= key[None, :]", "key[None, :] >= -10000"),
@@ -147,39 +153,39 @@ MUTANTS = [
         (WRONG, "last & (tail >= 0)", "last & (tail < 0)"),  # delta not padded
         (WRONG, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"),
         (WRONG, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
-        (FAULT, "dv.to(dv_table.dtype.element_ty), mask=inside[:, None]",
-         "dv.to(dv_table.dtype.element_ty)"),
+        (FAULT, "dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None]",
+         "dv.to(dv_ptr.dtype.element_ty)"),
+    ]),
+    ("attention_backward", attend_in_one_pass, [
+        (WRONG, "dq = tl.dot(ds.T, k,", "dq = tl.dot(p.to(q.dtype).T, k,"),
+        (WRONG, "dq_desc.atomic_add([batch, first_m,", "dq_desc.atomic_add([batch, first_m + 1,"),
     ]),
     ("attention_backward", attend_with_nan_in_others, [
-        (WRONG, "lowest = tl.load(starts + first_m)", "lowest = 0"),
-        (WRONG, "end = tl.load(ends", "end += 0 * tl.load(ends"),
+        (WRONG, "lowest = tl.load(starts_ptr + first_m)", "lowest = 0"),
+        (WRONG, "end = tl.load(ends_ptr", "end += 0 * tl.load(ends_ptr"),
     ]),
     ("attention_decode", decode, [
         (WRONG, "kv_head * GROUP + member", "kv_head + member * KV_HEADS"),
         (WRONG, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"),
-        (FAULT, "seen = start + n < count", "seen = start + n < count + 64"),
-        (WRONG, "acc * shrink[:, None]", "acc"),
+        (FAULT, "seen = start + offs_n < count", "seen = start + offs_n < count + 64"),
+        (WRONG, "tl.dot(p, v, acc,", "tl.dot(p, v, acc * 0.5,"),
         (FAULT, "inside = member < GROUP", "inside = member >= 0"),
-        (WRONG, "rows * weight[:, None]", "rows"),
+        (WRONG, "partial * weight[:, None]", "partial"),
     ]),
     ("attention_decode", decode_ragged, [
-        (FAULT, "tl.load(positions + batch) + 1", "tl.load(positions + batch) * 0 + 2000"),
-        (WRONG, "tl.load(positions + batch) + 1", "tl.load(positions + batch)"),
+        (FAULT, "tl.load(positions_ptr + batch) + 1", "tl.load(positions_ptr + batch) * 0 + 2000"),
+        (WRONG, "tl.load(positions_ptr + batch) + 1", "tl.load(positions_ptr + batch)"),
         (WRONG, "tl.where(row_sum > 0, row_sum, 1)[:, None]", "row_sum[:, None]"),
     ]),
 ]  # fmt: skip
-# Pointers have offsets and edges to get wrong, descriptors have not.
+# Pointers have offsets to get wrong, descriptors have not.
 WITH_POINTERS = [
     ("attention_forward", attend_far, [
-        (FAULT, "table += batch.to(tl.int64)", "table += batch"),
-        (FAULT, "row.to(tl.int64) * stride", "row * stride"),
-    ]),
-    ("attention_forward", attend, [
-        (FAULT, "(row + r >= 0) & (row + r < rows)", "row + r < rows"),
+        (FAULT, "x += batch.to(tl.int64) * strides[0]", "x += batch * strides[0]"),
     ]),
     ("attention_decode", attend_far, [
-        (FAULT, "k_table += batch.to(tl.int64)", "k_table += batch"),
-        (FAULT, "v_table += first.to(tl.int64)", "v_table += first"),
+        (FAULT, "k_ptr += batch.to(tl.int64)", "k_ptr += batch"),
+        (FAULT, "first.to(tl.int64) * v_strides", "first * v_strides"),
     ]),
 ]  # fmt: skip
 EACH = [
