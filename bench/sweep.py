@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.baselines import OPS, OURS, Draw
+import kernels
+from bench import baselines
+from bench.baselines import OURS, Draw, Implementation
 from bench.kernels import compare, describe, heading, machine, measure, timed, write_json
 from config.cli import ConfigError, Parser, nearest, run_cli
 from kernels import launch
@@ -43,6 +46,25 @@ except ImportError as error:
     print(f"bench.sweep: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
     sys.exit(2)
 
+ATTENTION = baselines.OPS["attention"]
+OPS = baselines.OPS | {  # and what launches other kernels of attention
+    "attention_one_pass": replace(
+        ATTENTION,
+        implementations={OURS: Implementation(partial(kernels.attention, deterministic=False))},
+    ),
+    "attention_documents": replace(  # eight
+        ATTENTION,
+        inputs=lambda draw, s, t: (
+            *ATTENTION.inputs(draw, s, t),
+            torch.arange(0, t + 1, t // 8, dtype=torch.int32, device=draw.device),
+        ),
+    ),
+}
+MODULES = {  # of kernels/, where it is not called as the operation
+    "add_rms_norm": "rms_norm",
+    "attention_one_pass": "attention",
+    "attention_documents": "attention",
+}
 TOKENS = 8192
 SMALL = (
     512  # tokens to compile with and to compare at: Triton specialises alike for multiples of 16
@@ -82,6 +104,14 @@ SWEEPS = {  # op: kernel, as LAUNCH names it: what to try
         "dq": Kernel("_attention_backward_dq", "backward", _TILE, _BY_QUERIES),
         "dkdv": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
     },
+    "attention_one_pass": {
+        "one pass": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
+    },
+    "attention_documents": {
+        "forward small": Kernel("_attention_forward", "forward", _TILE, _BY_QUERIES),
+        "dq small": Kernel("_attention_backward_dq", "backward", _TILE, _BY_QUERIES),
+        "dkdv small": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
+    },
     "linear_cross_entropy": {
         "cross_entropy": Kernel(
             "_cross_entropy", "full", "BLOCK, warps",
@@ -109,7 +139,7 @@ SWEEPS = {  # op: kernel, as LAUNCH names it: what to try
 
 
 def launch_table(op: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    return import_module(f"kernels.{op.removeprefix('add_')}").LAUNCH
+    return import_module(f"kernels.{MODULES.get(op, op)}").LAUNCH
 
 
 def present(op: str) -> dict[str, tuple[int, ...]]:
