@@ -66,9 +66,7 @@ MODULES = {  # of kernels/, where it is not called as the operation
     "attention_documents": "attention",
 }
 TOKENS = 8192
-SMALL = (
-    512  # tokens to compile with and to compare at: Triton specialises alike for multiples of 16
-)
+SMALL = 512  # tokens to compile with, since Triton specialises alike for these, and to compare at
 GAIN = 0.99  # of the present time, below which a candidate replaces it
 
 
@@ -291,6 +289,8 @@ def main(argv: list[str]) -> int:
             launch.use("triton")
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if missing := SWEEPS[args.op].keys() - present(args.op).keys():
+            raise ConfigError(f"{launch.gpu().kind} has no kernel {', '.join(sorted(missing))!r}")
         results = sweep(args.op, tokens, chip, device, args.out, args.minutes)
     print(table(results))
     return int(all(row["dropped"] for row in results["rows"]))

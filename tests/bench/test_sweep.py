@@ -158,3 +158,5 @@ def test_bad_input_is_one_line(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match="no CUDA GPU here: --toy"):
         sweep.main(["rope"])
+    with pytest.raises(ConfigError, match="sm_80 has no kernel 'one pass'"):
+        sweep.main(["attention_one_pass", "--toy", "--chip", "80"])
