@@ -223,6 +223,7 @@ def sweep(op: str, tokens: int, chip: int, device: str, out: Path, minutes: floa
             row.update(found | {"kernel": row["kernel"]})
     write_json(results, out / f"sweep_{op}.json")
     if device == "cuda":
+        launch.use("triton")
         for row in tqdm([row for row in rows if not row["dropped"]], "measure", unit="kernel"):
             if time.monotonic() >= deadline:
                 results["stopped"] = f"after {minutes:g} minutes"
@@ -286,11 +287,11 @@ def main(argv: list[str]) -> int:
         chip, device = 10 * major + minor, "cuda"
     with fake_gpu(chip) if args.toy else nullcontext():
         try:
-            launch.use("triton")
-        except ValueError as error:
+            kind = launch.gpu().kind
+        except RuntimeError as error:
             raise ConfigError(str(error)) from None
         if missing := SWEEPS[args.op].keys() - present(args.op).keys():
-            raise ConfigError(f"{launch.gpu().kind} has no kernel {', '.join(sorted(missing))!r}")
+            raise ConfigError(f"{kind} has no kernel {', '.join(sorted(missing))!r}")
         results = sweep(args.op, tokens, chip, device, args.out, args.minutes)
     print(table(results))
     return int(all(row["dropped"] for row in results["rows"]))
