@@ -44,6 +44,7 @@ def test_candidates_are_like_what_is_in_the_table(op):
 SCRIPT = """
 import os, sys
 from dataclasses import replace
+import kernels
 from bench import sweep
 from bench.baselines import OPS, OURS, Draw
 from bench.kernels import timed
@@ -59,6 +60,7 @@ if __name__ == "__main__":
     for candidate in (4096, 4), (512, 4):  # compiled by another process, and by none
         before = set(os.listdir(cache))
         with fake_gpu(90), sweep.launched_as("swiglu", "backward", candidate):
+            kernels.use("triton")
             inputs = OPS["swiglu"].inputs(Draw("cpu"), LucieConfig(), 1024)
             timed(OPS["swiglu"].implementations[OURS], inputs, "backward")()
         print("compiled:", set(os.listdir(cache)) != before)
