@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Logits; or with targets the loss, without ever holding all the logits."""
+    """Logits; or with targets the loss, which keeps the logits of few rows at a time."""
 
     def __init__(self, config: LucieConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)

@@ -226,7 +226,7 @@ def _ragged_bounds(
 def _outputs(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     length = (q.shape[1] // PADDING.value + 2) * PADDING.value  # as `padded` computes it
     lse = q.new_empty(q.shape[0], q.shape[2], length, dtype=torch.float32)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    return q.new_empty(q.shape), lse
 
 
 @operator("attention", fake=_outputs)
@@ -251,7 +251,7 @@ def _forward_op(
 
 
 def _gradients(d_out: Tensor, *qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in qkv[:3])
+    return tuple(x.new_empty(x.shape) for x in qkv[:3])
 
 
 @operator("attention_backward", fake=_gradients)
@@ -316,10 +316,7 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-@operator(
-    "attention_decode",
-    fake=lambda q, k, v, positions: torch.empty(q.shape, dtype=q.dtype, device=q.device),
-)
+@operator("attention_decode", fake=lambda q, *_: q.new_empty(q.shape))
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
     """out `[B, 1, H, D]`. The grid does not depend on the positions: a CUDA graph may replay it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -332,7 +329,7 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Ten
     splits = cdiv(keys, per_split)
     partial = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     _attention_decode[(kv_heads, splits, batch)](
         q, k, v, positions, partial, lse, *_strides(q, k, v), keys, per_split,
         LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,

@@ -1,4 +1,4 @@
-"""The language-model head and its loss in one operation that never holds all the logits.
+"""The language-model head and its loss in one operation, which holds few logits at a time.
 
     loss_i = logsumexp(W h_i) - (W h_i)[target_i]
 

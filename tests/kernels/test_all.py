@@ -42,7 +42,7 @@ def test_as_near_fp64_as_plain_torch(device, name, dtype, size):
     OPS[name].make(device, dtype, *size).check()
 
 
-@every_op
+@pytest.mark.parametrize("name", [name for name in OPS if name != "attention documents"])
 @pytest.mark.parametrize("shift", range(len(LAYOUTS)))
 def test_any_layout(device, name, shift):
     case = OPS[name].make(device, bf16, *OPS[name].few)
