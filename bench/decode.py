@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 import quantize
-from bench.kernels import copy_speed, describe, heading, machine, write_json
+from bench.measure import copy_speed, describe, heading, machine, write_json
 from bench.step import architecture, read_config
 from config.cli import ConfigError, Parser, run_cli
 from generate import Decoder, Sampling, decode, plain_step

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import checkpoint
 import kernels
 import parallel
-from bench.kernels import describe, heading, machine, write_json
+from bench.measure import describe, heading, machine, write_json
 from config import Config, load
 from config.cli import ConfigError, Parser, run_cli
 from hf import rows_of

@@ -1,7 +1,7 @@
 """Which launch table is fastest: a dozen candidates for each kernel of one operation.
 
-    python -m bench.sweep attention [--tokens 8192] [--minutes 3] [--out DIR]
-    python -m bench.sweep attention --toy [--chip 90]     compiles them, on a machine without a GPU
+    python -m bench.kernels --sweep attention [--tokens 8192] [--minutes 3] [--out DIR]
+    python -m bench.kernels --sweep attention --toy [--chip 90]     compiles them, without a GPU
 
 First all candidates are compiled, on all cores, by a driver that stands in for the GPU. That fills
 Triton's cache, so the process that measures only loads. Dropped is what does not compile or does
@@ -32,8 +32,8 @@ from tqdm import tqdm
 import kernels
 from bench import baselines
 from bench.baselines import OURS, Draw, Implementation
-from bench.kernels import compare, describe, heading, machine, measure, timed, write_json
-from config.cli import ConfigError, Parser, nearest, run_cli
+from bench.measure import compare, describe, heading, machine, measure, timed, write_json
+from config.cli import ConfigError, nearest
 from kernels import launch
 from model import LucieConfig
 
@@ -43,7 +43,8 @@ try:
     from bench import static
     from gpuless.compiler import CHIPS, fake_gpu
 except ImportError as error:
-    print(f"bench.sweep: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
+    why = f"needs pip install triton, which is for Linux ({error})"
+    print(f"bench.kernels --sweep: {why}", file=sys.stderr)
     sys.exit(2)
 
 ATTENTION = baselines.OPS["attention"]
@@ -83,6 +84,7 @@ class Kernel:
 # A warpgroup, which is 4 warps, takes 64 rows of a product.
 _TILES = [*product(((64, 4), (128, 8)), (32, 64, 128), (2, 3))]
 _BY_QUERIES = [(m, n, warps, stages) for (m, warps), n, stages in _TILES]
+_WHOLE = [tile for tile in _BY_QUERIES if tile[0] % tile[1] == 0]  # as the kernel of dq needs
 _BY_KEYS = [(m, n, warps, stages) for (n, warps), m, stages in _TILES]
 _TILE, _HELD = "BLOCK_M, BLOCK_N, warps, stages", "elements, elements a thread"
 _STREAMED = [*product((1024, 2048, 4096, 8192), (2, 4, 8))]
@@ -99,7 +101,7 @@ _NORM = {
 SWEEPS = {  # op: kernel, as LAUNCH names it: what to try
     "attention": {
         "forward": Kernel("_attention_forward", "forward", _TILE, _BY_QUERIES),
-        "dq": Kernel("_attention_backward_dq", "backward", _TILE, _BY_QUERIES),
+        "dq": Kernel("_attention_backward_dq", "backward", _TILE, _WHOLE),
         "dkdv": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
     },
     "attention_one_pass": {
@@ -107,7 +109,7 @@ SWEEPS = {  # op: kernel, as LAUNCH names it: what to try
     },
     "attention_documents": {
         "forward small": Kernel("_attention_forward", "forward", _TILE, _BY_QUERIES),
-        "dq small": Kernel("_attention_backward_dq", "backward", _TILE, _BY_QUERIES),
+        "dq small": Kernel("_attention_backward_dq", "backward", _TILE, _WHOLE),
         "dkdv small": Kernel("_attention_backward_dkdv", "backward", _TILE, _BY_KEYS),
     },
     "linear_cross_entropy": {
@@ -263,39 +265,30 @@ def table(results: dict) -> str:
     return "\n".join([*lines, "", f'LAUNCH["{results["kind"]}"] = {results["best"]}'])
 
 
-def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m bench.sweep", description=__doc__)
-    parser.add_argument("op", help=f"of {', '.join(SWEEPS)}")
-    parser.add_argument("--tokens", type=int, help=f"default: {TOKENS}, or 1 for int4_linear")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=3.0, help="begin nothing more after these")
-    parser.add_argument("--toy", action="store_true", help="compile only, without a GPU")
-    parser.add_argument(
-        "--chip", type=int, default=90, choices=list(CHIPS),
-        help="with --toy: ten times the compute capability of the chip to compile for",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.op not in SWEEPS:
-        raise ConfigError(f"no op {args.op!r} to sweep{nearest(args.op, SWEEPS)}")
+def command(
+    op: str, tokens: list[int] | None, minutes: float, out: Path, toy: bool, chip: int
+) -> int:
+    """`python -m bench.kernels --sweep OP`. Exit code 1: no candidate is left to choose from."""
+    if op not in SWEEPS:
+        raise ConfigError(f"no op {op!r} to sweep{nearest(op, SWEEPS)}")
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing would compile")
-    if not (args.toy or torch.cuda.is_available()):
+    if not (toy or torch.cuda.is_available()):
         raise ConfigError("there is no CUDA GPU here: --toy compiles the candidates")
-    tokens, chip, device = args.tokens or (OPS[args.op].tokens or (TOKENS,))[0], args.chip, "cpu"
-    if not args.toy:
+    if toy and chip not in CHIPS:
+        raise ConfigError(f"--chip is {', '.join(map(str, CHIPS))}, not {chip}")
+    count = (tokens or OPS[op].tokens or [TOKENS])[0]
+    device = "cpu" if toy else "cuda"
+    if not toy:
         major, minor = torch.cuda.get_device_capability()
-        chip, device = 10 * major + minor, "cuda"
-    with fake_gpu(chip) if args.toy else nullcontext():
+        chip = 10 * major + minor
+    with fake_gpu(chip) if toy else nullcontext():
         try:
             kind = launch.gpu().kind
         except RuntimeError as error:
             raise ConfigError(str(error)) from None
-        if missing := SWEEPS[args.op].keys() - present(args.op).keys():
+        if missing := SWEEPS[op].keys() - present(op).keys():
             raise ConfigError(f"{kind} has no kernel {', '.join(sorted(missing))!r}")
-        results = sweep(args.op, tokens, chip, device, args.out, args.minutes)
+        results = sweep(op, count, chip, device, out, minutes)
     print(table(results))
     return int(all(row["dropped"] for row in results["rows"]))
-
-
-if __name__ == "__main__":
-    run_cli(main)
