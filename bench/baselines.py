@@ -7,7 +7,7 @@ implementation, so one that moves more or computes twice shows as slower.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -254,10 +254,13 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
 
 ATTENTIONS = {
     OURS: Implementation(kernels.attention),
+    "one pass": Implementation(partial(kernels.attention, deterministic=False)),  # ours too
     "eager": Implementation(eager_attention, heads_first, heads_first_views),
     "cudnn": Implementation(cudnn_attention, heads_first, heads_first_views),
     "flex": Implementation(flex, heads_first, heads_first_views),
 }
+
+DECODINGS = {name: way for name, way in ATTENTIONS.items() if name != "one pass"}
 
 # --- linear_cross_entropy
 
@@ -333,7 +336,7 @@ OPS = {  # what matters most comes first: a run that is cut short still tells it
     ),
     "rope": Op(rope_inputs, rope_floor, "GB/s", ROPES),
     "attention_decode": Op(
-        lambda draw, s, t: qkv(draw, s, 1, t, grad=False), decode_floor, "GB/s", ATTENTIONS
+        lambda draw, s, t: qkv(draw, s, 1, t, grad=False), decode_floor, "GB/s", DECODINGS
     ),
     "int4_linear": Op(int4_inputs, int4_floor, "GB/s", INT4_LINEARS, tokens=(1, 4, 16)),
 }

@@ -44,12 +44,13 @@ class Needs:
     """What a kernel must show. Except on sm_100, no kernel may spill registers inside a loop, nor
     anywhere if it has no loop."""
 
-    ops: str  # that launch it, on every chip
+    ops: str  # that launch it
     tensor: int = 0  # fewest tensor-core instructions
     wgmma: bool = True  # which they must be on sm_90; it takes 64 rows, decoding has 16
     tma: tuple[int, ...] = ()  # chips where it loads through the tensor memory accelerator
     narrow: int | None = None  # most loads, and most stores, under 128 bits, in one that streams
     overlap: float = 0.0  # least share of the softmax under a running wgmma, on sm_90
+    chips: tuple[int, ...] = tuple(CHIPS)  # that launch it
 
 
 REQUIREMENTS = {
@@ -62,6 +63,7 @@ REQUIREMENTS = {
     "_attention_forward": Needs("attention", tensor=8, tma=HOPPER, overlap=0.8),
     "_attention_backward_dq": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_backward_dkdv": Needs("attention", tensor=8, tma=HOPPER),
+    "_attention_backward_delta": Needs("attention", tma=HOPPER, narrow=3, chips=HOPPER),
     "_attention_decode": Needs("attention", tensor=8, wgmma=False, narrow=3),
     "_attention_combine": Needs("attention", narrow=12),  # it has few loads, all small
     # scales are loaded two bytes at a time, and each of the few results is stored by itself
@@ -90,6 +92,10 @@ def _rope(positions: Tensor | None = None) -> None:
     q, k, _ = _qkv(128)
     table = torch.empty(TOKENS, 64)
     _backward(*kernels.rope(q, k, table, table, positions))
+
+
+def _one_pass(head_dim: int, *documents: Tensor) -> None:
+    _backward(kernels.attention(*_qkv(head_dim), *documents, deterministic=False))
 
 
 def _decode(head_dim: int) -> None:
@@ -128,9 +134,12 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
     "attention": {
         "D=128": lambda: _backward(kernels.attention(*_qkv(128))),
         "D=128 documents": lambda: _backward(kernels.attention(*_qkv(128), _DOCUMENTS)),
+        "D=128 one pass": lambda: _one_pass(128),
+        "D=128 one pass documents": lambda: _one_pass(128, _DOCUMENTS),
         "D=128 decoding": lambda: _decode(128),
         "D=64": lambda: _backward(kernels.attention(*_qkv(64))),
         "D=64 documents": lambda: _backward(kernels.attention(*_qkv(64), _DOCUMENTS)),
+        "D=64 one pass": lambda: _one_pass(64),
         "D=64 decoding": lambda: _decode(64),
     },
     "linear_cross_entropy": {"": _linear_cross_entropy},
@@ -189,6 +198,8 @@ def faults(record: Launch) -> list[str]:
         found.append("waits for each wgmma by itself: ptxas lacked registers to run them in a row")
     if chip in needs.tma and not row["tma"]:
         found.append("has no TMA load")
+    if record.constants.get("ONE_PASS") and not counts["UTMAREDG"]:
+        found.append("does not add by TMA")
     if needs.narrow is not None and (not wide or loads - wide > needs.narrow):
         found.append(f"has {wide} loads of 128 bits among {loads}")
     if needs.narrow is not None and counts["STG"] - counts["STG.128"] > needs.narrow:
@@ -217,7 +228,7 @@ def compile_op(op: str, chip: int) -> tuple[list[dict], list[str]]:
                 rows.append(measure(record) | {"case": f"{op} {case}".rstrip()})
                 failures += [f"{where}: {record.name} {fault}" for fault in faults(record)]
     for name, needs in REQUIREMENTS.items():
-        if op in needs.ops.split() and name not in launched:
+        if op in needs.ops.split() and chip in needs.chips and name not in launched:
             failures.append(f"sm_{chip} {op}: {name} was not launched")
     return rows, failures
 

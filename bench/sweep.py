@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -29,9 +28,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import kernels
 from bench import baselines
-from bench.baselines import OURS, Draw, Implementation
+from bench.baselines import OURS, Draw
 from bench.measure import compare, describe, heading, machine, measure, timed, write_json
 from config.cli import ConfigError, nearest
 from kernels import launch
@@ -50,8 +48,7 @@ except ImportError as error:
 ATTENTION = baselines.OPS["attention"]
 OPS = baselines.OPS | {  # and what launches other kernels of attention
     "attention_one_pass": replace(
-        ATTENTION,
-        implementations={OURS: Implementation(partial(kernels.attention, deterministic=False))},
+        ATTENTION, implementations={OURS: ATTENTION.implementations["one pass"]}
     ),
     "attention_documents": replace(  # eight
         ATTENTION,

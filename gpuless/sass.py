@@ -3,7 +3,7 @@
 An instruction reads `[@guard] OPCODE.MODIFIERS operands`. The ones that matter here:
 
     HMMA, HGMMA, UTC*MMA    tensor cores: of one warp (sm_80), a warpgroup (sm_90), a block (sm_100)
-    UTMALDG, UTMASTG        tensor memory accelerator: a tile between global and shared memory
+    UTMALDG, UTMAREDG       tensor memory accelerator: load a tile, or add one to global memory
     LDG, STG                global memory; `.128` moves 16 bytes a lane, the widest up to sm_90
     LDL, STL                local memory, that is spilled registers
     MUFU.EX2                2^x, on a unit that takes 4 lanes a cycle

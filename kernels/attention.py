@@ -156,17 +156,19 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 # loop or serializes wgmma (python -m bench.static). "small" is for documents, whose masks take
 # registers, and for head_dim 64, where large blocks overlap less.
 _ANY = {"forward": (32, 64, 4, 2), "dq": (32, 32, 8, 2), "dkdv": (32, 64, 8, 2)}
+_HOPPER = {
+    "forward": (128, 128, 8, 2),
+    "forward small": (128, 64, 8, 2),
+    "dq": (128, 128, 8, 2),
+    "dq small": (128, 64, 8, 2),
+    "dkdv": (64, 128, 8, 2),
+    "dkdv small": (32, 128, 8, 2),
+    "one pass": (32, 128, 8, 2),
+    "one pass small": (32, 128, 8, 2),
+}
 LAUNCH = {
-    "sm_90": {
-        "forward": (128, 128, 8, 2),
-        "forward small": (128, 64, 8, 2),
-        "dq": (128, 128, 8, 2),
-        "dq small": (128, 64, 8, 2),
-        "dkdv": (64, 128, 8, 2),
-        "dkdv small": (32, 128, 8, 2),
-        "one pass": (32, 128, 8, 2),
-        "one pass small": (32, 128, 8, 2),
-    },
+    "sm_100": {**_HOPPER, "forward": (128, 64, 8, 2), "dkdv": (32, 128, 8, 2)},
+    "sm_90": _HOPPER,
     "default": _ANY | {f"{kernel} small": blocks for kernel, blocks in _ANY.items()},
 }
 FP32 = (32, 32, 4, 1)  # exact products without tensor cores, for checks and not for speed
@@ -183,7 +185,7 @@ def _options(kernel: str, x: Tensor, documents: bool) -> dict:
     block_m, block_n, warps, stages = row
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_stages": stages}
     options |= {"num_warps": warps, "enable_fp_fusion": True, "D": head_dim}
-    return options | {"TMA": gpu().kind == "sm_90" and not exact}
+    return options | {"TMA": gpu().kind in ("sm_90", "sm_100") and not exact}
 
 
 def _rows(x: Tensor) -> Tensor:

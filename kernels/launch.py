@@ -38,7 +38,8 @@ _mode = "auto"
 # Class of GPU: ten times the least compute capability, and the least shared memory of a block in
 # bytes. The first class that fits is taken.
 CLASSES = {
-    "sm_90": (90, 232_448),  # H100, H200, B200: tensor memory accelerator, wgmma
+    "sm_100": (100, 232_448),  # B200
+    "sm_90": (90, 232_448),  # H100, H200
     "sm_80": (80, 166_912),  # A100
     "default": (80, 101_376),  # RTX 3090 to 5090, L4, L40S
 }

@@ -72,15 +72,17 @@ def test_broken_kernels_are_reported(tmp_path):
     assert "_rms_norm_backward was not launched" in done.stderr
 
 
-def launch(name: str, chip: int, *opcodes: str, spills: int = 0) -> Launch:
+def launch(
+    name: str, chip: int, *opcodes: str, spills: int = 0, constants: dict | None = None
+) -> Launch:
     """A launch whose machine code consists of these opcodes, or of whole instructions."""
     text = "".join(f"/*{16 * n:04x}*/ {opcode} R0 ;\n" for n, opcode in enumerate(opcodes))
-    record = Launch(name, (1, 1, 1), chip, 8, 128, spills, 1024, {}, b"")
+    record = Launch(name, (1, 1, 1), chip, 8, 128, spills, 1024, constants or {}, b"")
     record.__dict__["sass"] = Program(text)
     return record
 
 
-DQ, TMA = "_attention_backward_dq", "UTMALDG.2D"
+DQ, DKDV, TMA = "_attention_backward_dq", "_attention_backward_dkdv", "UTMALDG.2D"
 BACK = "@P0 BRA 0x50,"  # past four wide loads and one more instruction
 WIDE, NARROW, WGMMA = ["LDG.E.128"] * 4, ["LDG.E.U16"], ["HGMMA.64x128x16"] * 8
 
@@ -108,6 +110,8 @@ WIDE, NARROW, WGMMA = ["LDG.E.128"] * 4, ["LDG.E.U16"], ["HGMMA.64x128x16"] * 8
         (launch(DQ, 100, *["UTCHMMA"] * 8, TMA), []),
         (launch("_attention_forward", 100, *["UTCHMMA"] * 8, TMA), []),
         (launch("_attention_forward", 90, *WGMMA, TMA), ["overlaps 0.00 of its softmax"]),
+        (launch(DKDV, 90, *WGMMA, TMA, "UTMAREDG.3D", constants={"ONE_PASS": True}), []),
+        (launch(DKDV, 90, *WGMMA, TMA, constants={"ONE_PASS": True}), ["does not add by TMA"]),
         (launch("_new_kernel", 90, *WIDE), ["no row in REQUIREMENTS"]),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_backward_in_one_pass(chip, monkeypatch, dtype, queries, keys, head_di
     *qkv, dy = draw_attention(chip, dtype, 2, queries, keys, 4, 2, head_dim)
     if cu_seqlens:
         cu_seqlens = torch.tensor(cu_seqlens, device=chip)
-    if gpu().kind == "sm_90":
+    if gpu().kind in A.LAUNCH:
         monkeypatch.setattr(A, "_attention_backward_dq", None)  # is not needed
     ours = partial(attention, cu_seqlens=cu_seqlens, deterministic=False)
     check(ours, partial(_definition, cu_seqlens=cu_seqlens), qkv, dy)
@@ -160,7 +160,7 @@ def test_a_backward_in_one_pass(chip, monkeypatch, dtype, queries, keys, head_di
 @pytest.mark.parametrize("chip, dtype", [(90, f32), (80, bf16)], indirect=["chip"])
 def test_where_there_is_no_one_pass_two_kernels_run(chip, monkeypatch, dtype):
     *qkv, dy = draw_attention(chip, dtype, 1, 33, 33, 2, 1, 64)
-    if dtype == f32 or gpu().kind != "sm_90":
+    if dtype == f32 or gpu().kind not in A.LAUNCH:
         monkeypatch.setattr(A, "_attention_backward_delta", None)
     expected = gradients(attention, qkv, dy)
     found = gradients(partial(attention, deterministic=False), qkv, dy)
@@ -324,7 +324,7 @@ def test_what_is_not_offered_is_said_once(chip, monkeypatch, capsys, why, change
 def test_launch_tables_fit_the_kernels():
     assert A.LAUNCH.keys() <= {*kernels.launch.CLASSES, "default"}
     for kind, table in A.LAUNCH.items():
-        expected = {"forward", "dq", "dkdv", *(["one pass"] if kind == "sm_90" else [])}
+        expected = {"forward", "dq", "dkdv", *(["one pass"] if kind in ("sm_90", "sm_100") else [])}
         assert table.keys() == expected | {f"{kernel} small" for kernel in expected}
         for kernel, (block_m, block_n, warps, stages) in [*table.items(), ("dq", A.FP32)]:
             assert all(x >= 16 and x & (x - 1) == 0 for x in (block_m, block_n))

@@ -31,7 +31,7 @@ class CudaTensor:
 @no_gpu
 @pytest.mark.parametrize(
     "capability, gpu",
-    [(80, ("sm_80", 108)), (86, ("default", 82)), (90, ("sm_90", 132)), (100, ("sm_90", 148))],
+    [(80, ("sm_80", 108)), (86, ("default", 82)), (90, ("sm_90", 132)), (100, ("sm_100", 148))],
 )
 def test_a_gpu_is_known_by_its_shared_memory(capability, gpu):
     from gpuless.compiler import fake_gpu
