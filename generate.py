@@ -221,8 +221,8 @@ def decode(
     Floor of a step: the bytes of the weights and of the keys and values seen, over the bandwidth.
 
     Raises ValueError for a prompt that is empty or too long, a max_new_tokens below 1, a sampling
-    out of range, or keys and values that do not fit in memory. A GPU must be the current device,
-    since a graph is captured there.
+    out of range, a decoder of another model, or keys and values that do not fit in memory. A GPU
+    must be the current device, since a graph is captured there.
     """
     room = model.config.max_position_embeddings
     sampling.check(model.config.vocab_size)
@@ -234,6 +234,8 @@ def decode(
     left = [min(max_new_tokens, room - len(prompt)) for prompt in prompts]  # of each row
     length = max(len(prompt) + more for prompt, more in zip(prompts, left))
     decoder = decoder or Decoder(model)
+    if decoder.model is not model:
+        raise ValueError("this decoder is another model's")
     logits = prefill(model, prompts, decoder.reserve(len(prompts), length))
     for number in itertools.count(1):
         ids, logprobs = sample(logits, sampling, generator)

@@ -264,15 +264,18 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
             keep = args[1].T.shape != down_proj
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
+    def checkpointed(forward: Callable) -> Callable:
+        # A function, since torch.compile passes over a block whose forward is a partial. There is
+        # no dropout, so no state of a random generator has to be restored.
+        def run(*args: object, **kwargs: object) -> Tensor:
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+            return checkpoint(forward, *args, **how, **kwargs)
+
+        return run
+
     for block in model.layers:
-        # There is no dropout, so no state of a random generator has to be restored.
-        block.forward = partial(
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=partial(create_selective_checkpoint_contexts, policy),
-        )
+        block.forward = checkpointed(block.forward)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel at Lucie's shapes, found without a GPU.
 
-    python -m bench.static [op ...] [--chip 80 86 90 100] [--check]
+    python -m bench.static [op ...] [--chip 80 86 90 100 120] [--check]
     python -m bench.static [op ...] --host         what the Python around a kernel costs
 
 The public operations are called as model.py calls them, forward and backward, under a driver that
@@ -36,13 +36,15 @@ except ImportError as error:
     print(f"bench.static: needs pip install triton, which is for Linux ({error})", file=sys.stderr)
     sys.exit(2)
 
-HOPPER = (90, 100)  # and later: the chips with a tensor memory accelerator
+HOPPER = (90, 100, 120)  # and later: the chips with a tensor memory accelerator
+ONE_PASS = (90, 100)  # chips with blocks for attention's backward in one pass
+UNTUNED = (100, 120)  # chips whose blocks are not tuned: some kernels spill there
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a kernel must show. Except on sm_100, no kernel may spill registers inside a loop, nor
-    anywhere if it has no loop."""
+    """What a kernel must show. On a chip that is tuned for, no kernel may spill registers
+    inside a loop, nor anywhere if it has no loop."""
 
     ops: str  # that launch it
     tensor: int = 0  # fewest tensor-core instructions
@@ -63,7 +65,7 @@ REQUIREMENTS = {
     "_attention_forward": Needs("attention", tensor=8, tma=HOPPER, overlap=0.8),
     "_attention_backward_dq": Needs("attention", tensor=8, tma=HOPPER),
     "_attention_backward_dkdv": Needs("attention", tensor=8, tma=HOPPER),
-    "_attention_backward_delta": Needs("attention", tma=HOPPER, narrow=3, chips=HOPPER),
+    "_attention_backward_delta": Needs("attention", narrow=3, chips=ONE_PASS),
     "_attention_decode": Needs("attention", tensor=8, wgmma=False, narrow=3),
     "_attention_combine": Needs("attention", narrow=12),  # it has few loads, all small
     # scales are loaded two bytes at a time, and each of the few results is stored by itself
@@ -188,7 +190,7 @@ def faults(record: Launch) -> list[str]:
     counts, row, chip = record.sass.counts, measure(record), record.capability
     found = []
     loads, wide, overlap = row["loads"], row["wide"], row["overlap"] or 0.0
-    if chip != 100 and (spills := spilling(record)):
+    if chip not in UNTUNED and (spills := spilling(record)):
         found.append(spills)
     if row["tensor"] < needs.tensor:
         found.append(f"has {row['tensor']} tensor-core instructions, fewer than {needs.tensor}")

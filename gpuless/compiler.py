@@ -46,6 +46,7 @@ CHIPS = {  # by ten times the compute capability
     86: Chip("RTX 3090", 82, 101_376, 102_400, 48, 16),
     90: Chip("H100, H200", 132, 232_448, 233_472, 64, 32),
     100: Chip("B200", 148, 232_448, 233_472, 64, 32),
+    120: Chip("RTX 5090", 170, 101_376, 102_400, 48, 24),
 }
 
 
@@ -164,6 +165,8 @@ class _Launcher:
         self.name, self.metadata = src.fn.fn.__name__, metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: bytes, *rest: Any) -> None:
+        if self.metadata.global_scratch_size:  # for tensor descriptors that a kernel makes, say
+            raise RuntimeError("needs scratch memory, and nobody has given Triton an allocator")
         registers, spills = sass.resources(function)
         driver.active.launches.append(
             Launch(

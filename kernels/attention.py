@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.attention_backward import (
     _attention_backward_delta,
@@ -26,14 +27,15 @@ from kernels.attention_backward import (
 from kernels.attention_decode import _attention_combine, _attention_decode
 from kernels.attention_forward import PADDING, _attention_forward
 from kernels.launch import (
+    TensorDescriptor,
     cdiv,
     forced,
     gpu,
+    launch_row,
     next_power_of_2,
     not_offered,
     operator,
     runs_triton,
-    tile,
 )
 
 LOG2_E = math.log2(math.e)
@@ -172,8 +174,9 @@ LAUNCH = {
     "default": _ANY | {f"{kernel} small": blocks for kernel, blocks in _ANY.items()},
 }
 FP32 = (32, 32, 4, 1)  # exact products without tensor cores, for checks and not for speed
+DELTA_BLOCK = 64  # queries
 DECODE_BLOCK = 64  # keys at a time
-MOST_SPLITS = 64  # of the keys of one head, which one program joins
+MAX_SPLITS = 64  # of the keys of one head, which one program joins
 
 
 def _options(kernel: str, x: Tensor, documents: bool) -> dict:
@@ -181,30 +184,28 @@ def _options(kernel: str, x: Tensor, documents: bool) -> dict:
     accelerator, not pointers."""
     exact, head_dim = x.dtype == torch.float32, x.shape[3]
     small = documents or head_dim == 64
-    row = FP32 if exact else tile(LAUNCH, kernel + " small" * small)
+    row = FP32 if exact else launch_row(LAUNCH, kernel + " small" * small)
     block_m, block_n, warps, stages = row
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_stages": stages}
     options |= {"num_warps": warps, "enable_fp_fusion": True, "D": head_dim}
-    return options | {"TMA": gpu().kind in ("sm_90", "sm_100") and not exact}
+    return options | {"TMA": gpu().tma}
 
 
 def _rows(x: Tensor) -> Tensor:
     """x `[B, T, H, D]` with the heads of a token contiguous, as the kernels need it."""
-    heads_together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-    aligned = all(s * x.element_size() % 16 == 0 for s in (x.stride(0), x.stride(1)))
-    aligned = aligned and x.data_ptr() % 16 == 0
-    expanded = x.stride(1) == 0 or x.stride(0) == 0
-    if heads_together and aligned and not expanded:
+    of_batch, of_token, of_head, of_element = x.stride()
+    together = of_element == 1 and (of_head == x.shape[3] or x.shape[2] == 1)
+    # The tensor memory accelerator needs multiples of 16 bytes, and takes no expanded tensor.
+    aligned = (of_batch | of_token) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if together and aligned and of_batch and of_token:
         return x
     return x.clone(memory_format=torch.contiguous_format)  # contiguous() may not copy
 
 
-def _source(x: Tensor, block: int, tma: bool) -> Tensor | object:
-    """What a kernel makes its descriptor of: x, or the descriptor of `[B, T, H * D]` itself."""
+def _kernel_input(x: Tensor, block: int, tma: bool) -> "Tensor | TensorDescriptor":
+    """x, or with tma the tensor descriptor of x as `[B, T, H * D]`."""
     if not tma:
         return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     batch, length, heads, head_dim = x.shape
     strides = [x.stride(0), x.stride(1), 1]
     return TensorDescriptor(x, [batch, length, heads * head_dim], strides, [1, block, head_dim])
@@ -226,7 +227,7 @@ def _ragged_bounds(
 
 
 def _outputs(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    length = (q.shape[1] // PADDING.value + 2) * PADDING.value  # as `padded` computes it
+    length = (q.shape[1] // PADDING.value + 2) * PADDING.value  # as `padded_length` has it
     lse = q.new_empty(q.shape[0], q.shape[2], length, dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
@@ -245,8 +246,8 @@ def _forward_op(
         starts = torch.zeros(batch, queries, dtype=torch.int32, device=q.device)
     m, n, tma = options["BLOCK_M"], options["BLOCK_N"], options["TMA"]
     _attention_forward[(heads, cdiv(queries, m), batch)](
-        _source(q, m, tma), _source(k, n, tma), _source(v, n, tma), out, lse, starts,
-        *_strides(q, k, v), queries, keys, LOG2_E / math.sqrt(head_dim),
+        _kernel_input(q, m, tma), _kernel_input(k, n, tma), _kernel_input(v, n, tma),
+        out, lse, starts, *_strides(q, k, v), queries, keys, LOG2_E / math.sqrt(head_dim),
         HEADS=heads, KV_HEADS=kv_heads, **options,
     )  # fmt: skip
     return out, lse
@@ -262,6 +263,7 @@ def _backward_op(
     starts: Tensor | None, ends: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, with the shapes of q, k and v."""
+    out, lse = out.contiguous(), lse.contiguous()  # hooks on saved tensors may have moved them
     d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -272,28 +274,29 @@ def _backward_op(
     common = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "SQUARE": queries == keys, "RAGGED": ragged}
 
-    def sources(options: dict) -> list:
+    def inputs(options: dict) -> list:
         m, n, tma = options["BLOCK_M"], options["BLOCK_N"], options["TMA"]
-        return [_source(x, block, tma) for x, block in ((q, m), (k, n), (v, n), (d_out, m))]
+        return [_kernel_input(x, block, tma) for x, block in ((q, m), (k, n), (v, n), (d_out, m))]
 
     options = _options("dq", q, ragged)
-    one_pass = not deterministic and options["TMA"]
+    table = LAUNCH.get(gpu().kind, LAUNCH["default"])
+    one_pass = not deterministic and q.dtype != torch.float32 and "one pass" in table
     sum_desc = None  # of dq in fp32
     if one_pass:
         options = _options("one pass", q, ragged)
         dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        sum_desc = _source(dq_sum, options["BLOCK_M"], tma=True)
-        _attention_backward_delta[(heads, cdiv(queries, 64), batch)](
-            out, _source(d_out, 64, tma=True), delta, *_strides(d_out), queries,
-            HEADS=heads, D=head_dim, BLOCK_M=64, TMA=True, num_warps=4, enable_fp_fusion=True,
+        sum_desc = _kernel_input(dq_sum, options["BLOCK_M"], tma=True)
+        _attention_backward_delta[(heads, cdiv(queries, DELTA_BLOCK), batch)](
+            out, d_out, delta, *_strides(d_out), queries, HEADS=heads, D=head_dim,
+            BLOCK_M=DELTA_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         _attention_backward_dq[(heads, cdiv(queries, options["BLOCK_M"]), batch)](
-            *sources(options), out, lse, delta, dq, starts, *common, **shape, **options
+            *inputs(options), out, lse, delta, dq, starts, *common, **shape, **options
         )
         options = _options("dkdv", q, ragged)
     _attention_backward_dkdv[(kv_heads, cdiv(keys, options["BLOCK_N"]), batch)](
-        *sources(options), sum_desc, lse, delta, dk, dv, starts, ends, *common,
+        *inputs(options), sum_desc, lse, delta, dk, dv, starts, ends, *common,
         ONE_PASS=one_pass, **shape, **options,
     )  # fmt: skip
     if one_pass:
@@ -313,6 +316,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor):
         gradients = _backward_op(d_out, *ctx.saved_tensors, ctx.deterministic)
         return *gradients, None, None, None
@@ -325,7 +329,7 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Ten
     batch, _, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     # Two programs per multiprocessor, each with two blocks of keys or more.
-    wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MOST_SPLITS))
+    wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MAX_SPLITS))
     blocks = cdiv(cdiv(keys, DECODE_BLOCK), wanted)
     per_split = max(2, blocks) * DECODE_BLOCK
     splits = cdiv(keys, per_split)

@@ -4,17 +4,20 @@
     dp = do v^T        ds = p * (dp - delta)        dq = scale ds k        dk = scale ds^T q
     delta = rowsum(o * do), D_i in the paper        (Dao 2023, arXiv:2307.08691, algorithm 2)
 
-There are two ways. Two kernels are the default: one walks over keys for a block of queries and owns
-their dq; the other walks over queries for a block of keys, for all heads of the group in turn, and
-owns their dk and dv. No two programs add to the same place, so gradients are the same bit for bit
-in every run. The price is 7 products. In one pass, the second kernel also adds its share of dq to
-memory, in fp32 and atomically: 5 products. The order of these additions, and so the last bits of
-dq, change from run to run.
+There are two ways:
 
-In all of them dp is issued before p is computed, so that the tensor cores work on it meanwhile.
+1. Two kernels, the default. `_attention_backward_dq` walks over keys for a block of queries and
+   owns their dq. `_attention_backward_dkdv` walks over queries for a block of keys, for all heads
+   of the group in turn, and owns their dk and dv. No two programs add to the same place, so
+   gradients are the same bit for bit in every run. The price is 7 products.
+2. One pass. `_attention_backward_dkdv` also adds its share of dq to memory, in fp32 and atomically:
+   5 products. The order of these additions, and so the last bits of dq, change from run to run.
+
+The tensor cores work in the background on what has been issued, so dp is issued before the
+exponentials of the scores in dq, and before the product for dv in dk and dv.
 """
 
-from kernels.attention_forward import PADDING, describe, load_tile, padded
+from kernels.attention_forward import PADDING, as_descriptor, load_tile, padded_length
 from kernels.launch import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -25,39 +28,40 @@ def _store_delta(
     delta_ptr, out_ptr, d_out, first_m, offsets, inside, queries, BLOCK_M: tl.constexpr
 ):
     """Compute delta of a block of queries, store it, and return it. It is 0 past the last query."""
-    row = first_m + tl.arange(0, BLOCK_M)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     out = tl.load(out_ptr + offsets, mask=inside[:, None], other=0.0)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=inside)
+    tl.store(delta_ptr + offs_m, delta, mask=inside)
     tail = tl.arange(0, PADDING)
-    last = first_m + BLOCK_M >= queries
-    tl.store(delta_ptr + queries + tail, tail * 0.0, mask=last & (tail >= 0))
+    last = first_m + BLOCK_M >= queries  # a mask and not a branch, as in the forward
+    zeros = tl.zeros([PADDING], tl.float32)
+    tl.store(delta_ptr + queries + tail, zeros, mask=last & (tail < PADDING))
     return delta
 
 
 @triton.jit
 def _dq_block(
-    dq, q, d_out, lse, delta, start, first_key, row, k_desc, v_desc, batch, column, offset, scale,
+    dq, q, d_out, lse, delta, start, first_key, offs_m, k_desc, v_desc, batch, column, shift, scale,
     BLOCK_N: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add to dq what the block of keys at `start` contributes."""
-    key = start + tl.arange(0, BLOCK_N)
+    offs_n = start + tl.arange(0, BLOCK_N)
     k = load_tile(k_desc, batch, start, column)
     scores = tl.dot(q, k.T, input_precision="ieee")
     v = load_tile(v_desc, batch, start, column)
     dp = tl.dot(d_out, v.T, input_precision="ieee")
     p = tl.exp2(scores * scale - lse[:, None])
     if CAUSAL:
-        p = tl.where((row + offset)[:, None] >= key[None, :], p, 0.0)
+        p = tl.where((offs_m + shift)[:, None] >= offs_n[None, :], p, 0.0)
     if RAGGED:
-        p = tl.where(key[None, :] >= first_key[:, None], p, 0.0)
+        p = tl.where(offs_n[None, :] >= first_key[:, None], p, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_backward_dq(
-    q, k, v, d_out, out_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr,
+    q_in, k_in, v_in, d_out_in, out_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr,
     q_strides, k_strides, v_strides, d_out_strides, queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, RAGGED: tl.constexpr,
@@ -65,58 +69,59 @@ def _attention_backward_dq(
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head; also their delta, for the kernel of dk and dv.
 
-    It walks as the forward does, in the same three parts. SQUARE: there are as many keys as
-    queries. RAGGED: some queries do not see the first key.
+    It walks as the forward does, in the same three parts. Compiled in, so that the common case pays
+    for neither: SQUARE, there are as many keys as queries; RAGGED, some query does not see the
+    first key.
     """
     head, batch = tl.program_id(0), tl.program_id(2)
     first_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # long programs begin first
-    row = first_m + tl.arange(0, BLOCK_M)
-    inside = row < queries
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    inside = offs_m < queries
     column = head // (HEADS // KV_HEADS) * D
-    offset = 0 if SQUARE else keys - queries  # of a query's own key
-    q_desc = describe(q, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
-    k_desc = describe(k, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
-    v_desc = describe(v, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
-    d_out_desc = describe(d_out, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
-    first_key = row * 0
+    shift = 0 if SQUARE else keys - queries  # query i sits at key i + shift
+    q_desc = as_descriptor(q_in, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
+    k_desc = as_descriptor(k_in, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    v_desc = as_descriptor(v_in, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    d_out_desc = as_descriptor(d_out_in, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
+    first_key = tl.zeros([BLOCK_M], tl.int32)
     lowest, common = 0, 0
     if RAGGED:
         starts_ptr += batch.to(tl.int64) * queries
         lowest = tl.load(starts_ptr + first_m)
         common = tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
-        first_key = tl.load(starts_ptr + row, mask=inside, other=0)
+        first_key = tl.load(starts_ptr + offs_m, mask=inside, other=0)
 
-    query = load_tile(q_desc, batch, first_m, head * D)
-    d_output = load_tile(d_out_desc, batch, first_m, head * D)
-    offsets = (batch.to(tl.int64) * queries + row) * (HEADS * D) + head * D
+    q = load_tile(q_desc, batch, first_m, head * D)
+    d_out = load_tile(d_out_desc, batch, first_m, head * D)
+    offsets = (batch.to(tl.int64) * queries + offs_m) * (HEADS * D) + head * D
     offsets = offsets[:, None] + tl.arange(0, D)[None, :]
-    padded_row = (batch.to(tl.int64) * HEADS + head) * padded(queries)
-    delta_ptr += padded_row
-    delta = _store_delta(delta_ptr, out_ptr, d_output, first_m, offsets, inside, queries, BLOCK_M)
-    lse = tl.load(lse_ptr + padded_row + row)  # infinite past the last query: p is 0 there
+    lse_offset = (batch.to(tl.int64) * HEADS + head) * padded_length(queries)
+    delta_ptr += lse_offset
+    delta = _store_delta(delta_ptr, out_ptr, d_out, first_m, offsets, inside, queries, BLOCK_M)
+    lse = tl.load(lse_ptr + lse_offset + offs_m)  # infinite past the last query: p is 0 there
 
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    start = first_m + BLOCK_M + offset
+    start = first_m + BLOCK_M + shift
     for _ in tl.static_range(BLOCK_M // BLOCK_N):
         start -= BLOCK_N
         dq = _dq_block(
-            dq, query, d_output, lse, delta, start, first_key, row, k_desc, v_desc, batch, column,
-            offset, scale, BLOCK_N, D, True, RAGGED,
+            dq, q, d_out, lse, delta, start, first_key, offs_m, k_desc, v_desc, batch, column,
+            shift, scale, BLOCK_N, D, True, RAGGED,
         )  # fmt: skip
     unmasked = tl.maximum(start - common, 0) // BLOCK_N * BLOCK_N
     rest = start - unmasked - lowest
     for _ in tl.range(0, unmasked, BLOCK_N, num_stages=STAGES):
         start -= BLOCK_N
         dq = _dq_block(
-            dq, query, d_output, lse, delta, start, first_key, row, k_desc, v_desc, batch, column,
-            offset, scale, BLOCK_N, D, False, False,
+            dq, q, d_out, lse, delta, start, first_key, offs_m, k_desc, v_desc, batch, column,
+            shift, scale, BLOCK_N, D, False, False,
         )  # fmt: skip
     if RAGGED:
         for _ in tl.range(0, rest, BLOCK_N, num_stages=STAGES):
             start -= BLOCK_N
             dq = _dq_block(
-                dq, query, d_output, lse, delta, start, first_key, row, k_desc, v_desc, batch,
-                column, offset, scale, BLOCK_N, D, False, True,
+                dq, q, d_out, lse, delta, start, first_key, offs_m, k_desc, v_desc, batch,
+                column, shift, scale, BLOCK_N, D, False, True,
             )  # fmt: skip
     dq *= scale / LOG2_E
     tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
@@ -124,41 +129,43 @@ def _attention_backward_dq(
 
 @triton.jit(do_not_specialize=["queries"])
 def _attention_backward_delta(
-    out_ptr, d_out, delta_ptr, d_out_strides, queries,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
+    out_ptr, d_out_ptr, delta_ptr, d_out_strides, queries,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta alone, for one pass."""
+    """delta where no kernel of dq computes it."""
     head, batch = tl.program_id(0), tl.program_id(2)
     first_m = tl.program_id(1) * BLOCK_M
-    row = first_m + tl.arange(0, BLOCK_M)
-    d_out_desc = describe(d_out, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
-    d_output = load_tile(d_out_desc, batch, first_m, head * D)
-    offsets = (batch.to(tl.int64) * queries + row) * (HEADS * D) + head * D
-    offsets = offsets[:, None] + tl.arange(0, D)[None, :]
-    delta_ptr += (batch.to(tl.int64) * HEADS + head) * padded(queries)
-    _store_delta(delta_ptr, out_ptr, d_output, first_m, offsets, row < queries, queries, BLOCK_M)
+    offs_m, offs_d = first_m + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    inside = offs_m < queries
+    d_out_ptr += batch.to(tl.int64) * d_out_strides[0] + head * D
+    d_out_offsets = offs_m.to(tl.int64)[:, None] * d_out_strides[1] + offs_d[None, :]
+    d_out = tl.load(d_out_ptr + d_out_offsets, mask=inside[:, None], other=0.0)
+    offsets = (batch.to(tl.int64) * queries + offs_m) * (HEADS * D) + head * D
+    offsets = offsets[:, None] + offs_d[None, :]
+    delta_ptr += (batch.to(tl.int64) * HEADS + head) * padded_length(queries)
+    _store_delta(delta_ptr, out_ptr, d_out, first_m, offsets, inside, queries, BLOCK_M)
 
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k, v, first_m, key, q_desc, d_out_desc, dq_desc, lse_ptr, delta_ptr, starts_ptr,
-    batch, head, queries, offset, scale,
+    dk, dv, k, v, first_m, offs_n, q_desc, d_out_desc, dq_desc, lse_ptr, delta_ptr, starts_ptr,
+    batch, head, queries, shift, scale,
     BLOCK_M: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv what the queries from first_m on contribute, and in one pass to dq what
-    these keys do. Scores have keys as rows here."""
-    row = first_m + tl.arange(0, BLOCK_M)
+    """Add to dk and dv what the queries from first_m on contribute. With ONE_PASS, also add to dq
+    what these keys contribute. Scores have keys as rows here."""
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     q = load_tile(q_desc, batch, first_m, head * D)
-    lse = tl.load(lse_ptr + row)  # infinite past the last query: p is 0 there
+    lse = tl.load(lse_ptr + offs_m)  # infinite past the last query: p is 0 there
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
-    p = tl.where((row + offset)[None, :] >= key[:, None], p, 0.0)
+    p = tl.where((offs_m + shift)[None, :] >= offs_n[:, None], p, 0.0)
     if RAGGED:
-        first_key = tl.load(starts_ptr + row, mask=row < queries, other=0)
-        p = tl.where(key[:, None] >= first_key[None, :], p, 0.0)
+        first_key = tl.load(starts_ptr + offs_m, mask=offs_m < queries, other=0)
+        p = tl.where(offs_n[:, None] >= first_key[None, :], p, 0.0)
     d_out = load_tile(d_out_desc, batch, first_m, head * D)
     dp = tl.dot(v, d_out.T, input_precision="ieee")
     dv = tl.dot(p.to(q.dtype), d_out, dv, input_precision="ieee")
-    ds = (p * (dp - tl.load(delta_ptr + row)[None, :])).to(q.dtype)
+    ds = (p * (dp - tl.load(delta_ptr + offs_m)[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision="ieee")
     if ONE_PASS:
         dq = tl.dot(ds.T, k, input_precision="ieee")
@@ -168,7 +175,7 @@ def _dkdv_block(
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_backward_dkdv(
-    q, k, v, d_out, dq_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr,
+    q_in, k_in, v_in, d_out_in, dq_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr,
     q_strides, k_strides, v_strides, d_out_strides, queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
@@ -180,36 +187,36 @@ def _attention_backward_dkdv(
     """
     kv_head, batch = tl.program_id(0), tl.program_id(2)
     start = tl.program_id(1) * BLOCK_N  # the first keys have the most queries, and begin first
-    key = start + tl.arange(0, BLOCK_N)
+    offs_n = start + tl.arange(0, BLOCK_N)
     column = kv_head * D
-    offset = 0 if SQUARE else keys - queries
-    q_desc = describe(q, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
-    k_desc = describe(k, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
-    v_desc = describe(v, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
-    d_out_desc = describe(d_out, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
+    shift = 0 if SQUARE else keys - queries
+    q_desc = as_descriptor(q_in, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
+    k_desc = as_descriptor(k_in, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    v_desc = as_descriptor(v_in, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
+    d_out_desc = as_descriptor(d_out_in, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
     end = queries  # past the last query that sees any of these keys
     if RAGGED:
         starts_ptr += batch.to(tl.int64) * queries
         ends_ptr += batch.to(tl.int64) * keys
         end = tl.load(ends_ptr + tl.minimum(start + BLOCK_N, keys) - 1)
 
-    k_block = load_tile(k_desc, batch, start, column)
-    v_block = load_tile(v_desc, batch, start, column)
+    k = load_tile(k_desc, batch, start, column)
+    v = load_tile(v_desc, batch, start, column)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    diagonal = tl.maximum(start - offset, 0)
+    first_query = tl.maximum(start - shift, 0)  # that sees any of these keys
     for g in range(GROUP):
         head = kv_head * GROUP + g
-        padded_row = (batch.to(tl.int64) * HEADS + head) * padded(queries)
-        for done in tl.range(0, end - diagonal, BLOCK_M, num_stages=STAGES):
+        lse_offset = (batch.to(tl.int64) * HEADS + head) * padded_length(queries)
+        for done in tl.range(0, end - first_query, BLOCK_M, num_stages=STAGES):
             dk, dv = _dkdv_block(
-                dk, dv, k_block, v_block, diagonal + done, key, q_desc, d_out_desc, dq_desc,
-                lse_ptr + padded_row, delta_ptr + padded_row, starts_ptr, batch, head,
-                queries, offset, scale, BLOCK_M, D, RAGGED, ONE_PASS,
+                dk, dv, k, v, first_query + done, offs_n, q_desc, d_out_desc, dq_desc,
+                lse_ptr + lse_offset, delta_ptr + lse_offset, starts_ptr, batch, head,
+                queries, shift, scale, BLOCK_M, D, RAGGED, ONE_PASS,
             )  # fmt: skip
-    inside = key < keys
-    offsets = (batch.to(tl.int64) * keys + key) * (KV_HEADS * D) + column
+    inside = offs_n < keys
+    offsets = (batch.to(tl.int64) * keys + offs_n) * (KV_HEADS * D) + column
     offsets = offsets[:, None] + tl.arange(0, D)[None, :]
     dk *= scale / LOG2_E
     tl.store(dk_ptr + offsets, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])

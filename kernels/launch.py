@@ -18,6 +18,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     installed = True
 except ImportError:  # macOS, Windows: @triton.jit then returns this placeholder, which never runs
@@ -29,7 +30,7 @@ except ImportError:  # macOS, Windows: @triton.jit then returns this placeholder
         def __call__(self, *args: object, **options: object) -> "_Absent":
             return self
 
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     installed = False
 
 MODES = ("auto", "triton", "torch")
@@ -51,6 +52,7 @@ class GPU:
 
     kind: str  # a key of CLASSES
     multiprocessors: int
+    tma: bool  # has a tensor memory accelerator, which loads what a tensor descriptor describes
 
 
 def use(mode: str) -> str:
@@ -90,7 +92,7 @@ def _classify(driver: object, device: int) -> GPU:
     if target.backend == "cuda":
         for kind, (capability, least) in CLASSES.items():
             if target.arch >= capability and shared >= least:
-                return GPU(kind, properties["multiprocessor_count"])
+                return GPU(kind, properties["multiprocessor_count"], target.arch >= 90)
     raise RuntimeError(
         f"the Triton kernels need an NVIDIA GPU of compute capability 8.0 and 99 KB of shared "
         f"memory; this is {target.backend} {target.arch} with {shared // 1024} KB"
@@ -137,7 +139,7 @@ def say_once(line: str) -> None:
         print(f"kernels: {line}", file=sys.stderr)
 
 
-def tile(launch: dict[str, dict[str, tuple[int, ...]]], kernel: str) -> tuple[int, ...]:
+def launch_row(launch: dict[str, dict[str, tuple[int, ...]]], kernel: str) -> tuple[int, ...]:
     """The row of a kernel in a table LAUNCH: that of the class of the current GPU, or else the
     default."""
     return launch.get(gpu().kind, launch["default"])[kernel]

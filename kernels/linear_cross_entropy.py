@@ -12,8 +12,9 @@ Floor: 6 * N * V * D FLOPs, the three products of an ordinary linear layer.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.launch import next_power_of_2, operator, runs_triton, tile, tl, triton
+from kernels.launch import launch_row, next_power_of_2, operator, runs_triton, tl, triton
 
 IGNORE = -100  # how torch and Hugging Face mark a target that does not count
 
@@ -87,7 +88,7 @@ LAUNCH = {"default": {"cross_entropy": (16_384, 16)}}
 
 def _by_kernel(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """What `_definition` returns and does."""
-    block, warps = tile(LAUNCH, "cross_entropy")
+    block, warps = launch_row(LAUNCH, "cross_entropy")
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     _cross_entropy[(rows,)](
@@ -97,9 +98,10 @@ def _by_kernel(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return losses.sum()
 
 
-def _add_product(d_weight: Tensor, d_logits: Tensor, h: Tensor, kernel: bool, first: bool) -> None:
+def _add_product(d_weight: Tensor, d_logits: Tensor, h: Tensor, first: bool) -> None:
     """Add d_logits^T h to d_weight, which is fp32; the first one replaces what is there."""
-    if kernel and h.device.type != "cpu":  # for which torch has no such product
+    # On GPUs torch has a product of 16-bit matrices that adds in fp32.
+    if h.is_cuda and h.itemsize == 2:
         out = {"out_dtype": torch.float32, "out": d_weight}
         torch.addmm(d_weight, d_logits.T, h, beta=0 if first else 1, **out)
         return
@@ -138,7 +140,7 @@ def _loss_and_gradients(
         if need_hidden:  # logits are now their gradient
             torch.mm(logits, w, out=d_hidden[start : start + rows])
         if need_weight:
-            _add_product(d_weight, logits, h, kernel, first=start == 0)
+            _add_product(d_weight, logits, h, first=start == 0)
     if tokens == 0:
         d_weight.zero_()
     return loss, d_hidden, d_weight
@@ -157,6 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss: Tensor):
         # Out of place: a second backward through the same graph must find them unscaled.
         d_hidden, d_weight = (

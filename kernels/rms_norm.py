@@ -12,15 +12,16 @@ the gradient of the sum.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.launch import (
     as_rows,
     cdiv,
     gpu,
+    launch_row,
     next_power_of_2,
     operator,
     runs_triton,
-    tile,
     tl,
     triton,
 )
@@ -136,7 +137,7 @@ def _rms_norm_op(
     y, total, rstd = _outputs(x, residual, weight, eps)
     x2, r2 = as_rows(x), None if residual is None else as_rows(residual)
     rows = x2.shape[0]
-    options = _options(columns, *tile(LAUNCH, "forward"))
+    options = _options(columns, *launch_row(LAUNCH, "forward"))
     _rms_norm_forward[(cdiv(rows, options["ROWS"]),)](
         x2, r2, weight.contiguous(), y, total, rstd,
         x2.stride(0), 0 if r2 is None else r2.stride(0), rows, columns, eps,
@@ -159,7 +160,7 @@ def _rms_norm_backward_op(
     columns = x.shape[-1]
     dy2, x2, t2 = as_rows(dy), as_rows(x), None if d_total is None else as_rows(d_total)
     rows = x2.shape[0]
-    elements, per_thread, resident = tile(LAUNCH, "backward")
+    elements, per_thread, resident = launch_row(LAUNCH, "backward")
     options = _options(columns, elements, per_thread)
     staged = options["ROWS"] * options["BLOCK"] * x.element_size() <= STAGED_BYTES
     programs = min(cdiv(rows, options["ROWS"]), resident * gpu().multiprocessors)
@@ -185,6 +186,7 @@ class _RMSNorm(torch.autograd.Function):
         return (y, total) if ctx.add else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor, d_total: Tensor | None = None):
         backward = _rms_norm_backward_op if ctx.triton else _definition_backward
         dx, d_weight = backward(dy, d_total, *ctx.saved_tensors)

@@ -8,8 +8,9 @@ Floor: memory. Forward and backward each read and write q and k once; cos and si
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.launch import cdiv, next_power_of_2, operator, runs_triton, tile, tl, triton
+from kernels.launch import cdiv, launch_row, next_power_of_2, operator, runs_triton, tl, triton
 
 
 def rope_tables(
@@ -117,7 +118,7 @@ def _rope_op(
         positions = positions.expand(batch, tokens)
         position_strides = positions.stride()
     block, kv_heads = next_power_of_2(half), k.shape[2]
-    held, warps = tile(LAUNCH, "rope")
+    held, warps = launch_row(LAUNCH, "rope")
     elements = next_power_of_2(heads) * block  # of a token
     per_program = max(1, held // elements)
     outputs = _outputs(q, k)
@@ -142,6 +143,7 @@ class _Rope(torch.autograd.Function):
         return (_rope_op if ctx.triton else _definition)(q, k, cos, sin, positions, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
         dq, dk = (_rope_op if ctx.triton else _definition)(dq, dk, *ctx.saved_tensors, True)
         return dq, dk, None, None, None

@@ -10,14 +10,15 @@ storing it, and the feed-forward's activations are the largest of a block.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.launch import (
     as_rows,
     cdiv,
+    launch_row,
     next_power_of_2,
     operator,
     runs_triton,
-    tile,
     tl,
     triton,
 )
@@ -78,7 +79,7 @@ LAUNCH = {"default": {"forward": (2048, 4), "backward": (2048, 4)}}
 
 
 def _grid(kernel: str, rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    block, warps = tile(LAUNCH, kernel)
+    block, warps = launch_row(LAUNCH, kernel)
     block = min(block, next_power_of_2(columns))
     options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
     return (rows * cdiv(columns, block),), options
@@ -115,6 +116,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_op(gate_up) if ctx.triton else _definition(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         backward = _swiglu_backward_op if ctx.triton else _definition_backward
         return backward(dy, *ctx.saved_tensors)

@@ -243,6 +243,8 @@ def test_one_decoder_for_many_prompts_equals_a_new_one_for_each(model):
         new = rows(model, prompts, 20, GREEDY)
         next(decode(model, prompts[::-1], 20, GREEDY, decoder=decoder))
         assert rows(model, prompts, 20, GREEDY, None, decoder) == new
+    with pytest.raises(ValueError, match="another model's"):
+        rows(Lucie(LucieConfig(**SIZES)), [[1]], 20, GREEDY, None, decoder)
 
 
 def test_a_step_is_captured_once_for_a_batch_size(model, captures):

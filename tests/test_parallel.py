@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from conftest import CUDA, TINY, launch
 from test_train import log_of, options, weights_of
@@ -311,6 +312,21 @@ def test_what_is_kept_is_not_computed_again(tiny_config, mode):
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     assert seen[0][attention] == seen[1][attention] == 0
     assert seen[1][f"{attention}_backward"] == layers
+
+
+@pytest.mark.parametrize("mode", AGAIN)
+def test_torch_compile_takes_blocks_whole(tiny_config, mode):
+    model = Lucie(tiny_config)
+    tokens = torch.randint(97, (2, 33))
+    expected = model(tokens, tokens)
+    parallel.checkpoint_activations(model, mode)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for block in model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    loss = model(tokens, tokens)
+    loss.backward()
+    assert torch.equal(loss, expected) and counter.frame_count == 1
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

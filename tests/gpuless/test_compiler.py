@@ -121,13 +121,16 @@ def test_alignment_is_that_of_the_tensor(compiled):
         (80, "sm_80", "HMMA"),
         (86, "default", "HMMA"),
         (90, "sm_90", "HGMMA"),
-        (100, "sm_90", "UTCMMA"),
+        (100, "sm_100", "UTCMMA"),
+        (120, "default", "HMMA"),
     ],
 )
 def test_each_chip_gets_its_own_code(compiled, capability, kind, instruction):
     """One process compiles for all in turn: nothing of one chip may be kept for another."""
     of_chip = compiled["chips"][str(capability)]
-    assert of_chip["gpu"] == {"kind": kind, "multiprocessors": CHIPS[capability].multiprocessors}
+    multiprocessors = CHIPS[capability].multiprocessors
+    tma = capability >= 90
+    assert of_chip["gpu"] == {"kind": kind, "multiprocessors": multiprocessors, "tma": tma}
     assert all(f"sm_{capability}" in launch["head"] for launch in of_chip["launches"])
     assert instruction in of_chip["launches"][2]["counts"]
 
@@ -141,7 +144,10 @@ def test_errors_name_the_kernel(compiled):
 
 
 def test_a_chip_that_is_not_known():
-    with pytest.raises(ValueError, match="fake_gpu knows 80, 86, 90, 100, not 75"), fake_gpu(75):
+    with (
+        pytest.raises(ValueError, match="fake_gpu knows 80, 86, 90, 100, 120, not 75"),
+        fake_gpu(75),
+    ):
         pass
 
 

@@ -78,7 +78,21 @@ def test_runs_repeat_bit_for_bit(chip, name):
             assert all(map(torch.equal, found, runs[0][-len(leaves) :]))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rope", "swiglu", "attention"])
+DIFFERENTIABLE = ["rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused(chip, name):
+    """Without a word it would be that of a constant."""
+    case = OPS[name].make(chip, bf16, *OPS[name].few)
+    leaves = [x.requires_grad_() for x in case.inputs if x.is_floating_point()]
+    dys = [dy.requires_grad_() for dy in case.dys] or [torch.tensor(2.0, requires_grad=True)]
+    gradient, *_ = torch.autograd.grad(case.ours(*case.inputs), leaves, dys, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE[:-1])
 def test_nothing_in_nothing_out(device, name):
     case = OPS[name].make(device, bf16, *OPS[name].few)
     rows = len(case.dys[0])

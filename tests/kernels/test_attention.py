@@ -24,7 +24,7 @@ import kernels
 import kernels.launch
 from kernels import attention
 from kernels.attention import _definition
-from kernels.launch import gpu, tile
+from kernels.launch import gpu, launch_row
 
 A = sys.modules["kernels.attention"]  # the name in the package is the function's
 both_chips = pytest.mark.parametrize(  # descriptors; pointers, in smaller blocks
@@ -191,7 +191,7 @@ def test_a_changed_document_leaves_the_others_bit_equal(device, document):
 @pytest.mark.parametrize("document", [(0, 128), (128, 256)])
 def test_blocks_of_other_documents_are_skipped(chip, document):
     """Masked, NaN would spread: 0 times NaN. What a block over the border takes in is spared."""
-    block_m, block_n, *_ = tile(A.LAUNCH, "forward small")
+    block_m, block_n, *_ = launch_row(A.LAUNCH, "forward small")
     end = document[1] - max(block_n - block_m, 0)
     check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], document, end)
 
@@ -291,7 +291,7 @@ def test_no_split_of_the_keys_is_empty(chip, monkeypatch):
     for (kv_heads, splits, batch), arguments in decode.calls:
         keys, per_split = arguments[-3:-1]
         assert (splits - 1) * per_split < keys <= splits * per_split
-        assert per_split % A.DECODE_BLOCK == 0 and splits <= A.MOST_SPLITS
+        assert per_split % A.DECODE_BLOCK == 0 and splits <= A.MAX_SPLITS
         programs, multiprocessors = kv_heads * splits * batch, gpu().multiprocessors
         assert splits == 1 or programs <= 2 * multiprocessors
         if keys >= 4096 and batch == 1:  # the chip is not left idle

@@ -87,7 +87,7 @@ def test_any_number_of_rows(chip, rows):
 def test_wide_blocks(chip, monkeypatch):
     """Those of many columns, which the interpreter would take minutes for."""
     module = sys.modules["kernels.int4_linear"]
-    monkeypatch.setattr(module, "gpu", lambda: GPU("sm_90", multiprocessors=0))
+    monkeypatch.setattr(module, "gpu", lambda: GPU("sm_90", multiprocessors=0, tma=True))
     for rows in (1, 9):
         make(chip, bf16, rows, 70, 768).check()
 

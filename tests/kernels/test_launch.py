@@ -31,9 +31,10 @@ class CudaTensor:
 @no_gpu
 @pytest.mark.parametrize(
     "capability, gpu",
-    [(80, ("sm_80", 108)), (86, ("default", 82)), (90, ("sm_90", 132)), (100, ("sm_100", 148))],
-)
-def test_a_gpu_is_known_by_its_shared_memory(capability, gpu):
+    [(80, ("sm_80", 108, False)), (86, ("default", 82, False)), (90, ("sm_90", 132, True)),
+     (100, ("sm_100", 148, True)), (120, ("default", 170, True))],
+)  # fmt: skip
+def test_the_class_of_a_gpu(capability, gpu):
     from gpuless.compiler import fake_gpu
 
     with fake_gpu(capability):
@@ -101,16 +102,16 @@ except ValueError as error:
     assert done.stdout == f"kernels=triton: {why}\n", done.stderr
 
 
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
+def _plus(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + y
 
 
 def test_operators_run_on_the_device_of_their_first_tensor(monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
-    x = torch.ones(2, 8)
-    op = launch.operator("double", fake=torch.empty_like)(_double)
-    assert torch.equal(op(x), 2 * x) and entered == [x]
+    x, y = torch.ones(2, 8), torch.ones(8)
+    op = launch.operator("plus", fake=lambda x, y: torch.empty_like(x))(_plus)
+    assert torch.equal(op(x, y), x + y) and len(entered) == 1 and entered[0] is x
 
 
 def test_one_rank_speaks_for_all(monkeypatch, capsys):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-from kernel_checks import either, far_apart, gpu, gradients, interpreted
+from kernel_checks import draw, either, far_apart, gpu, gradients, interpreted
+from torch.testing import assert_close
 
 from kernels import linear_cross_entropy
 from kernels.launch import runs_triton
@@ -17,8 +18,10 @@ device, chunk_rows = either, file.chunk_rows
 
 @pytest.fixture(autouse=True)
 def chunks_of_32_rows(monkeypatch):
-    """So that few rows are several chunks."""
-    monkeypatch.setattr(file, "chunk_rows", lambda *sizes, **_: 32)
+    """So that few rows are several chunks. Returns what chunks were asked for."""
+    asked = []
+    monkeypatch.setattr(file, "chunk_rows", lambda *args: asked.append(args) or 32)
+    return asked
 
 
 def make(tokens=200, hidden=32, vocab=211, dtype=torch.float32, device="cpu"):
@@ -98,13 +101,13 @@ class Recorder:
         return launch
 
 
-def test_kernel_holds_its_share_of_the_logits(chip, monkeypatch):
+def test_kernel_holds_its_share_of_the_logits(chip, monkeypatch, chunks_of_32_rows):
     h, w, t = make(75, 16, 100, device=chip)
     recorder = Recorder(monkeypatch)
     linear_cross_entropy(h, w, t).backward()
     assert [x.shape for x in recorder.logits] == [(32, 100)] * 2 + [(11, 100)]
     assert len({x.data_ptr() for x in recorder.logits}) == 1  # one memory serves all chunks
-    assert all(recorder.gradient)
+    assert all(recorder.gradient) and chunks_of_32_rows == [(75, 100, True)]
 
 
 def test_rows_of_a_chunk():
@@ -115,12 +118,29 @@ def test_rows_of_a_chunk():
     ]  # fmt: skip
 
 
-def test_the_product_that_adds_in_fp32_can_be_called():
-    """Shapes and dtypes only: torch has it for GPUs, where the other tests here compute with it."""
-    d_weight = torch.zeros(11, 8, device="meta")
-    d_logits, h = (torch.zeros(5, n, dtype=torch.bfloat16, device="meta") for n in (11, 8))
+class SeeminglyOnGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_the_product_that_adds_in_fp32(monkeypatch):
+    """torch has it for GPUs only. What it is asked for is checked here, with a fp64 product in its
+    place; whether it does that, by the other tests on a GPU."""
+
+    def addmm(total, a, b, *, beta, out_dtype, out):
+        assert out is total and out_dtype == total.dtype == torch.float32
+        before = total.double() * beta if beta else 0  # as in BLAS, a beta of 0 reads nothing
+        out.copy_(before + a.double() @ b.double())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    d_logits, h = draw("cpu", torch.bfloat16, (5, 11), (5, 8))
+    d_weight = torch.full((11, 8), torch.nan)  # new memory holds anything
     for first in (True, False):
-        file._add_product(d_weight, d_logits, h, kernel=True, first=first)
+        file._add_product(d_weight, d_logits, h.as_subclass(SeeminglyOnGPU), first)
+    assert_close(d_weight, (2 * (d_logits.double().T @ h.double())).float())
+    # In fp32 and fp64 it is an ordinary product, which this addmm would refuse.
+    d_logits, h = d_logits.float(), h.float().as_subclass(SeeminglyOnGPU)
+    file._add_product(d_weight, d_logits, h, first=True)
+    assert_close(d_weight, d_logits.T @ h.as_subclass(torch.Tensor))
 
 
 def test_only_gradients_in_use_are_prepared(device, monkeypatch):

@@ -131,11 +131,11 @@ MUTANTS = [
         (FAULT, "tl.minimum(n, N - 1).to(tl.int64)", "tl.minimum(n, N - 1)"),
     ]),
     ("attention_forward", attend, [
-        (WRONG, ">= (offs_n + BLOCK_M - BLOCK_N)[", ">= (0 * offs_n)["),
+        (WRONG, ">= (n + BLOCK_M - BLOCK_N)[", ">= (0 * n)["),
         (WRONG, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
         (WRONG, "tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
-        (WRONG, "acc * shrink[:, None], new_max", "acc, new_max"),
+        (WRONG, "acc * alpha[:, None], new_max", "acc, new_max"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
         (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
         (FAULT, "mask=inside[:, None])\n", "mask=inside[:, None] | True)\n"),
@@ -145,13 +145,13 @@ MUTANTS = [
         (WRONG, "lowest = tl.load(starts_ptr + first_m)", "lowest = first_m * 0"),
     ]),
     ("attention_backward", attend, [
-        (WRONG, "(row + offset)[:, None] >= key[None, :]", "key[None, :] >= -10000"),
-        (WRONG, "key[None, :] >= first_key[:, None]", "key[None, :] >= -10000"),
+        (WRONG, "(offs_m + shift)[:, None] >= offs_n[None, :]", "offs_n[None, :] >= -10000"),
+        (WRONG, "offs_n[None, :] >= first_key[:, None]", "offs_n[None, :] >= -10000"),
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
         (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
-        (WRONG, "last & (tail >= 0)", "last & (tail < 0)"),  # delta not padded
-        (WRONG, "key[:, None] >= first_key[None, :]", "key[:, None] >= 0"),
+        (WRONG, "last & (tail < PADDING)", "last & (tail < 0)"),  # delta not padded
+        (WRONG, "offs_n[:, None] >= first_key[None, :]", "offs_n[:, None] >= 0"),
         (WRONG, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
         (FAULT, "dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None]",
          "dv.to(dv_ptr.dtype.element_ty)"),
@@ -181,7 +181,7 @@ MUTANTS = [
 # Pointers have offsets to get wrong, descriptors have not.
 WITH_POINTERS = [
     ("attention_forward", attend_far, [
-        (FAULT, "x += batch.to(tl.int64) * strides[0]", "x += batch * strides[0]"),
+        (FAULT, "x_in + batch.to(tl.int64) * strides[0]", "x_in + batch * strides[0]"),
     ]),
     ("attention_decode", attend_far, [
         (FAULT, "k_ptr += batch.to(tl.int64)", "k_ptr += batch"),
