@@ -270,7 +270,7 @@ def host_times(ops: Sequence[str]) -> Iterator[tuple[str, float, float | None]]:
 
 def table(chip: int, rows: Sequence[dict]) -> str:
     """The rows of one chip as text."""
-    form = "{:26}{:26}{:>5}{:>6}{:>9}{:>9}{:>8}{:>8}{:>8}{:>7}{:>10}{:>9}"
+    form = "{:26}{:35}{:>5}{:>6}{:>9}{:>9}{:>8}{:>8}{:>8}{:>7}{:>10}{:>9}"
     name = f"sm_{chip} ({CHIPS[chip].name})"
     lines = [
         [name, "launched by", "", "", "spilled", "accesses", "shared", "blocks", "tensor", "TMA",

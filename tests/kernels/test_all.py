@@ -163,10 +163,13 @@ def run(n):
     kernels.linear_cross_entropy(hidden, torch.randn(512, 16), targets)
 
 def attend(length):
-    q, k, v = torch.randn(2, length, 4, 64).bfloat16().requires_grad_().split([2, 1, 1], 2)
-    kernels.attention(q, k, v).sum().backward()
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, deterministic in ((bf16, True), (bf16, False), (fp32, True)):
+        qkv = torch.randn(2, length, 4, 64).to(dtype).requires_grad_().split([2, 1, 1], 2)
+        kernels.attention(*qkv, deterministic=deterministic).sum().backward()
     with torch.no_grad():
-        kernels.attention(q[:, -1:], *torch.randn(2, 2, 1025 + length, 1, 64).bfloat16())
+        q, kv = torch.randn(2, 1, 2, 64), torch.randn(2, 2, 1025 + length, 1, 64)
+        kernels.attention(q.bfloat16(), *kv.bfloat16())
 
 with fake_gpu(90):
     kernels.launch.use("triton")
@@ -193,11 +196,13 @@ def test_lengths_do_not_recompile(tmp_path):
     assert run.returncode == 0, run.stderr
     once = (
         "_rms_norm_forward _rms_norm_backward _swiglu_forward _swiglu_backward _cross_entropy "
-        "_attention_forward _attention_backward_dq _attention_backward_dkdv _attention_decode "
-        "_attention_combine"
+        "_attention_backward_delta _attention_decode _attention_combine"
     )
     expected = dict.fromkeys(once.split(), 1) | {
         "_rope": 2,  # there and back
+        "_attention_forward": 2,  # bf16, fp32
+        "_attention_backward_dq": 2,
+        "_attention_backward_dkdv": 3,  # the same, and in one pass
         "_int4_linear": 2,  # up to 8 rows, up to 16
     }
     assert Counter(cubin.stem for cubin in tmp_path.rglob("*.cubin")) == expected
