@@ -143,7 +143,7 @@ def _moments(job: Job) -> Iterator[Moment]:
     logits = min(rows, tokens) * c.vocab_size
     chunk = b * logits
     if job.definitions:  # fp32 logits and their exponentials; a CPU adds bf16 by way of fp32
-        chunk = max(8 * logits, (4 + b) * (logits + head) if b < 4 else 0)
+        chunk = max(8 * logits, (4 + b) * head) + b * logits if b < 4 else 8 * logits
     yield Moment(
         "forward of the loss",
         done=0,
