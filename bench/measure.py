@@ -3,8 +3,8 @@
 A call is timed in two ways, and both are kept: `events_ms`, by device events around each call, and
 `graph_ms`, by replays of a CUDA graph. Events also count what the device waits for the host, which
 for a kernel of some microseconds can be most of the time; a graph holds the launches, so its
-replay does not. A training step keeps the device busy, therefore `ms` is graph_ms wherever the call
-can be captured, and `timed_by` says which one it is. In both the L2 cache is flushed before each
+replay does not. A training step keeps the device busy, so `ms` is graph_ms wherever the call can be
+captured, and `timed_by` says which one it is. In both the L2 cache is flushed before each
 call: a kernel's inputs never lie there in a model, since other layers ran in between. `host_us` is
 the time after which a call returns, while the device still works.
 """
@@ -164,9 +164,9 @@ def graph_time(function: Callable[[], object], calls: int) -> float:
     the L2 cache, less the replays of a graph of the flushes alone.
 
     Flushing writes twice the size of the cache. What it leaves to be written back is a cost of the
-    next flush or call, so it is in both graphs. To be called on the stream on which the function's
-    tensors were made, not the default one, after a first call. Raises RuntimeError where the
-    function cannot be captured.
+    next flush or call, so it is in both graphs. Call it after a first call of the function, on the
+    stream where the function's tensors were made, which must not be the default one. Raises
+    RuntimeError where the function cannot be captured.
     """
     torch.cuda.set_sync_debug_mode("error")  # waiting for the device would break off a capture
     try:
@@ -194,8 +194,8 @@ def graph_time(function: Callable[[], object], calls: int) -> float:
         return start.elapsed_time(end)
 
     graphs = capture(flushed.zero_, function), capture(flushed.zero_)
-    pairs = [[replay(graph) for graph in graphs] for _ in range(1 + REPLAYS)]
-    both, flushes = map(statistics.median, zip(*pairs[1:]))
+    pairs = [[replay(graph) for graph in graphs] for _ in range(REPLAYS)]
+    both, flushes = map(statistics.median, zip(*pairs))
     return (both - flushes) / calls
 
 

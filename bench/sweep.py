@@ -4,11 +4,12 @@
     python -m bench.kernels --sweep attention --toy [--chip 90]     compiles them, without a GPU
 
 First all candidates are compiled, on all cores, by a driver that stands in for the GPU. That fills
-Triton's cache, so the process that measures only loads. Dropped is what does not compile or does
-not fit, spills inside a loop, or has its wgmma serialized. On a GPU each of the others is compared
-with the definition and timed as bench.kernels does it, in the pass in which its kernel runs; what
-else runs in that pass is in the time too. The last line is the table for LAUNCH of the operation's
-file: it differs from the present one only where at least 1% is gained.
+Triton's cache, so the process that measures only loads. A candidate is dropped if it does not
+compile, does not fit, spills inside a loop or has its wgmma serialized. On a GPU each of the others
+is compared with the definition and timed as bench.kernels does it, in the pass in which its kernel
+runs; the time includes whatever else runs in that pass. The present row is always timed. The last
+line is the table for LAUNCH of the operation's file: it differs from the present one only where at
+least 1% is gained.
 
 Writes DIR/sweep_OP.json after each candidate.
 """
@@ -29,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from bench import baselines
-from bench.baselines import OURS, Draw
+from bench.baselines import ONE_PASS, OURS, Draw
 from bench.measure import compare, describe, heading, machine, measure, timed, write_json
 from config.cli import ConfigError, nearest
 from kernels import launch
@@ -48,13 +49,13 @@ except ImportError as error:
 ATTENTION = baselines.OPS["attention"]
 OPS = baselines.OPS | {  # and what launches other kernels of attention
     "attention_one_pass": replace(
-        ATTENTION, implementations={OURS: ATTENTION.implementations["one pass"]}
+        ATTENTION, implementations={OURS: ATTENTION.implementations[ONE_PASS]}
     ),
     "attention_documents": replace(  # eight
         ATTENTION,
         inputs=lambda draw, s, t: (
             *ATTENTION.inputs(draw, s, t),
-            torch.arange(0, t + 1, t // 8, dtype=torch.int32, device=draw.device),
+            torch.linspace(0, t, 9, device=draw.device).int(),
         ),
     ),
 }
@@ -141,20 +142,19 @@ def launch_table(op: str) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def present(op: str) -> dict[str, tuple[int, ...]]:
     """How the kernels of an operation are launched on the current GPU."""
-    table = launch_table(op)
-    return table.get(launch.gpu().kind, table["default"])
+    return launch.launch_rows(launch_table(op))
 
 
 @contextmanager
 def launched_as(op: str, kernel: str, candidate: Sequence[int]) -> Iterator[None]:
-    """Inside, this kernel is launched so on the current GPU."""
-    table, before = launch_table(op), dict(launch_table(op))
-    table[launch.gpu().kind] = present(op) | {kernel: tuple(candidate)}
+    """Within this context the kernel is launched with the candidate, on the current GPU."""
+    tables, before = launch_table(op), dict(launch_table(op))
+    tables[launch.gpu().kind] = present(op) | {kernel: tuple(candidate)}
     try:
         yield
     finally:
-        table.clear()
-        table.update(before)
+        tables.clear()
+        tables.update(before)
 
 
 def compile_candidate(
@@ -177,8 +177,8 @@ def compile_candidate(
 
 
 def compile_all(jobs: Sequence[tuple], seconds: float) -> Iterator[dict]:
-    """compile_candidate of each. A compiler may hang or die: so many seconds, and what has not come
-    by then is dropped."""
+    """Run compile_candidate on each. A compiler may hang or die, so what is not done after so many
+    seconds is dropped."""
     end, spawn = time.monotonic() + seconds, multiprocessing.get_context("spawn")
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with spawn.Pool(min(len(jobs), os.cpu_count() or 1), **one_thread) as pool:
@@ -208,14 +208,14 @@ def measure_candidate(op: str, row: dict, tokens: int, device: str) -> dict:
 
 def sweep(op: str, tokens: int, chip: int, device: str, out: Path, minutes: float) -> dict:
     """Compile for half of the time, on a GPU then measure until it is over; return the results."""
-    deadline, table = time.monotonic() + 60 * minutes, present(op)
+    deadline, now = time.monotonic() + 60 * minutes, present(op)
     rows = [
         {"kernel": name, "candidate": candidate, "dropped": None, "ms": None}
         for name, kernel in SWEEPS[op].items()
-        for candidate in dict.fromkeys([table[name], *kernel.candidates])
+        for candidate in dict.fromkeys([now[name], *kernel.candidates])
     ]
     results = machine(device) | {"op": op, "tokens": tokens, "kind": launch.gpu().kind}
-    results |= {"best": table, "stopped": None, "rows": rows}
+    results |= {"best": now, "stopped": None, "rows": rows}
     if chip in CHIPS:
         jobs = [(op, row["kernel"], row["candidate"], chip, tokens) for row in rows]
         for row, found in zip(rows, compile_all(jobs, 60 * minutes / (1 + (device == "cuda")))):
@@ -223,12 +223,13 @@ def sweep(op: str, tokens: int, chip: int, device: str, out: Path, minutes: floa
     write_json(results, out / f"sweep_{op}.json")
     if device == "cuda":
         launch.use("triton")
-        for row in tqdm([row for row in rows if not row["dropped"]], "measure", unit="kernel"):
+        chosen = [r for r in rows if not r["dropped"] or r["candidate"] == now[r["kernel"]]]
+        for row in tqdm(chosen, "measure", unit="kernel"):
             if time.monotonic() >= deadline:
                 results["stopped"] = f"after {minutes:g} minutes"
                 break
             row.update(measure_candidate(op, row, tokens, device))
-            results["best"] = {**table, **{kernel: best(rows, kernel) for kernel in SWEEPS[op]}}
+            results["best"] = {**now, **{kernel: best(rows, kernel) for kernel in SWEEPS[op]}}
             write_json(results, out / f"sweep_{op}.json")
     write_json(results, out / f"sweep_{op}.json")
     return results

@@ -31,7 +31,7 @@ from kernels.launch import (
     cdiv,
     forced,
     gpu,
-    launch_row,
+    launch_rows,
     next_power_of_2,
     not_offered,
     operator,
@@ -56,8 +56,8 @@ def attention(
     flattened `[B * T]` tokens, from 0 to B * T (then S = T): a query sees only its own document.
     positions: int64 `[B]`, for T = 1 and rows of different lengths: the query of a row sees the
     keys up to and including its position, whatever S is. deterministic: False allows a backward in
-    one pass, where the GPU has one (Hopper and later): 5 products instead of 7, but dq differs in
-    its last bits from run to run. Returns `[B, T, H, D]` in the dtype of q.
+    one pass on H100, H200 and B200: 5 products instead of 7, but dq differs in its last bits from
+    run to run. Returns `[B, T, H, D]` in the dtype of q.
 
     The Triton kernels take D of 64 and 128, and one dtype for q, k and v: bf16, fp16, or, only with
     use("triton"), fp32, which is exact and slow. Raises ValueError for shapes that do not fit.
@@ -154,9 +154,9 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 # --- launches -------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages). With these neither Triton 3.6 nor 3.7 spills registers in a
-# loop or serializes wgmma (python -m bench.static). "small" is for documents, whose masks take
-# registers, and for head_dim 64, where large blocks overlap less.
+# (BLOCK_M, BLOCK_N, warps, stages). On sm_80 and sm_90 neither Triton 3.6 nor 3.7 spills registers
+# in a loop or serializes wgmma with these (python -m bench.static); sm_100 is not tuned. "small" is
+# for documents, whose masks take registers, and for head_dim 64, where large blocks overlap less.
 _ANY = {"forward": (32, 64, 4, 2), "dq": (32, 32, 8, 2), "dkdv": (32, 64, 8, 2)}
 _HOPPER = {
     "forward": (128, 128, 8, 2),
@@ -184,7 +184,7 @@ def _options(kernel: str, x: Tensor, documents: bool) -> dict:
     accelerator, not pointers."""
     exact, head_dim = x.dtype == torch.float32, x.shape[3]
     small = documents or head_dim == 64
-    row = FP32 if exact else launch_row(LAUNCH, kernel + " small" * small)
+    row = FP32 if exact else launch_rows(LAUNCH)[kernel + " small" * small]
     block_m, block_n, warps, stages = row
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_stages": stages}
     options |= {"num_warps": warps, "enable_fp_fusion": True, "D": head_dim}
@@ -263,7 +263,6 @@ def _backward_op(
     starts: Tensor | None, ends: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, with the shapes of q, k and v."""
-    out, lse = out.contiguous(), lse.contiguous()  # hooks on saved tensors may have moved them
     d_out, q, k, v = _rows(d_out), _rows(q), _rows(k), _rows(v)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -271,7 +270,7 @@ def _backward_op(
     delta = torch.empty_like(lse)
     starts, ends = _ragged_bounds(q, k, starts, ends)
     ragged = starts is not None
-    common = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
+    arguments = (*_strides(q, k, v, d_out), queries, keys, LOG2_E / math.sqrt(head_dim))
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "SQUARE": queries == keys, "RAGGED": ragged}
 
     def inputs(options: dict) -> list:
@@ -279,8 +278,7 @@ def _backward_op(
         return [_kernel_input(x, block, tma) for x, block in ((q, m), (k, n), (v, n), (d_out, m))]
 
     options = _options("dq", q, ragged)
-    table = LAUNCH.get(gpu().kind, LAUNCH["default"])
-    one_pass = not deterministic and q.dtype != torch.float32 and "one pass" in table
+    one_pass = not deterministic and q.dtype != torch.float32 and "one pass" in launch_rows(LAUNCH)
     sum_desc = None  # of dq in fp32
     if one_pass:
         options = _options("one pass", q, ragged)
@@ -292,11 +290,11 @@ def _backward_op(
         )  # fmt: skip
     else:
         _attention_backward_dq[(heads, cdiv(queries, options["BLOCK_M"]), batch)](
-            *inputs(options), out, lse, delta, dq, starts, *common, **shape, **options
+            *inputs(options), out, lse, delta, dq, starts, *arguments, **shape, **options
         )
         options = _options("dkdv", q, ragged)
     _attention_backward_dkdv[(kv_heads, cdiv(keys, options["BLOCK_N"]), batch)](
-        *inputs(options), sum_desc, lse, delta, dk, dv, starts, ends, *common,
+        *inputs(options), sum_desc, lse, delta, dk, dv, starts, ends, *arguments,
         ONE_PASS=one_pass, **shape, **options,
     )  # fmt: skip
     if one_pass:
@@ -326,18 +324,17 @@ class _Attention(torch.autograd.Function):
 def _decode_op(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
     """out `[B, 1, H, D]`. The grid does not depend on the positions: a CUDA graph may replay it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
+    positions = None if positions is None else positions.contiguous()
     batch, _, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     # Two programs per multiprocessor, each with two blocks of keys or more.
     wanted = max(1, min(2 * gpu().multiprocessors // (batch * kv_heads), MAX_SPLITS))
-    blocks = cdiv(cdiv(keys, DECODE_BLOCK), wanted)
-    per_split = max(2, blocks) * DECODE_BLOCK
-    splits = cdiv(keys, per_split)
+    splits = min(wanted, cdiv(cdiv(keys, DECODE_BLOCK), 2))
     partial = q.new_empty(batch, heads, splits, head_dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = q.new_empty(q.shape)
     _attention_decode[(kv_heads, splits, batch)](
-        q, k, v, positions, partial, lse, *_strides(q, k, v), keys, per_split,
+        q, k, v, positions, partial, lse, *_strides(q, k, v), keys,
         LOG2_E / math.sqrt(head_dim), HEADS=heads, KV_HEADS=kv_heads, D=head_dim,
         ROWS=max(16, next_power_of_2(heads // kv_heads)), BLOCK_N=DECODE_BLOCK, STAGES=3,
         num_warps=4, num_stages=3, enable_fp_fusion=True,

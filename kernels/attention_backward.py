@@ -13,8 +13,8 @@ There are two ways:
 2. One pass. `_attention_backward_dkdv` also adds its share of dq to memory, in fp32 and atomically:
    5 products. The order of these additions, and so the last bits of dq, change from run to run.
 
-The tensor cores work in the background on what has been issued, so dp is issued before the
-exponentials of the scores in dq, and before the product for dv in dk and dv.
+Tensor cores work in the background. So the kernel of dq issues the product for dp before it takes
+the exponentials of the scores, and the kernel of dk and dv issues it before the product for dv.
 """
 
 from kernels.attention_forward import PADDING, as_descriptor, load_tile, padded_length
@@ -34,8 +34,7 @@ def _store_delta(
     tl.store(delta_ptr + offs_m, delta, mask=inside)
     tail = tl.arange(0, PADDING)
     last = first_m + BLOCK_M >= queries  # a mask and not a branch, as in the forward
-    zeros = tl.zeros([PADDING], tl.float32)
-    tl.store(delta_ptr + queries + tail, zeros, mask=last & (tail < PADDING))
+    tl.store(delta_ptr + queries + tail, 0.0, mask=last)
     return delta
 
 
@@ -61,7 +60,7 @@ def _dq_block(
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_backward_dq(
-    q_in, k_in, v_in, d_out_in, out_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr,
+    q_in, k_in, v_in, d_out_in, out_ptr, lse_ptr, delta_ptr, dq_ptr, first_keys_ptr,
     q_strides, k_strides, v_strides, d_out_strides, queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, RAGGED: tl.constexpr,
@@ -69,9 +68,10 @@ def _attention_backward_dq(
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head; also their delta, for the kernel of dk and dv.
 
-    It walks as the forward does, in the same three parts. Compiled in, so that the common case pays
-    for neither: SQUARE, there are as many keys as queries; RAGGED, some query does not see the
-    first key.
+    It walks as the forward does, in the same three parts (see there for lowest and common). Two
+    flags are compiled in, so that the usual case pays for neither: SQUARE, there are as many keys
+    as queries; RAGGED, first_keys is given, because there are documents or the first block of keys
+    is partial.
     """
     head, batch = tl.program_id(0), tl.program_id(2)
     first_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # long programs begin first
@@ -86,10 +86,10 @@ def _attention_backward_dq(
     first_key = tl.zeros([BLOCK_M], tl.int32)
     lowest, common = 0, 0
     if RAGGED:
-        starts_ptr += batch.to(tl.int64) * queries
-        lowest = tl.load(starts_ptr + first_m)
-        common = tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
-        first_key = tl.load(starts_ptr + offs_m, mask=inside, other=0)
+        first_keys_ptr += batch.to(tl.int64) * queries
+        lowest = tl.load(first_keys_ptr + first_m)
+        common = tl.load(first_keys_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
+        first_key = tl.load(first_keys_ptr + offs_m, mask=inside, other=0)
 
     q = load_tile(q_desc, batch, first_m, head * D)
     d_out = load_tile(d_out_desc, batch, first_m, head * D)
@@ -132,7 +132,7 @@ def _attention_backward_delta(
     out_ptr, d_out_ptr, delta_ptr, d_out_strides, queries,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta where no kernel of dq computes it."""
+    """Compute delta for the backward in one pass, which has no dq kernel to do it."""
     head, batch = tl.program_id(0), tl.program_id(2)
     first_m = tl.program_id(1) * BLOCK_M
     offs_m, offs_d = first_m + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -148,7 +148,7 @@ def _attention_backward_delta(
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k, v, first_m, offs_n, q_desc, d_out_desc, dq_desc, lse_ptr, delta_ptr, starts_ptr,
+    dk, dv, k, v, first_m, offs_n, q_desc, d_out_desc, dq_desc, lse_ptr, delta_ptr, first_keys_ptr,
     batch, head, queries, shift, scale,
     BLOCK_M: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _dkdv_block(
     p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
     p = tl.where((offs_m + shift)[None, :] >= offs_n[:, None], p, 0.0)
     if RAGGED:
-        first_key = tl.load(starts_ptr + offs_m, mask=offs_m < queries, other=0)
+        first_key = tl.load(first_keys_ptr + offs_m, mask=offs_m < queries, other=0)
         p = tl.where(offs_n[:, None] >= first_key[None, :], p, 0.0)
     d_out = load_tile(d_out_desc, batch, first_m, head * D)
     dp = tl.dot(v, d_out.T, input_precision="ieee")
@@ -175,8 +175,8 @@ def _dkdv_block(
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_backward_dkdv(
-    q_in, k_in, v_in, d_out_in, dq_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr,
-    q_strides, k_strides, v_strides, d_out_strides, queries, keys, scale,
+    q_in, k_in, v_in, d_out_in, dq_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    first_keys_ptr, ends_ptr, q_strides, k_strides, v_strides, d_out_strides, queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, RAGGED: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -194,9 +194,9 @@ def _attention_backward_dkdv(
     k_desc = as_descriptor(k_in, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
     v_desc = as_descriptor(v_in, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
     d_out_desc = as_descriptor(d_out_in, batch, d_out_strides, queries, HEADS * D, BLOCK_M, D, TMA)
-    end = queries  # past the last query that sees any of these keys
+    end = queries  # one past the last query that sees any of these keys
     if RAGGED:
-        starts_ptr += batch.to(tl.int64) * queries
+        first_keys_ptr += batch.to(tl.int64) * queries
         ends_ptr += batch.to(tl.int64) * keys
         end = tl.load(ends_ptr + tl.minimum(start + BLOCK_N, keys) - 1)
 
@@ -205,14 +205,14 @@ def _attention_backward_dkdv(
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    first_query = tl.maximum(start - shift, 0)  # that sees any of these keys
+    first_query = tl.maximum(start - shift, 0)  # the first that sees any of these keys
     for g in range(GROUP):
         head = kv_head * GROUP + g
         lse_offset = (batch.to(tl.int64) * HEADS + head) * padded_length(queries)
         for done in tl.range(0, end - first_query, BLOCK_M, num_stages=STAGES):
             dk, dv = _dkdv_block(
                 dk, dv, k, v, first_query + done, offs_n, q_desc, d_out_desc, dq_desc,
-                lse_ptr + lse_offset, delta_ptr + lse_offset, starts_ptr, batch, head,
+                lse_ptr + lse_offset, delta_ptr + lse_offset, first_keys_ptr, batch, head,
                 queries, shift, scale, BLOCK_M, D, RAGGED, ONE_PASS,
             )  # fmt: skip
     inside = offs_n < keys

@@ -106,14 +106,14 @@ def _advance(
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention_forward(
-    q_in, k_in, v_in, out_ptr, lse_ptr, starts_ptr, q_strides, k_strides, v_strides,
+    q_in, k_in, v_in, out_ptr, lse_ptr, first_keys_ptr, q_strides, k_strides, v_strides,
     queries, keys, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """*_strides: of batch and token. out: `[B, T, H, D]`, contiguous;
     lse: fp32 `[B, H, padded(T)]`, the log2 of the sum of exponentials, infinite past the last
-    query; starts: int32 `[B, T]`, the first key that each query sees."""
+    query; first_keys: int32 `[B, T]`, the first key that each query sees."""
     head, batch = tl.program_id(0), tl.program_id(2)
     # The last queries see the most keys, so their programs begin first.
     first_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -123,19 +123,19 @@ def _attention_forward(
     q_desc = as_descriptor(q_in, batch, q_strides, queries, HEADS * D, BLOCK_M, D, TMA)
     k_desc = as_descriptor(k_in, batch, k_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
     v_desc = as_descriptor(v_in, batch, v_strides, keys, KV_HEADS * D, BLOCK_N, D, TMA)
-    # The bounds are loaded even where all are 0: ptxas serializes the loop's tensor-core
-    # instructions where it knows them.
-    starts_ptr += batch.to(tl.int64) * queries
-    first_key = tl.load(starts_ptr + offs_m, mask=offs_m < queries, other=0)
-    lowest = tl.load(starts_ptr + first_m)
-    common = tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
+    # The first keys are loaded even where all are 0: if ptxas knew that, it would serialize the
+    # tensor-core instructions of the loop.
+    first_keys_ptr += batch.to(tl.int64) * queries
+    first_key = tl.load(first_keys_ptr + offs_m, mask=offs_m < queries, other=0)
+    lowest = tl.load(first_keys_ptr + first_m)
+    common = tl.load(first_keys_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)
 
     q = load_tile(q_desc, batch, first_m, head * D)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: a row may meet masked blocks first
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    # 1. the diagonal. The scores of a block are known before its turn: begin with the first.
+    # 1. the diagonal. _advance expects the scores of the block at `start`: compute the first ones.
     end = first_m + BLOCK_M + keys - queries
     start = end - BLOCK_N
     k = load_tile(k_desc, batch, start, column)
@@ -153,6 +153,7 @@ def _attention_forward(
         scores = tl.where(causal, scores, float("-inf"))
         scores = tl.where((start + n)[None, :] >= first_key[:, None], scores, float("-inf"))
 
+    # The keys below `start`: whole blocks of them down to `common`, then the rest.
     unmasked = tl.maximum(start - common, 0) // BLOCK_N * BLOCK_N
     rest = start - unmasked - lowest
     # 2. all queries see all keys

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import as_rows, cdiv, gpu, launch_row, operator, runs_triton, tl, triton
+from kernels.launch import as_rows, cdiv, gpu, launch_rows, operator, runs_triton, tl, triton
 
 GROUP = 128
 MOST_ROWS = 16  # of x that the kernel takes; with more, products are the limit and not bytes
@@ -197,9 +197,9 @@ LAUNCH = {"default": {"wide": (32, 4, 4), "narrow": (16, 8, 4)}}
 
 def _options(rows: int, columns: int) -> dict[str, int]:
     """Launch options for rows of x and columns of y."""
-    block, splits, stages = launch_row(LAUNCH, "wide")
+    block, splits, stages = launch_rows(LAUNCH)["wide"]
     if cdiv(columns, block) < 4 * gpu().multiprocessors:
-        block, splits, stages = launch_row(LAUNCH, "narrow")
+        block, splits, stages = launch_rows(LAUNCH)["narrow"]
     many = rows > 8
     options = {"ROWS": 16 if many else 8, "STAGES": stages - many, "num_stages": stages - many}
     return options | {"BLOCK_N": block, "SPLITS": splits, "num_warps": splits}

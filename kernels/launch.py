@@ -139,10 +139,9 @@ def say_once(line: str) -> None:
         print(f"kernels: {line}", file=sys.stderr)
 
 
-def launch_row(launch: dict[str, dict[str, tuple[int, ...]]], kernel: str) -> tuple[int, ...]:
-    """The row of a kernel in a table LAUNCH: that of the class of the current GPU, or else the
-    default."""
-    return launch.get(gpu().kind, launch["default"])[kernel]
+def launch_rows(launch: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """The rows of a table LAUNCH for the class of the current GPU: {kernel: row}."""
+    return launch.get(gpu().kind, launch["default"])
 
 
 _library = torch.library.Library("nanolucie", "DEF")
@@ -153,8 +152,8 @@ def operator(name: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     fake(*args): empty outputs of the right shapes. torch.compile then keeps the function whole
     instead of tracing into Triton, and selective checkpointing can name it. torch.library.custom_op
-    does the same with checks on every call that cost more host time than small kernels run;
-    gradients come from an autograd.Function around the operator.
+    does the same with checks on every call that take longer than a small kernel runs. Gradients
+    come from an autograd.Function around the operator.
     """
 
     def register(function: Callable) -> Callable:

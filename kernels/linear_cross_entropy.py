@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import launch_row, next_power_of_2, operator, runs_triton, tl, triton
+from kernels.launch import launch_rows, next_power_of_2, operator, runs_triton, tl, triton
 
 IGNORE = -100  # how torch and Hugging Face mark a target that does not count
 
@@ -44,8 +44,8 @@ def _definition(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return loss
 
 
-# A chunk may begin at any row, so the kernel assumes no alignment of its targets and losses.
-@triton.jit(do_not_specialize_on_alignment=["targets_ptr", "losses_ptr"])
+# The targets may be part of a tensor, so the kernel assumes no alignment of theirs.
+@triton.jit(do_not_specialize_on_alignment=["targets_ptr"])
 def _cross_entropy(
     logits_ptr, targets_ptr, losses_ptr, stride, columns,
     IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +88,7 @@ LAUNCH = {"default": {"cross_entropy": (16_384, 16)}}
 
 def _by_kernel(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """What `_definition` returns and does."""
-    block, warps = launch_row(LAUNCH, "cross_entropy")
+    block, warps = launch_rows(LAUNCH)["cross_entropy"]
     rows, columns = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     _cross_entropy[(rows,)](

@@ -18,7 +18,7 @@ from kernels.launch import (
     as_rows,
     cdiv,
     gpu,
-    launch_row,
+    launch_rows,
     next_power_of_2,
     operator,
     runs_triton,
@@ -137,7 +137,7 @@ def _rms_norm_op(
     y, total, rstd = _outputs(x, residual, weight, eps)
     x2, r2 = as_rows(x), None if residual is None else as_rows(residual)
     rows = x2.shape[0]
-    options = _options(columns, *launch_row(LAUNCH, "forward"))
+    options = _options(columns, *launch_rows(LAUNCH)["forward"])
     _rms_norm_forward[(cdiv(rows, options["ROWS"]),)](
         x2, r2, weight.contiguous(), y, total, rstd,
         x2.stride(0), 0 if r2 is None else r2.stride(0), rows, columns, eps,
@@ -160,7 +160,7 @@ def _rms_norm_backward_op(
     columns = x.shape[-1]
     dy2, x2, t2 = as_rows(dy), as_rows(x), None if d_total is None else as_rows(d_total)
     rows = x2.shape[0]
-    elements, per_thread, resident = launch_row(LAUNCH, "backward")
+    elements, per_thread, resident = launch_rows(LAUNCH)["backward"]
     options = _options(columns, elements, per_thread)
     staged = options["ROWS"] * options["BLOCK"] * x.element_size() <= STAGED_BYTES
     programs = min(cdiv(rows, options["ROWS"]), resident * gpu().multiprocessors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import cdiv, launch_row, next_power_of_2, operator, runs_triton, tl, triton
+from kernels.launch import cdiv, launch_rows, next_power_of_2, operator, runs_triton, tl, triton
 
 
 def rope_tables(
@@ -118,7 +118,7 @@ def _rope_op(
         positions = positions.expand(batch, tokens)
         position_strides = positions.stride()
     block, kv_heads = next_power_of_2(half), k.shape[2]
-    held, warps = launch_row(LAUNCH, "rope")
+    held, warps = launch_rows(LAUNCH)["rope"]
     elements = next_power_of_2(heads) * block  # of a token
     per_program = max(1, held // elements)
     outputs = _outputs(q, k)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from kernels.launch import (
     as_rows,
     cdiv,
-    launch_row,
+    launch_rows,
     next_power_of_2,
     operator,
     runs_triton,
@@ -79,7 +79,7 @@ LAUNCH = {"default": {"forward": (2048, 4), "backward": (2048, 4)}}
 
 
 def _grid(kernel: str, rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    block, warps = launch_row(LAUNCH, kernel)
+    block, warps = launch_rows(LAUNCH)[kernel]
     block = min(block, next_power_of_2(columns))
     options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
     return (rows * cdiv(columns, block),), options

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from conftest import CUDA, TINY, launch
+from kernel_checks import either
 from test_train import log_of, options, weights_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,8 @@ import parallel
 import train
 from config import Config
 from model import Lucie, LucieConfig
+
+device = either
 
 # Lucie's own optimizer: with a tiny eps AdamW turns the last bit of a tiny gradient into a step.
 PUBLISHED = dict(learning_rate=3e-4, min_learning_rate=3e-5, eps=1e-5)
@@ -315,18 +318,22 @@ def test_what_is_kept_is_not_computed_again(tiny_config, mode):
 
 
 @pytest.mark.parametrize("mode", AGAIN)
-def test_torch_compile_takes_blocks_whole(tiny_config, mode):
-    model = Lucie(tiny_config)
-    tokens = torch.randint(97, (2, 33))
-    expected = model(tokens, tokens)
+def test_torch_compile_takes_blocks_whole(device, mode):
+    shape = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    model = Lucie(LucieConfig(**TINY | shape, max_position_embeddings=32)).to(device)
+    tokens = torch.randint(97, (1, 32), device=device)
+    expected = [model(tokens, tokens)]
+    expected += torch.autograd.grad(expected[0], list(model.parameters()))
     parallel.checkpoint_activations(model, mode)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     for block in model.layers:
         block.compile(backend=counter, fullgraph=True)
     loss = model(tokens, tokens)
-    loss.backward()
-    assert torch.equal(loss, expected) and counter.frame_count == 1
+    with Operations() as operations:
+        found = torch.autograd.grad(loss, list(model.parameters()))
+    assert torch.equal(loss, expected[0]) and all(map(torch.equal, found, expected[1:]))
+    assert counter.frame_count == 1 and operations.count["attention"] == 0
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -131,7 +131,7 @@ def test_only_what_gains_replaces_the_present_table(chip, monkeypatch, tmp_path)
     monkeypatch.setattr(sweep, "measure_candidate", measured)
     monkeypatch.setattr(sweep, "machine", lambda device: measure.machine("cpu"))
     # No chip that the compiler knows: all are measured as they are.
-    results = sweep.sweep("swiglu", 8192, 120, "cuda", tmp_path, minutes=1)
+    results = sweep.sweep("swiglu", 8192, 89, "cuda", tmp_path, minutes=1)
     assert results["best"] == {"forward": (2048, 4), "backward": (4096, 4)}
     written = json.loads((tmp_path / "sweep_swiglu.json").read_text())
     assert written == json.loads(json.dumps(results)) and written["stopped"] is None
@@ -141,10 +141,19 @@ def test_only_what_gains_replaces_the_present_table(chip, monkeypatch, tmp_path)
         line.startswith("(4096, 8)") and line.endswith("  wrong") for line in shown.split("\n")
     )
     assert shown.endswith("LAUNCH[\"sm_90\"] = {'forward': (2048, 4), 'backward': (4096, 4)}")
-    results = sweep.sweep("swiglu", 8192, 120, "cuda", tmp_path, minutes=0)
+    results = sweep.sweep("swiglu", 8192, 89, "cuda", tmp_path, minutes=0)
     assert results["best"]["backward"] == (2048, 4) and "stopped after 0 min" in sweep.table(
         results
     )
+    # The present row is timed even where the compiler would drop it, and only a faster one wins.
+    spills = {"dropped": "spills 8 bytes", "registers": 255}
+    monkeypatch.setattr(
+        sweep, "compile_all", lambda jobs, _: [spills if j[2] == (2048, 4) else {} for j in jobs]
+    )
+    found["backward", (2048, 4)] = {"ms": 0.7}
+    results = sweep.sweep("swiglu", 8192, 90, "cuda", tmp_path, minutes=1)
+    assert results["best"] == {"forward": (2048, 4), "backward": (2048, 4)}
+    assert [row["ms"] for row in results["rows"] if row["candidate"] == (2048, 4)] == [1.0, 0.7]
 
 
 def test_bad_input_is_one_line(monkeypatch):

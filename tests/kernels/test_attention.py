@@ -24,7 +24,7 @@ import kernels
 import kernels.launch
 from kernels import attention
 from kernels.attention import _definition
-from kernels.launch import gpu, launch_row
+from kernels.launch import gpu, launch_rows
 
 A = sys.modules["kernels.attention"]  # the name in the package is the function's
 both_chips = pytest.mark.parametrize(  # descriptors; pointers, in smaller blocks
@@ -151,7 +151,7 @@ def test_a_backward_in_one_pass(chip, monkeypatch, dtype, queries, keys, head_di
     *qkv, dy = draw_attention(chip, dtype, 2, queries, keys, 4, 2, head_dim)
     if cu_seqlens:
         cu_seqlens = torch.tensor(cu_seqlens, device=chip)
-    if gpu().kind in A.LAUNCH:
+    if "one pass" in launch_rows(A.LAUNCH):
         monkeypatch.setattr(A, "_attention_backward_dq", None)  # is not needed
     ours = partial(attention, cu_seqlens=cu_seqlens, deterministic=False)
     check(ours, partial(_definition, cu_seqlens=cu_seqlens), qkv, dy)
@@ -160,7 +160,7 @@ def test_a_backward_in_one_pass(chip, monkeypatch, dtype, queries, keys, head_di
 @pytest.mark.parametrize("chip, dtype", [(90, f32), (80, bf16)], indirect=["chip"])
 def test_where_there_is_no_one_pass_two_kernels_run(chip, monkeypatch, dtype):
     *qkv, dy = draw_attention(chip, dtype, 1, 33, 33, 2, 1, 64)
-    if dtype == f32 or gpu().kind not in A.LAUNCH:
+    if dtype == f32 or "one pass" not in launch_rows(A.LAUNCH):
         monkeypatch.setattr(A, "_attention_backward_delta", None)
     expected = gradients(attention, qkv, dy)
     found = gradients(partial(attention, deterministic=False), qkv, dy)
@@ -191,7 +191,7 @@ def test_a_changed_document_leaves_the_others_bit_equal(device, document):
 @pytest.mark.parametrize("document", [(0, 128), (128, 256)])
 def test_blocks_of_other_documents_are_skipped(chip, document):
     """Masked, NaN would spread: 0 times NaN. What a block over the border takes in is spared."""
-    block_m, block_n, *_ = launch_row(A.LAUNCH, "forward small")
+    block_m, block_n, *_ = launch_rows(A.LAUNCH)["forward small"]
     end = document[1] - max(block_n - block_m, 0)
     check_others_untouched(chip, torch.nan, [0, 128, 256, 384, 512], document, end)
 
@@ -221,6 +221,13 @@ def test_kernels_with_large_scores(chip, dtype):
     assert all(x.isfinite().all() for x in ours)
 
 
+def test_no_expanded_tensor_reaches_a_descriptor():
+    """The tensor memory accelerator takes no stride of 0, which an interpreter would not notice."""
+    x = torch.zeros(1, 1, 2, 64, dtype=bf16)
+    for shape in ((3, 5, 2, 64), (3, 1, 2, 64), (1, 5, 2, 64)):
+        assert 0 not in A._rows(x.expand(shape)).stride()
+
+
 @pytest.mark.parametrize("strides", [(7, 3), (0, 0), (64, 1)])
 def test_strides_of_single_rows_mean_nothing(chip, strides):
     near = draw_attention(chip, bf16, 1, 1, 1, 2, 2, 64)
@@ -241,7 +248,7 @@ def check_decoding(chip, dtype, positions, *heads, ragged=True):
     for row, position in enumerate(positions):
         cache[0, row, : position + 1] = k[row, : position + 1]
         cache[1, row, : position + 1] = v[row, : position + 1]
-    at = torch.tensor(positions, device=chip) if ragged else None
+    at = torch.tensor(positions, device=chip).repeat_interleave(2)[::2] if ragged else None
     plain = partial(_definition, positions=at)
     with poisoned():
         ours = attention(q, *(cache if ragged else cache[:, :, :keys]), positions=at)
@@ -289,9 +296,8 @@ def test_no_split_of_the_keys_is_empty(chip, monkeypatch):
             kv = torch.empty(1, 1, kv_heads, 64, device=chip).expand(batch, keys, kv_heads, 64)
             attention(kv[:, :1], kv, kv)
     for (kv_heads, splits, batch), arguments in decode.calls:
-        keys, per_split = arguments[-3:-1]
-        assert (splits - 1) * per_split < keys <= splits * per_split
-        assert per_split % A.DECODE_BLOCK == 0 and splits <= A.MAX_SPLITS
+        keys = arguments[-2]
+        assert splits <= min(-(-keys // A.DECODE_BLOCK), A.MAX_SPLITS)
         programs, multiprocessors = kv_heads * splits * batch, gpu().multiprocessors
         assert splits == 1 or programs <= 2 * multiprocessors
         if keys >= 4096 and batch == 1:  # the chip is not left idle
@@ -346,7 +352,9 @@ def run_far(chip, shape, batch_stride, token_stride):
 
     near = draw_attention(chip, bf16, *shape, 1, 1, 64)
     for q, k, v, dy in (near, map(far, near)):
-        yield [attention(q[:, -1:], k, v), *gradients(attention, [q, k, v], dy)]
+        one_pass = partial(attention, deterministic=False)
+        results = [gradients(way, [q, k, v], dy) for way in (attention, one_pass)]
+        yield [attention(q[:, -1:], k, v), *results[0], *results[1]]
 
 
 # The third row, or the last of 129 tokens, lies past int32.
@@ -359,3 +367,23 @@ FAR = {"rows": ((3, 3, 3), 2**30, 64), "tokens": ((1, 129, 129), 2**31, 2**24)}
 def test_offsets_past_int32(chip, what):
     near, far = run_far(chip, *FAR[what])
     assert all(map(torch.equal, near, far))
+
+
+def run_far_outputs(chip):
+    """The output of 9 tokens as the first of 2^22 heads, and alone. The last lies past int32."""
+    heads, (q, k, v, _) = 2**22, draw_attention(chip, bf16, 1, 9, 9, 1, 1, 64)
+    out, lse = torch.empty(1, 9, heads, 64, dtype=bf16), torch.empty(1, 1, 256)
+    options = A._options("forward", q, documents=False)
+    blocks = ((q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
+    A._attention_forward[(1, 1, 1)](
+        *(A._kernel_input(x, options[block], options["TMA"]) for x, block in blocks),
+        out, lse, torch.zeros(1, 9, dtype=torch.int32), *A._strides(q, k, v), 9, 9, A.LOG2_E / 8,
+        HEADS=heads, KV_HEADS=heads, **options,
+    )  # fmt: skip
+    return out[:, :, :1], attention(q, k, v)
+
+
+@interpreted
+@both_chips
+def test_outputs_past_int32(chip):
+    assert torch.equal(*run_far_outputs(chip))

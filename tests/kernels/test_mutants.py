@@ -15,6 +15,7 @@ from test_attention import (
     check_decoding,
     check_others_untouched,
     run_far,
+    run_far_outputs,
 )
 from test_linear_cross_entropy import check_kernel_alone, launch_far, rows_of_logits
 from test_rope import FAR_BY, check_unknown_positions, run_rope_far
@@ -68,6 +69,7 @@ def attend_with_nan_in_others(chip):
 def attend_far(chip):
     for far in FAR.values():
         list(run_far(chip, *far))
+    run_far_outputs(chip)
 
 
 def decode(chip):
@@ -133,7 +135,7 @@ MUTANTS = [
     ("attention_forward", attend, [
         (WRONG, ">= (n + BLOCK_M - BLOCK_N)[", ">= (0 * n)["),
         (WRONG, ">= first_key[:, None]", ">= 0 * first_key[:, None]"),
-        (WRONG, "tl.load(starts_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
+        (WRONG, "tl.load(first_keys_ptr + tl.minimum(first_m + BLOCK_M, queries) - 1)", "lowest"),
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "acc * alpha[:, None], new_max", "acc, new_max"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
@@ -142,7 +144,7 @@ MUTANTS = [
         (WRONG, "mask = last & (queries", "mask = (tail < 0) & (queries"),  # lse not padded
     ]),
     ("attention_forward", attend_with_nan_in_others, [
-        (WRONG, "lowest = tl.load(starts_ptr + first_m)", "lowest = first_m * 0"),
+        (WRONG, "lowest = tl.load(first_keys_ptr + first_m)", "lowest = first_m * 0"),
     ]),
     ("attention_backward", attend, [
         (WRONG, "(offs_m + shift)[:, None] >= offs_n[None, :]", "offs_n[None, :] >= -10000"),
@@ -150,7 +152,7 @@ MUTANTS = [
         (WRONG, "head // (HEADS // KV_HEADS) * D", "head % KV_HEADS * D"),
         (WRONG, "tl.range(0, unmasked, BLOCK_N,", "tl.range(BLOCK_N, unmasked, BLOCK_N,"),
         (WRONG, "tl.range(0, rest,", "tl.range(0, 0 * rest,"),
-        (WRONG, "last & (tail < PADDING)", "last & (tail < 0)"),  # delta not padded
+        (WRONG, "0.0, mask=last)", "0.0, mask=last & (tail < 0))"),  # delta not padded
         (WRONG, "offs_n[:, None] >= first_key[None, :]", "offs_n[:, None] >= 0"),
         (WRONG, "kv_head * GROUP + g", "kv_head + g * KV_HEADS"),
         (FAULT, "dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None]",
@@ -161,13 +163,20 @@ MUTANTS = [
         (WRONG, "dq_desc.atomic_add([batch, first_m,", "dq_desc.atomic_add([batch, first_m + 1,"),
     ]),
     ("attention_backward", attend_with_nan_in_others, [
-        (WRONG, "lowest = tl.load(starts_ptr + first_m)", "lowest = 0"),
+        (WRONG, "lowest = tl.load(first_keys_ptr + first_m)", "lowest = 0"),
         (WRONG, "end = tl.load(ends_ptr", "end += 0 * tl.load(ends_ptr"),
+    ]),
+    ("attention_backward", attend_far, [
+        (FAULT, "offs_m.to(tl.int64)[:, None] * d_out", "offs_m[:, None] * d_out"),
+    ]),
+    ("attention_forward", attend_far, [
+        (FAULT, "offs_m.to(tl.int64)[:, None] * (HEADS", "offs_m[:, None] * (HEADS"),
     ]),
     ("attention_decode", decode, [
         (WRONG, "kv_head * GROUP + member", "kv_head + member * KV_HEADS"),
         (WRONG, 'tl.where(seen[None, :], scores, float("-inf"))', "scores"),
-        (FAULT, "seen = start + offs_n < count", "seen = start + offs_n < count + 64"),
+        (FAULT, "seen = start + offs_n < keys", "seen = start + offs_n < keys + 64"),
+        (WRONG, "tl.range(first, keys, step,", "tl.range(first, keys, 2 * step,"),
         (WRONG, "tl.dot(p, v, acc,", "tl.dot(p, v, acc * 0.5,"),
         (FAULT, "inside = member < GROUP", "inside = member >= 0"),
         (WRONG, "partial * weight[:, None]", "partial"),
@@ -185,7 +194,7 @@ WITH_POINTERS = [
     ]),
     ("attention_decode", attend_far, [
         (FAULT, "k_ptr += batch.to(tl.int64)", "k_ptr += batch"),
-        (FAULT, "first.to(tl.int64) * v_strides", "first * v_strides"),
+        (FAULT, "v_ptr += step.to(tl.int64)", "v_ptr += step"),
     ]),
 ]  # fmt: skip
 EACH = [
