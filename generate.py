@@ -167,7 +167,8 @@ class Decoder:
 
     Whoever decodes more than once keeps one and gives it to each `decode`, one at a time. Without
     it each of them allocates and captures anew, and a capture launches two steps kernel by kernel.
-    Attention divides its work by the room of the cache, so the last bits of the logits depend on it.
+    Attention divides its work by the room of the cache, on which the last bits of the logits then
+    depend.
     """
 
     def __init__(self, model: Lucie) -> None:
