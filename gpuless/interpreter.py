@@ -152,10 +152,8 @@ class _Memory:
         others = found[(found != 0) & (found != me)]
         if others.size:
             other = int(others[0]) - 1
-            who = (
-                f"{(other % width, other // width % height, other // (width * height))} has stored"
-            )
-            who = "others add" if other < 0 else f"program {who}"
+            at = other % width, other // width % height, other // (width * height)
+            who = "others add" if other < 0 else f"program {at} has stored"
             raise MemoryFault(
                 f"{self.kernel}, program {program}: race: {what} where {who}, {others.size} lanes"
             )

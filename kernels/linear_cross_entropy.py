@@ -98,10 +98,10 @@ def _by_kernel(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return losses.sum()
 
 
-def _add_product(d_weight: Tensor, d_logits: Tensor, h: Tensor, first: bool) -> None:
+def _add_product(d_weight: Tensor, d_logits: Tensor, h: Tensor, kernel: bool, first: bool) -> None:
     """Add d_logits^T h to d_weight, which is fp32; the first one replaces what is there."""
-    # On GPUs torch has a product of 16-bit matrices that adds in fp32.
-    if h.is_cuda and h.itemsize == 2:
+    # Where the kernel runs, torch has a product of 16-bit matrices that adds in fp32.
+    if kernel and h.is_cuda and h.itemsize == 2:
         out = {"out_dtype": torch.float32, "out": d_weight}
         torch.addmm(d_weight, d_logits.T, h, beta=0 if first else 1, **out)
         return
@@ -140,7 +140,7 @@ def _loss_and_gradients(
         if need_hidden:  # logits are now their gradient
             torch.mm(logits, w, out=d_hidden[start : start + rows])
         if need_weight:
-            _add_product(d_weight, logits, h, first=start == 0)
+            _add_product(d_weight, logits, h, kernel, first=start == 0)
     if tokens == 0:
         d_weight.zero_()
     return loss, d_hidden, d_weight

@@ -38,6 +38,12 @@ def product(a, b, c, SIZE: tl.constexpr):
 def wrong(x):
     tl.store(x, no_such_name)
 
+@triton.jit
+def describes(x, y):
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    desc = tl.make_tensor_descriptor(x, [64, 64], [64, 1], [64, 64])
+    tl.store(y + i * 64 + j, desc.load([0, 0]))
+
 x, y = torch.zeros(4096), torch.full((4096,), 7.0)
 before = driver._active
 small, middle, big = (torch.zeros(n, n, dtype=torch.bfloat16) for n in (64, 128, 512))
@@ -74,6 +80,7 @@ print(json.dumps({
     "errors": [
         error(wrong, x),
         error(product, big, big, big, SIZE=512, num_warps=8),
+        error(describes, x, y),
     ],
     "restored": driver._active is before,
 }))
@@ -137,10 +144,12 @@ def test_each_chip_gets_its_own_code(compiled, capability, kind, instruction):
 
 @slow
 def test_errors_name_the_kernel(compiled):
-    unknown, too_large = compiled["errors"]
+    unknown, too_large, needs_scratch = compiled["errors"]
     assert unknown[0].startswith("wrong on sm_90: ") and "no_such_name" in unknown[0]
     assert too_large[0].startswith("product on sm_90: OutOfResources: ")
     assert "232448" in too_large[0] and too_large[1] == "OutOfResources"
+    # Triton keeps a descriptor that a kernel makes in memory from an allocator, which nobody sets.
+    assert needs_scratch[0].startswith("describes on sm_90: RuntimeError: needs scratch memory")
 
 
 def test_a_chip_that_is_not_known():

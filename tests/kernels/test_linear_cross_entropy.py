@@ -135,12 +135,14 @@ def test_the_product_that_adds_in_fp32(monkeypatch):
     d_logits, h = draw("cpu", torch.bfloat16, (5, 11), (5, 8))
     d_weight = torch.full((11, 8), torch.nan)  # new memory holds anything
     for first in (True, False):
-        file._add_product(d_weight, d_logits, h.as_subclass(SeeminglyOnGPU), first)
+        file._add_product(d_weight, d_logits, h.as_subclass(SeeminglyOnGPU), True, first)
     assert_close(d_weight, (2 * (d_logits.double().T @ h.double())).float())
-    # In fp32 and fp64 it is an ordinary product, which this addmm would refuse.
-    d_logits, h = d_logits.float(), h.float().as_subclass(SeeminglyOnGPU)
-    file._add_product(d_weight, d_logits, h, first=True)
-    assert_close(d_weight, d_logits.T @ h.as_subclass(torch.Tensor))
+    # In fp32, and in the definition, it is an ordinary product, and this addmm would be refused.
+    monkeypatch.setattr(torch, "addmm", None)
+    for dtype, kernel in ((torch.float32, True), (torch.bfloat16, False)):
+        on_gpu = h.to(dtype).as_subclass(SeeminglyOnGPU)
+        file._add_product(d_weight, d_logits.to(dtype), on_gpu, kernel, first=True)
+        assert_close(d_weight, (d_logits.to(dtype).T @ h.to(dtype)).float())
 
 
 def test_only_gradients_in_use_are_prepared(device, monkeypatch):
