@@ -48,6 +48,7 @@ MAY_CHANGE = {  # when a run is resumed; any other option would make it another 
     "init_from", "out_dir", "device", "kernels", "compile", "max_minutes", "parallel",
     "replica_size", "reduce_each_micro_batch", "gather_each_micro_batch",
     "activation_checkpointing", "micro_batch_size", "log_every", "eval_every", "eval_samples",
+    "sample_every", "sample_prompts",
     "checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps", "save_every",
     "keep_last", "wandb_project",
 }  # fmt: skip

@@ -42,11 +42,14 @@ class Gpu(NamedTuple):
     flops: float  # dense bf16, per second
 
 
-# The SXM form. Other H100s (PCIe, NVL) are slower and not listed.
+# From NVIDIA's data sheets; of the H100 the SXM form. Its other forms (PCIe, NVL) and an RTX 4090 D
+# or Laptop are slower and not listed. GeForce: with accumulation in fp32.
 GPUS = {
     "h200": Gpu("H200", 141e9, 989.4e12),
     "h100": Gpu("H100 80GB HBM3", 80e9, 989.4e12),
     "a100": Gpu("A100", 80e9, 312e12),
+    "l40s": Gpu("L40S", 48e9, 362e12),
+    "rtx4090": Gpu("RTX 4090", 24e9, 165.2e12),
 }
 
 
@@ -96,7 +99,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     known = (gpu.flops for gpu in GPUS.values() if gpu.part_of_name in name)
-    return None if "NVL" in name else next(known, None)
+    slower = {"NVL", "D", "Laptop"} & {*name.split()}
+    return None if slower else next(known, None)
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:

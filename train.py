@@ -9,19 +9,16 @@ of them reads.
 """
 
 import csv
-import json
 import math
 import os
-import secrets
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -36,18 +33,16 @@ import kernels
 import parallel
 from checkpoint import CheckpointError
 from config import Config, load
-from config.cli import ConfigError, lock, run_cli, write_file
-from data.dataset import DataError, Mixture, Share, document_starts, read_share
+from config.cli import ConfigError, lock, run_cli
+from config.log import energy, open_log
+from data.dataset import EOS, DataError, Mixture, Share, document_starts, read_share
+from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from model import Lucie
 from schedule import Schedule, Step, revision_name
 
-# Lucie's columns, with times in hours, then ours. data_seconds: how long the slowest rank waited
-# for its samples since the row before.
-LOG_COLUMNS = (
-    "training_steps", "training_tokens", "training_loss", "walltime", "gputime", "learning_rate",
-    "grad_norm", "tokens_per_second", "mfu", "validation_loss", "data_seconds",
-)  # fmt: skip
+SAMPLE_TOKENS = 40  # of a completion of config.sample_prompts
+LONGEST_PROMPT = 256  # tokens: the logits of all of them exist at once
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +70,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(str(error)) from None
     optimizer = build_optimizer(config, model)
     mixture, held_out = parallel.together(open_data, config, rank, world, errors=expected)
+    tokenizer, prompts = parallel.together(open_prompts, config, errors=expected)
     if len(set(parallel.gather(mixture.fingerprint()))) > 1:
         raise ConfigError(f"{config.mixture}: its sources are not the same on every rank")
 
@@ -86,7 +82,9 @@ def main(argv: list[str]) -> int:
     first, last = state["step"], schedule.num_steps()
     if rank == 0:
         print(describe(config, run, mixture, model, state), flush=True)
-    log = parallel.together(lambda: None if rank else open_log(config, run, first), errors=expected)
+    log = parallel.together(
+        lambda: None if rank else open_log(config, run, [*held_out], first), errors=expected
+    )
 
     # --- the loop
     def steps_and_shares() -> Iterator[tuple[Step, Future[Share]]]:
@@ -106,6 +104,7 @@ def main(argv: list[str]) -> int:
                unit=" samples", smoothing=0.05, disable=rank > 0)  # fmt: skip
     stopping = diverged = False
     saved, step_began, row_began, row_tokens, waited = first, started, time.monotonic(), 0, 0.0
+    joules_before, joules_at_start = state.setdefault("joules", 0.0), energy(device)
     for step, reading in steps_and_shares():
         asked = time.monotonic()
         share = reading.result()
@@ -144,26 +143,26 @@ def main(argv: list[str]) -> int:
         row_tokens += step.batch_size * config.seq_len
         bar.update(step.batch_size)
 
-        validate = held_out is not None and (
-            step.step % config.eval_every == 0 or step.step == last
-        )
-        if validate or step.step % config.log_every == 0 or step.step == last:
-            seconds, waits = now - row_began, max(parallel.gather(waited))
+        ends = step.step == last
+        validate = bool(held_out) and (ends or step.step % config.eval_every == 0)
+        sample = bool(prompts) and (ends or step.step % config.sample_every == 0)
+        if validate or sample or ends or step.step % config.log_every == 0:
+            seconds = now - row_began
+            waits, joules = zip(*parallel.gather((waited, energy(device) - joules_at_start)))
+            state["joules"], waits = joules_before + sum(joules), max(waits)
             speed, rate = row_tokens / seconds, schedule.learning_rate(state["samples"])
             shown = f"loss {loss:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s"
             if waits > 0.1 * seconds:
                 shown += f", {waits / seconds:.0%} of the time waiting for data"
             bar.set_postfix_str(shown, refresh=False)
-            held_out_loss = validation_loss(forward, held_out, config, device) if validate else None
+            validation = validation_losses(forward, held_out, config, device) if validate else {}
+            texts = completions(forward, tokenizer, prompts, config, device) if sample else {}
             if rank == 0:
                 hours = (state["seconds"] / 3600, state["gpu_seconds"] / 3600)
                 mfu = speed * flops / (world * peak) if peak else None
-                log((step.step, state["tokens"], loss, *hours, rate, grad_norm, speed, mfu,
-                     held_out_loss, waits))  # fmt: skip
-                if validate:
-                    line = f"step {step.step:,}: validation loss {held_out_loss:.4f}"
-                    tqdm.write(line, file=sys.stderr)
-            # The validation does not count towards the speed.
+                row = (step.step, state["tokens"], loss, *hours, rate, grad_norm, speed, mfu, waits)
+                log(row, validation, texts)
+            # Neither the validation nor the completions count towards the speed.
             row_began, row_tokens, waited = time.monotonic(), 0, 0.0
 
         rolling = config.save_every and step.step % config.save_every == 0
@@ -177,7 +176,7 @@ def main(argv: list[str]) -> int:
     saver.wait()
     if rank == 0 and not diverged:
         newest = run / "checkpoints" / revision_name(saved, config.checkpoint_prefix)
-        print(summary(config, newest, first, saved, last))
+        print(summary(config, run, newest, first, state, last))
     if claimed:
         claimed.close()
     if dist.is_initialized():
@@ -235,17 +234,41 @@ def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
     return torch.optim.AdamW([decayed, others], betas=betas, eps=config.eps, fused=True)
 
 
-def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, Share | None]:
-    """(the mixture to train on, this rank's share of the held-out samples)."""
+def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, dict[str, Share]]:
+    """(the mixture to train on, this rank's share of the held-out samples of each language).
+
+    A held-out mixture that names no languages has one, called "".
+    """
     if config.tokenizer:
         load_tokenizer(config.tokenizer, config.vocab_size)
-    common, held_out = (config.seq_len, config.seed, config.vocab_size), None
+    common, of_language = (config.seq_len, config.seed, config.vocab_size), defaultdict(list)
     if config.validation:
-        samples = range(config.eval_samples)
         mixture = Mixture(config.validation, *common)
-        held_out = read_share(mixture, samples, config.micro_batch_size, rank, world)
+        for i in range(config.eval_samples):
+            of_language[mixture.languages[mixture.locate(i).source]].append(i)
+    held_out = {
+        language: read_share(mixture, of_language[language], config.micro_batch_size, rank, world)
+        for language in sorted(of_language)
+    }
     mixture = Mixture(config.mixture, *common, partial=config.partial)
     return mixture, held_out
+
+
+def open_prompts(config: Config) -> tuple[Tokenizer | None, dict[str, list[int]]]:
+    """The tokenizer, and the ids of each prompt of config.sample_prompts, if they are sampled."""
+    if not config.sample_every:
+        return None, {}
+    if not (config.tokenizer and config.sample_prompts):
+        raise ConfigError("sample_every needs a --tokenizer and --sample_prompts")
+    tokenizer = load_tokenizer(config.tokenizer, config.vocab_size)
+    prompts = {prompt: tokenizer.encode(prompt) for prompt in config.sample_prompts.split("\n")}
+    longest = max(map(len, prompts.values()))
+    if longest > min(LONGEST_PROMPT, config.seq_len - SAMPLE_TOKENS):
+        raise ConfigError(
+            f"sample_prompts: a prompt of {longest:,} tokens is too long; {LONGEST_PROMPT} is the "
+            f"most, and {SAMPLE_TOKENS} less than seq_len"
+        )
+    return tokenizer, prompts
 
 
 def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: dict) -> str:
@@ -270,73 +293,28 @@ def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: d
     return text
 
 
-def summary(config: Config, newest: Path, first: int, step: int, last: int) -> str:
-    """How the run ended, and how it goes on."""
+def summary(config: Config, run: Path, newest: Path, first: int, state: dict, last: int) -> str:
+    """How the run ended, what it took, and what to do with it."""
+    step = state["step"]
     if step < last:
         launcher = "torchrun ..." if "RANK" in os.environ else "python"
         how = f"stopped after step {step:,} of {last:,}; to continue, run the same command: "
         how += f"{launcher} {shlex.join(sys.argv)}"
     else:
         how = f"{'had already finished' if first == last else 'finished'} ({last:,} steps)"
-    return f"{config.name}: {how}\nnewest checkpoint: {newest}"
-
-
-def open_log(config: Config, run: Path, step: int) -> Callable[[tuple], None]:
-    """A function that adds a row to log.csv, TensorBoard and, if asked for, Weights & Biases.
-
-    A resumed run continues log.csv, without rows past its checkpoint that a crash left behind.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    write_file(run / "config.json", json.dumps(asdict(config), indent=1).encode())
-    path, rows = run / "log.csv", []
-    if step and path.is_file():
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file, restval="cut short"):
-                number = row.get("training_steps") or ""
-                if number.isdecimal() and int(number) <= step and "cut short" not in row.values():
-                    rows.append(",".join(row.get(column, "") for column in LOG_COLUMNS))
-    write_file(path, ("\n".join([",".join(LOG_COLUMNS), *rows]) + "\n").encode())
-    file = open(path, "a", newline="", encoding="utf-8", buffering=1)
-    boards: dict[str, Callable[[dict, int], object]] = {}
-
-    @contextmanager
-    def optional(name: str) -> Iterator[None]:
-        """A board that fails is dropped, and the run continues."""
-        try:
-            yield
-        except Exception as error:
-            boards.pop(name, None)
-            tqdm.write(f"train.py: continuing without {name} ({error!r})", file=sys.stderr)
-
-    if find_spec("tensorboard"):
-        with optional("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            add = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1).add_scalar
-            boards["TensorBoard"] = lambda row, step: [add(n, v, step) for n, v in row.items()]
-    if config.wandb_project:
-        with optional("Weights & Biases"):
-            import wandb
-
-            if step == 0 or not (run / "wandb_id").is_file():
-                write_file(run / "wandb_id", secrets.token_hex(8).encode())
-            options = {"id": (run / "wandb_id").read_text(), "resume": "allow", "dir": str(run)}
-            options |= {"project": config.wandb_project, "name": config.name}
-            board = wandb.init(config=asdict(config), **options)
-            boards["Weights & Biases"] = lambda row, step: board.log(row, step=step)
-
-    def write(values: tuple) -> None:
-        try:
-            csv.writer(file, lineterminator="\n").writerow(values)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        numbers = {n: v for n, v in zip(LOG_COLUMNS, values, strict=True) if v is not None}
-        step = numbers.pop("training_steps")
-        for name, add_row in list(boards.items()):
-            with optional(name):
-                add_row(numbers, step)
-
-    return write
+    took = f"{state['tokens']:,} tokens, {state['seconds'] / 3600:,.2f} hours"
+    took += f", {state['gpu_seconds'] / 3600:,.2f} of all processes"
+    if state["joules"]:
+        took += f", {state['joules'] / 3.6e6:,.2f} kWh"
+    with open(run / "log.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation_loss"]]
+    if rows:
+        best = min(rows, key=lambda row: float(row["validation_loss"]))
+        took += f"\nbest validation loss {float(best['validation_loss']):.4f}, "
+        took += f"after step {int(best['training_steps']):,}"
+    ways = (f"generate.py {run} --prompt ...", f"-m checkpoint export {run} --out {run}_hf")
+    ways = "".join(f"\n    python {way}" for way in ways) if config.tokenizer else ""
+    return f"{config.name}: {how}\n{took}\nnewest checkpoint: {newest}{ways}"
 
 
 # --- in the loop ---------------------------------------------------------------------------------
@@ -368,21 +346,62 @@ def loss_sum(
     """The loss of a micro-batch, summed over its targets, computed in config.dtype."""
     cu_seqlens = document_starts(x).to(device) if config.document_mask else None
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    casts = config.dtype == "bfloat16" and not isinstance(forward, FSDPModule)  # which casts itself
-    with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+    with autocast(forward, config, device):
         return forward(x, y, reduction="sum", cu_seqlens=cu_seqlens)
 
 
+def autocast(forward: nn.Module, config: Config, device: torch.device) -> torch.autocast:
+    """Computes in config.dtype what FSDP, which casts its weights itself, does not."""
+    casts = config.dtype == "bfloat16" and not isinstance(forward, FSDPModule)
+    return torch.autocast(device.type, torch.bfloat16, enabled=casts)
+
+
 @torch.no_grad()
-def validation_loss(
-    forward: nn.Module, held_out: Share, config: Config, device: torch.device
-) -> float:
-    """Mean loss over the held-out samples of all ranks, the same ones every time."""
-    losses = (loss_sum(forward, x, y, config, device) for x, y in held_out.batches)
-    loss = sum(loss.double() for loss in losses)
+def validation_losses(
+    forward: nn.Module, held_out: dict[str, Share], config: Config, device: torch.device
+) -> dict[str, float]:
+    """Mean losses over the held-out samples of all ranks, the same ones every time:
+    of all of them, called "loss", then of each language, if there are several."""
+    sums, targets = {}, {}
+    for language, share in held_out.items():
+        losses = (loss_sum(forward, x, y, config, device) for x, y in share.batches)
+        sums[language], targets[language] = sum(loss.double() for loss in losses), share.targets
     parallel.free_gathered(forward)
-    sums = parallel.named_sums(device, {}, loss=loss, targets=held_out.targets)
-    return sums["loss"] / sums["targets"]
+    sums, targets = (parallel.named_sums(device, {}, **each) for each in (sums, targets))
+    means = {name: sums[name] / targets[name] for name in sums if len(sums) > 1}
+    return {"loss": sum(sums.values()) / sum(targets.values())} | means
+
+
+@torch.no_grad()
+def completions(
+    forward: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: dict[str, list[int]],
+    config: Config,
+    device: torch.device,
+) -> dict[str, str]:
+    """How the model goes on after each prompt: SAMPLE_TOKENS likeliest tokens, one by one.
+
+    Every rank takes part, since it holds a part of the weights. The whole text is read again for
+    each token: at one shape, without a cache, and with no random number, it leaves the training
+    alone, and its time is that of launching SAMPLE_TOKENS forward passes.
+    """
+    lengths = torch.tensor([len(ids) for ids in prompts.values()], device=device)
+    text = torch.zeros(len(prompts), int(lengths.max()) + SAMPLE_TOKENS, dtype=torch.int64)
+    for row, ids in zip(text, prompts.values()):
+        row[: len(ids)] = torch.tensor(ids)
+    text, rows = text.to(device), torch.arange(len(prompts), device=device)
+    for number in range(SAMPLE_TOKENS):  # what stands after a token, attention does not see
+        with autocast(forward, config, device):
+            logits = forward(text)
+        text[rows, lengths + number] = logits[rows, lengths + number - 1].argmax(-1)
+    parallel.free_gathered(forward)
+    found = {}
+    for (prompt, ids), row in zip(prompts.items(), text.tolist()):
+        new = row[len(ids) : len(ids) + SAMPLE_TOKENS]
+        new = new[: new.index(EOS)] if EOS in new else new
+        found[prompt] = "".join(tokenizer.stream(new, after=ids))
+    return found
 
 
 def not_finite(step: Step, share: Share, losses: list[Tensor], micro_batch_size: int) -> str:

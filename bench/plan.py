@@ -1,8 +1,10 @@
 """What a phase will need, by arithmetic: memory of a GPU, speed, GPU-hours, traffic.
 
     python -m bench.plan config/pretrain.py --gpus 512 --card h100 --micro_batch_size=2
+    python -m bench.plan config/small_pretrain.py --gpus 1,8 --card rtx4090,a100,h100
 
-Takes a config file (config/pretrain.py by default) and all options of train.py.
+Takes a config file (config/pretrain.py by default) and all options of train.py. Several cards or
+numbers of GPUs are compared, a line each.
 
 Memory is the sum of the tensors that are alive at the peak of a step. They are listed below, and
 tests/bench/test_plan.py compares their sum with what torch's allocator counts for small models.
@@ -277,17 +279,39 @@ def show(job: Job, card: str, mfu: float) -> None:
     print(f"\n{ASSUMED}")
 
 
+def compare(config: Config, gpus: list[int], cards: list[str], mfu: float) -> None:
+    """Print a line for each number of GPUs of each kind."""
+    print(f"{config.name}, at an MFU of {mfu:.1%}: peak of memory, speed, length of the phase")
+    print(f"{'GPUs':<14}{'GB':>8}{'of':>6}{'':16}{'tokens/s':>12}{'hours':>10}{'days':>8}")
+    for count, card in ((count, card) for card in cards for count in gpus):
+        job, (_, room, flops) = Job(config, count), GPUS[card]
+        size = sum(peak(job)[1].values())
+        tokens, hours = speed(job, mfu, flops)
+        fits = "fits" if size <= room else "does not fit"
+        print(f"{f'{count} x {card}':<14}{size / 1e9:>8.1f}{room / 1e9:>6.0f}  {fits:14}", end="")
+        print(f"{tokens * count:>12,.0f}{hours / count:>10,.1f}{hours / count / 24:>8,.1f}")
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.plan", description=__doc__)
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--card", choices=GPUS, default="h100", help="what kind they are")
+    parser.add_argument("--gpus", default="1", help="number of GPUs; several: 1,8")
+    kinds = f"what kind they are: {', '.join(GPUS)}; several: a100,h100; default: h100"
+    parser.add_argument("--card", default="h100", help=kinds)
     parser.add_argument("--mfu", type=float, default=0.4, help="share of its FLOP/s to reach")
     args, options = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu must be above 0 and at most 1, not {args.mfu}")
     if not any(option.endswith(".py") for option in options):
         options = ["config/pretrain.py", *options]
-    show(Job(load(options), args.gpus), args.card, args.mfu)
+    gpus, cards, config = args.gpus.split(","), args.card.split(","), load(options)
+    if unknown := {*cards} - GPUS.keys():
+        raise ConfigError(f"--card must be one of {', '.join(GPUS)}, not {unknown.pop()}")
+    if not all(count.isdecimal() for count in gpus):
+        raise ConfigError(f"--gpus must be whole numbers such as 1,8, not {args.gpus}")
+    if len(gpus) == len(cards) == 1:
+        show(Job(config, int(gpus[0])), cards[0], args.mfu)
+    else:
+        compare(config, [*map(int, gpus)], cards, args.mfu)
 
 
 if __name__ == "__main__":

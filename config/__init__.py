@@ -95,6 +95,8 @@ class Config:
     log_every: int = 25  # steps between rows of log.csv
     eval_every: int = 1000  # steps between validation losses
     eval_samples: int = 64  # samples of a validation loss
+    sample_every: int = 0  # steps between completions of the prompts below; 0: never
+    sample_prompts: str = ""  # one a line
     checkpoint_every: int = 25_000  # 0: only the last step
     checkpoint_early_every: int = 0  # denser at the start of a run ...
     checkpoint_early_steps: int = 0  # ... up to this step
@@ -172,7 +174,12 @@ def _set(config: Config, name: str, value: object, file: str) -> None:
 def _check_ranges(config: Config) -> None:
     positive = ("seq_len", "micro_batch_size", "log_every", "eval_every", "eval_samples")
     not_negative = ("weight_decay", "clip_grad", "max_minutes", "save_every", "replica_size")
-    not_negative += ("checkpoint_every", "checkpoint_early_every", "checkpoint_early_steps")
+    not_negative += (
+        "sample_every",
+        "checkpoint_every",
+        "checkpoint_early_every",
+        "checkpoint_early_steps",
+    )
     for name in (*positive, "keep_last"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")

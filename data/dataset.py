@@ -20,7 +20,7 @@ import csv
 import hashlib
 import heapq
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,7 +65,7 @@ class Mixture:
         self, path: str | Path, seq_len: int, seed: int, vocab_size: int, partial: bool = False
     ) -> None:
         self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
-        self.names, self.streams, self.weights = [], [], []
+        self.names, self.languages, self.streams, self.weights = [], [], [], []
         rows, self.missing = present_rows(path, partial)
         for row in rows:
             stream = TokenStream(row["path"])
@@ -76,6 +76,7 @@ class Mixture:
                     "smaller --seq_len"
                 )
             self.names.append(row["name"])
+            self.languages.append(row.get("language") or "")
             self.streams.append(stream)
             weight = row["weight"]
             self.weights.append(row["epochs"] * stream.tokens if weight is None else weight)
@@ -378,14 +379,14 @@ def store_errors(address: object) -> Iterator[None]:
 class Share(NamedTuple):
     """One rank's part of a step."""
 
-    samples: range  # their numbers
+    samples: Sequence[int]  # their numbers
     batches: list[tuple["Tensor", "Tensor"]]  # (tokens, targets), int64 `[<= micro_batch_size, T]`
     targets: int  # the number of targets that count
 
 
 def read_share(
     mixture: Mixture,
-    samples: range,
+    samples: Sequence[int],
     micro_batch_size: int,
     rank: int = 0,
     world: int = 1,

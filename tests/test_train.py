@@ -2,20 +2,25 @@ import csv
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
 import types
 from itertools import count, pairwise
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, launch, write_weights
 
 import checkpoint
+import generate
 import hf
 import train
-from config import Config
+from config import Config, log
+from data import tokenizer
 from data.dataset import DataError
 
 SMALL = TINY | dict(
@@ -520,6 +525,138 @@ def test_another_run_of_the_same_name_is_refused(tiny_data):
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000020"
 
 
+# --- what is seen while it runs
+
+
+def test_validation_of_each_language(tiny_data):
+    """Their losses, each over its own samples, are those of plain torch for the final weights."""
+    languages = {"a": "fr", "b": "en"}
+    rows = [f"{name},{name},{weight},{languages[name]}" for name, weight in (("a", 1), ("b", 3))]
+    held_out = tiny_data / "held_out.csv"
+    held_out.write_text("\n".join(["name,path,weight,language", *rows]))
+    last = train_here(tiny_data, validation=held_out, eval_samples=7)[-1]
+    model, found = checkpoint.from_run(tiny_data / "out/run")[0], {"fr": [], "en": []}
+    mixture = train.Mixture(held_out, 16, 42, 97)
+    for i in range(7):
+        x = torch.tensor(mixture[i])
+        loss = F.cross_entropy(model(x[None, :-1])[0].double(), x[1:]).item()
+        found[languages["ab"[mixture.locate(i).source]]].append(loss)
+    for column, losses in (
+        ("fr", found["fr"]),
+        ("en", found["en"]),
+        ("loss", found["fr"] + found["en"]),
+    ):
+        assert float(last[f"validation_{column}"]) == pytest.approx(np.mean(losses), abs=1e-5)
+    train_here(tiny_data, name="other", eval_samples=7)
+    assert results(log_of(tiny_data, "other"))[-1][:5] == results([last])[0][:5]
+
+
+@pytest.fixture
+def prompted(tiny_data):
+    """Options of a run that completes two prompts every 8 steps: (options, its tokenizer)."""
+    tokenizer.save({bytes([b]): 4 + b for b in range(256)}, tiny_data / "bytes.tiktoken")
+    prompts = "Ab\nThe capital"
+    sampled = {"tokenizer": tiny_data / "bytes.tiktoken", "sample_prompts": prompts}
+    sampled |= {"vocab_size": 260, "seq_len": 64, "sample_every": 8, "log_every": 10}
+    return sampled, tokenizer.load(tiny_data / "bytes.tiktoken")
+
+
+def completions_of(data, name="run"):
+    with open(data / "out" / name / "completions.csv", newline="", encoding="utf-8") as f:
+        return [
+            (int(row["training_steps"]), row["prompt"], row["text"]) for row in csv.DictReader(f)
+        ]
+
+
+def test_completions_are_those_of_the_checkpoint_and_leave_the_training_alone(
+    tiny_data, prompted, capsys
+):
+    sampled, byte_level = prompted
+    rows = train_here(tiny_data, **sampled)
+    err = capsys.readouterr().err
+    assert [int(row["training_steps"]) for row in rows] == [8, 10, 16, 20]
+    found = completions_of(tiny_data)
+    assert [step for step, *_ in found] == [8, 8, 16, 16, 20, 20]
+    model = checkpoint.from_run(tiny_data / "out/run")[0]
+    expected = generate.complete(
+        model, byte_level, ["Ab", "The capital"], 40, generate.Sampling(temperature=0)
+    )
+    assert [text for _, _, text in found[-2:]] == [x.text for x in expected]
+    assert f"step 20: Ab |{expected[0].text}".replace("\n", "\\n") in err
+    without = sampled | {"sample_every": 0, "log_every": 1}
+    plain = results(train_here(tiny_data, name="plain", **without))
+    assert [row for row in plain if row[0] in ("8", "10", "16", "20")] == results(rows)
+    # A resumed run writes what a crash has left past its checkpoint once.
+    train_here(tiny_data, name="resumed", max_minutes=1e-6, **sampled)
+    with open(tiny_data / "out/resumed/completions.csv", "a") as f:
+        f.write('8,Ab,"left by a crash\n8,T')
+    train_here(tiny_data, name="resumed", **sampled)
+    assert completions_of(tiny_data, "resumed") == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_two_ranks_complete_as_one(tiny_data, prompted, parallel):
+    sampled, _ = prompted
+    for name, ranks in (("run", 0), ("two", 2)):
+        done = run(tiny_data, ranks=ranks, name=name, parallel=parallel, **sampled)
+        assert done.returncode == 0, done.stderr
+    assert completions_of(tiny_data, "two") == completions_of(tiny_data)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokenizer": ""}, "sample_every needs a --tokenizer and --sample_prompts"),
+        ({"sample_prompts": ""}, "sample_every needs a --tokenizer and --sample_prompts"),
+        (
+            {"sample_prompts": "x" * 24},
+            "a prompt of 25 tokens is too long; 256 is the most, and 40",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_completed(tiny_data, prompted, change, message):
+    with pytest.raises(train.ConfigError, match=message):
+        train_here(tiny_data, **prompted[0] | change)
+
+
+def test_the_summary_tells_what_it_took_and_what_to_do_next(
+    tiny_data, prompted, monkeypatch, capsys
+):
+    counter = count(1000, 360_000)  # joules, at the start and at every row
+    monkeypatch.setattr(train, "energy", lambda _: next(counter))
+    rows = train_here(tiny_data, **prompted[0] | {"sample_every": 0, "eval_every": 4})
+    out = capsys.readouterr().out
+    losses = {float(row["validation_loss"]): row for row in rows if row["validation_loss"]}
+    best, step = min(losses), losses[min(losses)]["training_steps"]
+    run = tiny_data / "out/run"
+    assert re.search(
+        r"run: finished \(20 steps\)\n10,240 tokens, \d\.\d\d hours, \d\.\d\d of all processes, "
+        rf"{len(rows) / 10:.2f} kWh\n"
+        rf"best validation loss {best:.4f}, after step {step}\n"
+        rf"newest checkpoint: {run}/checkpoints/step0000020\n"
+        rf"    python generate.py {run} --prompt .*\n"
+        rf"    python -m checkpoint export {run} --out {run}_hf\n",
+        out,
+    )
+
+
+def test_energy_is_what_nvml_counts(tmp_path, monkeypatch):
+    (tmp_path / "pynvml.py").write_text(
+        "def nvmlInit(): pass\n"
+        "def nvmlDeviceGetHandleByUUID(name): return {'GPU-12ab': 7}[name]\n"
+        "def nvmlDeviceGetTotalEnergyConsumption(gpu): return {7: 2500}[gpu]\n"
+    )
+    gpu = torch.device("cuda")
+    assert log.energy(gpu) == 0.0
+    monkeypatch.syspath_prepend(tmp_path)
+    properties = types.SimpleNamespace(uuid="12ab")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert log.energy(gpu) == 2.5  # NVML counts millijoules
+    properties.uuid = "another"
+    assert log.energy(gpu) == 0.0
+
+
 # --- logs
 
 
@@ -532,16 +669,16 @@ def test_a_continued_log_loses_what_lies_past_its_checkpoint(tmp_path):
         "3,48,4.0,0.3,0.6,0.003,1.0,11,97,0.5,\n2,32,4.25\n"  # killed in the middle of a row
     )
     expected = [
-        ",".join(train.LOG_COLUMNS),
+        ",".join(log.LOG_COLUMNS),
         "1,16,4.5,0.1,0.2,0.001,1.5,99,,4.25,",
         "2,32,4.25,0.2,0.4,0.002,1.25,98,0.5,,",
     ]
-    write = train.open_log(Config(**SMALL), tmp_path, 2)
+    write = log.open_log(Config(**SMALL), tmp_path, [], 2)
     assert (tmp_path / "log.csv").read_text().splitlines() == expected
-    write((3, None, 1.5, *[None] * 8))
+    write((3, None, 1.5, *[None] * 7), {}, {})
     assert (tmp_path / "log.csv").read_text().splitlines() == [*expected, "3,,1.5,,,,,,,,"]
     (tmp_path / "log.csv").write_text("no,log\n1,2\n")
-    train.open_log(Config(**SMALL), tmp_path, 2)
+    log.open_log(Config(**SMALL), tmp_path, [], 2)
     assert (tmp_path / "log.csv").read_text() == expected[0] + "\n"
 
 
@@ -631,7 +768,6 @@ def test_document_mask_trains_on_documents(tiny_data, monkeypatch, masked):
 def test_bad_input_is_one_line(tiny_data, change, message):
     if torch.cuda.is_available() and {"cuda", "triton"} & {str(v) for v in change.values()}:
         pytest.skip("there is one here")
-    from data import tokenizer
 
     tokenizer.save({bytes([b]): b + 4 for b in range(256)}, tiny_data / "r.tiktoken")
     change = {k: v.format(data=tiny_data) if type(v) is str else v for k, v in change.items()}
@@ -654,4 +790,4 @@ def test_training_passes_on_partial_and_holds_out_the_first_samples(tiny_data):
     found, held_out = train.open_data(config, 0, 1)
     expected = train.Mixture(held, 7, 42, 97)
     assert [found.locate(i) for i in range(100)] == [expected.locate(i) for i in range(100)]
-    assert held_out.batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
+    assert held_out[""].batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
