@@ -303,7 +303,8 @@ def summary(config: Config, run: Path, newest: Path, first: int, state: dict, la
     else:
         how = f"{'had already finished' if first == last else 'finished'} ({last:,} steps)"
     took = f"{state['tokens']:,} tokens, {state['seconds'] / 3600:,.2f} hours"
-    took += f", {state['gpu_seconds'] / 3600:,.2f} of all processes"
+    if state["gpu_seconds"] > state["seconds"]:
+        took += f", {state['gpu_seconds'] / 3600:,.2f} of all GPUs"
     if state["joules"]:
         took += f", {state['joules'] / 3.6e6:,.2f} kWh"
     with open(run / "log.csv", newline="", encoding="utf-8") as file:

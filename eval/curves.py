@@ -7,8 +7,9 @@
 
 Takes runs in the order of their phases, logs or tables of scores in CSV (.gz as well) with the
 columns of those that Lucie published, and folders of needle maps. A run brings its log.csv,
-evaluation.csv, needle/ and samples.jsonl. --behind draws other results in grey, --baselines other
-models as dashed lines. The page holds everything it shows and runs no script.
+completions.csv, evaluation.csv, needle/ and samples.jsonl. --behind draws other results in grey,
+--baselines other models as dashed lines. The page holds everything it shows and runs no script; it
+is made from a run that goes on as well as from one that has ended.
 """
 
 import base64
@@ -21,7 +22,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from string import Template
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ class Results(NamedTuple):
     curves: list[Curve]
     scores: list[Score]
     maps: list[tuple]  # what needle.draw takes
-    samples: list[list[str]]  # run, checkpoint, prompt, text
+    samples: list[list[str]]  # run, checkpoint or step, prompt, text
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -94,6 +95,8 @@ def read(paths: Sequence[Path]) -> Results:
                 if (path / "evaluation.csv").is_file():
                     found.scores.extend(scores_of(read_csv(path / "evaluation.csv"), label))
                 found.maps.extend(map(needle.read_map, sorted(path.glob("needle/**/*.csv"))))
+                if (path / "completions.csv").is_file():
+                    found.samples.extend(completions_of(path / "completions.csv", label))
                 samples = path / "samples.jsonl"
                 lines = samples.read_text(encoding="utf-8") if samples.is_file() else ""
                 for line in map(json.loads, filter(None, lines.split("\n"))):
@@ -138,6 +141,18 @@ def curve_of(file: Path, name: str, options: dict) -> Curve:
     return Curve(name, options, log)
 
 
+def completions_of(file: Path, run: str) -> list[list[str]]:
+    """What training completed: of all steps the last, and some ten before it at equal distances."""
+    rows = read_csv(file)
+    steps = [*dict.fromkeys(int(row["training_steps"]) for row in rows)]
+    shown = {*steps[:: max(1, len(steps) // 10)], *steps[-1:]}
+    return [
+        [run, f"step {step:,}", row["prompt"], row["text"]]
+        for row in rows
+        if (step := int(row["training_steps"])) in shown
+    ]
+
+
 def scores_of(rows: list[dict[str, str]], run: str = "") -> list[Score]:
     """The scores of a table, without those of tuned models; run: the name that they get."""
     scores = []
@@ -178,6 +193,12 @@ def last_validation(curve: Curve) -> str:
     vocabulary = curve.options.get("vocab_size")
     share = f", {known[-1] / math.log(vocabulary):.1%} of ln({vocabulary:,})" if vocabulary else ""
     return f"{known[-1]:.3f}{share}"
+
+
+def languages_of(curve: Curve) -> list[str]:
+    """The languages whose validation losses its log has."""
+    columns = (name for name in curve.log if name.startswith("validation_"))
+    return [name.removeprefix("validation_") for name in columns if name != "validation_loss"]
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -254,6 +275,41 @@ def limits_of(curves: Sequence[Curve]) -> tuple[float, float]:
     high = np.nanmax([high, *(value for curve in curves for value in curve.log["validation_loss"])])
     room = (high - low) or 0.5
     return low - 0.06 * room, high + 0.2 * room
+
+
+def draw_languages(curves: Sequence[Curve]) -> "Figure | None":
+    """The validation loss of each language: one panel per phase that has several, on one scale."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shown = [curve for curve in curves if languages_of(curve)]
+    if not shown:
+        return None
+    names = [*dict.fromkeys(name for curve in shown for name in languages_of(curve))]
+    inks = dict(zip(names, cycle((*COLOURS, *OTHERS))))
+    with rc_context(STYLE):
+        size = (max(5.6, 4.2 * len(shown)), 3.6)
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+        for curve, panel in zip(shown, panels):
+            scale, unit = scale_of(curve.log["training_tokens"][-1])
+            for name in languages_of(curve):
+                loss = curve.log[f"validation_{name}"]
+                known = ~np.isnan(loss)
+                xs = curve.log["training_tokens"][known] / scale
+                panel.plot(
+                    xs, loss[known], color=inks[name], lw=1.5, marker="o", ms=2.5, label=name
+                )
+            panel.set_title(curve.name, loc="left")
+            panel.set_xlabel(f"{unit} tokens".strip())
+        panels[0].set_ylabel("validation loss (nats per token)")
+        lines = {
+            label: line
+            for panel in panels
+            for line, label in zip(*panel.get_legend_handles_labels())
+        }
+        figure.legend(lines.values(), lines, loc="outside right center")
+    return figure
 
 
 # --- benchmarks -----------------------------------------------------------------------------------
@@ -416,8 +472,10 @@ def page(found: Results, losses: "Figure", scores: "Figure | None") -> str:
     options = dict.fromkeys(option for curve in curves for option in curve.options)
     chosen = ([option, *(curve.options.get(option, "") for curve in curves)] for option in options)
     maps = (picture(cells[2], needle.draw(*cells)) for cells in found.maps)
+    languages = draw_languages(found.curves)
     sections = {
         "Training": table(["", *names], *facts) + picture("loss and learning rate", losses),
+        "Languages": picture("validation loss by language", languages) if languages else "",
         "Benchmarks": picture("scores over training", scores) if scores else "",
         "Needle in a haystack": "".join(maps),
         "Samples": table(("prompt", "checkpoint", "completion"), *texts) if texts else "",

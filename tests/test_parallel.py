@@ -176,6 +176,24 @@ def test_lucie_7b_is_never_whole_on_a_rank(imagined, strategy, replica_size, par
 
 
 @pytest.mark.parametrize("imagined", [6], indirect=True)
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 NVL", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_speed_of_a_card_is_that_of_its_form(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    found = parallel.peak_flops(torch.device("cuda"))
+    assert found == (tflops and pytest.approx(tflops * 1e12))
+
+
 def test_groups_that_do_not_divide_the_ranks_are_refused(imagined):
     with pytest.raises(ValueError, match="replica_size 4 does not divide the 6"):
         parallel.parallelize(nn.Linear(1, 1), "hsdp", 4, torch.device("cpu"), torch.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, launch, write_weights
+from conftest import TINY, launch, write_stream, write_weights
 
 import checkpoint
 import generate
@@ -525,6 +525,32 @@ def test_another_run_of_the_same_name_is_refused(tiny_data):
     assert checkpoint.latest(tiny_data / "out/run").name == "step0000020"
 
 
+@pytest.mark.slow
+def test_the_small_run_chains_at_full_width(tmp_path, capsys):
+    """config/small_*.py as they are, but for two blocks, toy lengths and a vocabulary of bytes."""
+    tokenizer.save({bytes([b]): 4 + b for b in range(256)}, tmp_path / "bytes.tiktoken")
+    rng = np.random.default_rng(0)
+    write_stream(tmp_path / "a", [rng.integers(4, 260, 400) for _ in range(40)], 260)
+    (tmp_path / "m.csv").write_text("name,path,weight,language\na,a,1,fr\n")
+    toy = {"num_hidden_layers": 2, "vocab_size": 260, "samples": 6, "global_batch_size": 2}
+    toy |= {"micro_batch_size": 1, "eval_samples": 2, "dtype": "float32", "device": "cpu"}
+    toy |= {"tokenizer": tmp_path / "bytes.tiktoken", "out_dir": tmp_path, "batch_ramp_samples": 0}
+    toy |= {"mixture": tmp_path / "m.csv", "validation": tmp_path / "m.csv"}
+    before = None
+    for phase, length in (("pretrain", 128), ("extension", 256), ("annealing", 256)):
+        start = {"init_from": before} if before else {}
+        given = toy | {"seq_len": length} | start
+        train.main([f"config/small_{phase}.py", *(f"--{k}={v}" for k, v in given.items())])
+        before = tmp_path / f"small_{phase}"
+        assert "finished (3 steps)" in capsys.readouterr().out
+    assert checkpoint.latest(before).name == "step0000003"
+    model, options = checkpoint.from_run(before)
+    assert (model.config.hidden_size, options["rope_theta"]) == (1024, 2e7)
+    assert not (tmp_path / "small_extension/completions.csv").exists()
+    last = completions_of(tmp_path, "small_annealing", folder="")
+    assert {prompt for _, prompt, _ in last} == {*options["sample_prompts"].split("\n")}
+
+
 # --- what is seen while it runs
 
 
@@ -561,8 +587,8 @@ def prompted(tiny_data):
     return sampled, tokenizer.load(tiny_data / "bytes.tiktoken")
 
 
-def completions_of(data, name="run"):
-    with open(data / "out" / name / "completions.csv", newline="", encoding="utf-8") as f:
+def completions_of(data, name="run", folder="out"):
+    with open(data / folder / name / "completions.csv", newline="", encoding="utf-8") as f:
         return [
             (int(row["training_steps"]), row["prompt"], row["text"]) for row in csv.DictReader(f)
         ]
@@ -631,7 +657,7 @@ def test_the_summary_tells_what_it_took_and_what_to_do_next(
     best, step = min(losses), losses[min(losses)]["training_steps"]
     run = tiny_data / "out/run"
     assert re.search(
-        r"run: finished \(20 steps\)\n10,240 tokens, \d\.\d\d hours, \d\.\d\d of all processes, "
+        r"run: finished \(20 steps\)\n10,240 tokens, \d\.\d\d hours, "
         rf"{len(rows) / 10:.2f} kWh\n"
         rf"best validation loss {best:.4f}, after step {step}\n"
         rf"newest checkpoint: {run}/checkpoints/step0000020\n"

@@ -5,6 +5,7 @@ Run as a script this file is one rank that measures: `test_plan.py '[{"seq_len":
 
 import gc
 import json
+import re
 import sys
 
 import pytest
@@ -222,9 +223,27 @@ def test_it_prints_a_plan(capsys):
     assert figures["tokens a second on a GPU"] == ["9,453"]  # 40 % of 989.4 TFLOP/s
 
 
+def test_it_compares_cards(capsys):
+    """A line for each, with the figures of the plans of one."""
+    plan.main(["config/small_pretrain.py", "--gpus", "1,8", "--card", "rtx4090,h100"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    named = [("1", "rtx4090"), ("8", "rtx4090"), ("1", "h100"), ("8", "h100")]
+    assert [(line[0], line[2]) for line in lines] == named
+    for (gpus, card), line in zip(named, lines):
+        plan.main(["config/small_pretrain.py", "--gpus", gpus, "--card", card])
+        out = capsys.readouterr().out
+        peak = float(re.search(r"  peak +([\d.]+)", out)[1])
+        hours = float(re.search(r"GPU-hours of the phase +([\d.,]+)", out)[1].replace(",", ""))
+        assert float(line[3]) == pytest.approx(peak, abs=0.051) and line[5] == "fits"
+        assert float(line[-2]) == pytest.approx(hours / int(gpus), abs=0.55 / int(gpus) + 0.05)
+        assert re.search(r"  tokens a second +([\d,]+)", out)[1] == line[-3]
+
+
 @pytest.mark.parametrize(
     "arguments,told",
     [
+        ("--card h300", "--card must be one of h200, .*, not h300"),
+        ("--gpus 1,x", "--gpus must be whole numbers such as 1,8, not 1,x"),
         ("--gpus 0", "--gpus must be at least 1"),
         ("--mfu 40", "--mfu must be above 0"),
         ("--gpus 12 --parallel=hsdp --replica_size=5", "replica_size 5 does not divide the 12"),

@@ -4,9 +4,14 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
 import config
+from bench import plan
+from checkpoint import architecture
 from config import Config, ConfigError, load
+from model import Lucie
+from schedule import Schedule
 
 
 def test_defaults_then_file_then_command_line(tmp_path):
@@ -111,3 +116,50 @@ def test_published_numbers():
         assert (c.seq_len, c.rope_theta, c.global_batch_size) == (32_000, 2e7, 128)
     assert (extension.learning_rate, extension.lr_decay) == (2e-5, "constant")
     assert (annealing.learning_rate, annealing.min_learning_rate) == (3e-5, 0)
+
+
+def test_the_small_run_is_lucies_scaled_by_its_rules():
+    """By compute as in DeepSeek LLM (arXiv:2401.02954), by length as in Chinchilla, by shares."""
+    phases = ("pretrain", "extension", "annealing")
+    theirs = [load([f"config/{phase}.py"]) for phase in phases]
+    ours = [load([f"config/small_{phase}.py"]) for phase in phases]
+    compute, models = [], []
+    for phase in (theirs[0], ours[0]):
+        with torch.device("meta"):
+            models.append(model := Lucie(architecture(vars(phase))))
+        tokens = phase.samples * phase.seq_len
+        compute.append(model.flops_per_token(phase.seq_len) * tokens)
+    parameters, less = models[1].num_params(), compute[0] / compute[1]
+    assert 320e6 < parameters < 340e6
+    assert ours[0].samples * 4096 / parameters == pytest.approx(20, rel=0.03)
+    assert ours[0].learning_rate / 3e-4 == pytest.approx(less**0.125, rel=0.06)
+    assert 1024 / ours[0].global_batch_size / less**0.3271 == pytest.approx(1, rel=0.25)
+    for name in ("warmup_samples", "batch_ramp_samples"):
+        shares = [getattr(c, name) / c.samples for c in (ours[0], theirs[0])]
+        assert shares[0] == pytest.approx(shares[1], rel=2e-3), name
+    rate, theirs_rate = ours[0].learning_rate, theirs[0].learning_rate
+    for our, their in zip(ours, theirs):
+        assert our.global_batch_size * 16 == their.global_batch_size
+        assert our.learning_rate / rate == pytest.approx(
+            their.learning_rate / theirs_rate, rel=0.01
+        )
+        same = ("seq_len", "rope_theta", "lr_decay", "beta1", "beta2", "eps", "weight_decay")
+        assert [getattr(our, n) for n in same] == [getattr(their, n) for n in same]
+        fixed = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_key_value_heads",
+            "tokenizer",
+        )
+        assert [getattr(our, n) for n in fixed] == [getattr(ours[0], n) for n in fixed]
+        assert our.hidden_size / our.num_attention_heads == 128
+        assert our.initializer_range == pytest.approx((3 * our.hidden_size) ** -0.5, rel=0.01)
+        moment, parts = plan.peak(plan.Job(our, 1))
+        assert sum(parts.values()) < 24e9 * 0.9, moment  # one card of 24 GB, with room to spare
+    assert [Schedule(c).num_steps() for c in ours[1:]] == [
+        Schedule(c).num_steps() for c in theirs[1:]
+    ]
+    assert [c.init_from for c in ours] == ["auto", "out/small_pretrain", "out/small_extension"]
+    total = sum(c.samples * c.seq_len for c in ours)
+    assert total == pytest.approx(7e9, rel=0.01)

@@ -250,6 +250,29 @@ def test_the_page_holds_everything_and_asks_nothing_of_a_network(runs):
         assert said in drawn, said
 
 
+def test_languages_and_completions_of_a_run_that_goes_on(runs):
+    """On the page are the loss of each language, and of 100 completions the first, the last and
+    some ten between."""
+    rows = [
+        [n, 10 * n, 4, n, n, 1e-3, *last] for n, last in ((1, ["", "", ""]), (2, [3, 2.5, 3.5]))
+    ]
+    columns = f"{LOG},validation_loss,validation_de,validation_fr-en"
+    write(runs / "main" / "log.csv", columns.replace("grad_norm,", ""), rows)
+    texts = [[step, "Es", f' war {step}, "<i>"\nund'] for step in range(5, 501, 5)]
+    write(runs / "main" / "completions.csv", "training_steps,prompt,text", texts)
+    found = curves.read([runs / "main", runs / "annealing"])
+    (panel,) = curves.draw_languages(found.curves).axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+    assert lines == {"de": [2.5], "fr-en": [3.5]} and panel.get_title(loc="left") == "main"
+    steps = [step for _, step, *_ in found.samples if step.startswith("step ")]
+    assert steps == [f"step {n}" for n in (*range(5, 500, 50), 500)]
+    page = runs / "p.html"
+    curves.main([str(runs / "main"), "--html", str(page)])
+    content = page.read_text(encoding="utf-8")
+    assert "<h2>Languages</h2>" in content and 'alt="validation loss by language"' in content
+    assert ' war 500, "<i>"\nund' in html.unescape(content) and "<i>" not in content
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
