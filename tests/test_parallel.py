@@ -175,7 +175,6 @@ def test_lucie_7b_is_never_whole_on_a_rank(imagined, strategy, replica_size, par
         assert rows.dtype == torch.float32
 
 
-@pytest.mark.parametrize("imagined", [6], indirect=True)
 @pytest.mark.parametrize(
     "name, tflops",
     [
@@ -194,6 +193,7 @@ def test_the_speed_of_a_card_is_that_of_its_form(monkeypatch, name, tflops):
     assert found == (tflops and pytest.approx(tflops * 1e12))
 
 
+@pytest.mark.parametrize("imagined", [6], indirect=True)
 def test_groups_that_do_not_divide_the_ranks_are_refused(imagined):
     with pytest.raises(ValueError, match="replica_size 4 does not divide the 6"):
         parallel.parallelize(nn.Linear(1, 1), "hsdp", 4, torch.device("cpu"), torch.float32)
