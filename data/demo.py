@@ -444,6 +444,8 @@ def prepare(out: Path) -> None:
     for name, weights in (MIXTURES | {"validation": PUBLISHED}).items():
         split = "valid" if name == "validation" else "train"
         rows = [{"name": n, "path": f"{split}.{n}", "weight": w} for n, w in weights.items()]
+        if name == "validation":  # a loss for each language
+            rows = [row | {"language": row["name"]} for row in rows]
         write_mixture(out / f"{name}.csv", rows)
 
 
