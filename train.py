@@ -313,8 +313,9 @@ def summary(config: Config, run: Path, newest: Path, first: int, state: dict, la
         best = min(rows, key=lambda row: float(row["validation_loss"]))
         took += f"\nbest validation loss {float(best['validation_loss']):.4f}, "
         took += f"after step {int(best['training_steps']):,}"
-    ways = (f"generate.py {run} --prompt ...", f"-m checkpoint export {run} --out {run}_hf")
-    ways = "".join(f"\n    python {way}" for way in ways) if config.tokenizer else ""
+    ways = f"\nto complete prompts: python generate.py {run} --interactive"
+    ways += f"\nto export it: python -m checkpoint export {run} --out {run}_hf"
+    ways = ways if config.tokenizer else ""
     return f"{config.name}: {how}\n{took}\nnewest checkpoint: {newest}{ways}"
 
 

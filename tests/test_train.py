@@ -661,8 +661,8 @@ def test_the_summary_tells_what_it_took_and_what_to_do_next(
         rf"{len(rows) / 10:.2f} kWh\n"
         rf"best validation loss {best:.4f}, after step {step}\n"
         rf"newest checkpoint: {run}/checkpoints/step0000020\n"
-        rf"    python generate.py {run} --prompt .*\n"
-        rf"    python -m checkpoint export {run} --out {run}_hf\n",
+        rf"to complete prompts: python generate.py {run} --interactive\n"
+        rf"to export it: python -m checkpoint export {run} --out {run}_hf\n",
         out,
     )
 
