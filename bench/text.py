@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from config.cli import ConfigError, Parser, run_cli
 from data.dataset import DataError
-from data.prepare import clean, find_files, read_documents, tokenize
+from data.files import find_files, read_documents
+from data.streams import clean, tokenize
 from data.tokenizer import SPECIAL_TOKENS, load
 
 

@@ -38,7 +38,7 @@ from typing import Any
 from config.cli import Parser, run_cli
 from data import tokenizer
 from data.dataset import DataError
-from data.prepare import Options, tokenize, write_mixture
+from data.streams import Options, tokenize, write_mixture
 
 LANGUAGES = ("en", "fr", "de", "es", "it")
 SOURCES = ("en", "fr", "code", "de", "es", "it", "parallel", "facts", "arithmetic")

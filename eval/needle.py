@@ -38,7 +38,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError
 from config.cli import ConfigError, run_cli, write_file
 from data.dataset import DataError
-from data.prepare import find_files, read_documents
+from data.files import find_files, read_documents
 from data.tokenizer import BOS, Tokenizer
 from eval.perplexity import (
     make_room,

@@ -36,7 +36,7 @@ from checkpoint import CheckpointError
 from config.cli import ConfigError, Parser, run_cli, write_file
 from data import tokenizer as tokenizers
 from data.dataset import DataError, size_of
-from data.prepare import find_files, read_documents
+from data.files import find_files, read_documents
 from data.tokenizer import Tokenizer
 from generate import use_device
 from model import Lucie

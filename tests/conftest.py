@@ -41,8 +41,9 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import kernels.launch
+from data import streams
 from data.dataset import token_dtype
-from data.prepare import write_index, write_mixture
+from data.streams import write_index, write_mixture
 from model import LucieConfig
 
 if kernels.launch.installed and not CUDA:
@@ -90,6 +91,28 @@ def tiny_data(tmp_path: Path) -> Path:
         write_stream(tmp_path / name, made, 97)
     write_weights(tmp_path / "mixture.csv", {"a": 0.7, "b": 0.3})
     return tmp_path
+
+
+@pytest.fixture
+def store():
+    """fsspec's store in memory, which tests fill below bucket/."""
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    yield files
+    files.store.clear()
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are read."""
+    names, whole = [], streams.records
+
+    def listed(source, columns):
+        names.append(str(source).rpartition("/")[2])
+        return whole(source, columns)
+
+    monkeypatch.setattr(streams, "records", listed)
+    monkeypatch.setattr(streams, "SAVE_EVERY", 0)
+    return names
 
 
 @pytest.fixture
