@@ -62,7 +62,7 @@ STREAMS = 1000  # that one run may write
 HELD_OUT = 10  # documents that should be held out; where fewer would be, tails are
 REASONS = ("error", "empty")  # for leaving a document out
 # Of a StreamWriter, in progress.json:
-SAVED = ("run", "tails", "files_done", "counts", "errors", "sizes", "stored", "report")
+SAVED = {"run", "tails", "files_done", "counts", "errors", "sizes", "stored", "taken", "report"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Options:
     split_by: tuple[str, ...] = ()  # fields, whose every combination of values is a stream
     validation: float = 0.0  # share of the text held out; a document's text alone decides
     split_length: int | None = None  # documents of more tokens, <s> and </s> included, are apart
+
+
+class Due(NamedTuple):
+    """What is due after an input file."""
+
+    source: str
+    tokens: int  # of this source, from this file and those before it
 
 
 # --- what is done to a document ------------------------------------------------------------------
@@ -135,9 +142,16 @@ class Result(NamedTuple):
 
 
 def to_documents(
-    batch: list[tuple[Source, Record]], tokenizer: Tokenizer, options: Options, tails: bool
+    batch: list[tuple[Source, Record]],
+    tokenizer: Tokenizer,
+    options: Options,
+    tails: bool,
+    names: dict[Source, str],
 ) -> Result:
-    """Parse, clean and tokenize records, each with its file. tails: see `holds_out_tails`."""
+    """Parse, clean and tokenize records, each with its file.
+
+    tails: see `holds_out_tails`. names: the first part of a stream's name, of files that give one.
+    """
     empty = np.empty(0, token_dtype(tokenizer.vocab_size))
     counts, errors, documents, tokens = Counter(), [], [], [empty]
     for source, record in batch:
@@ -165,7 +179,8 @@ def to_documents(
             length = ""
             if options.split_length is not None:
                 length = "long" if len(document) > options.split_length else "short"
-            suffix = suffix_of(values, length, held_out)
+            named = [names[source]] if source in names else []
+            suffix = suffix_of(named + values, length, held_out)
             documents.append((suffix, len(part.encode()), len(document)))
     return Result(counts, errors, documents, np.concatenate(tokens))
 
@@ -173,45 +188,57 @@ def to_documents(
 # --- processes -----------------------------------------------------------------------------------
 
 
-Batch = tuple[list[tuple[Source, Record]], int | None]
+# Records with their files, the number of the last of these, from 1, and whether it ends here and is
+# worth noting down.
+Batch = tuple[list[tuple[Source, Record]], int, bool]
 
 
-def read_batches(files: list[Source], columns: list[str], first: int = 0) -> Iterator[Batch]:
+def read_batches(
+    files: list[Source],
+    columns: list[str],
+    first: int = 0,
+    enough: Callable[[int], bool] | None = None,
+) -> Iterator[Batch]:
     """The records of the files from number `first` on, each with its file, in batches.
 
-    Now and then a batch ends with a file, and with it comes how many files are finished then.
+    enough: whether the file of this number need not be read, or read further. With it no batch has
+    records of two files.
     """
     batch, size, saved = [], 0, time.monotonic()
     for number, file in enumerate(files[first:], start=first + 1):
-        for record in records(file, columns):
+        for record in () if enough and enough(number) else records(file, columns):
+            if enough and enough(number):
+                break
             weight = record.size + OVERHEAD
             if batch and size + weight > BATCH_BYTES:
-                yield batch, None
+                yield batch, number, False
                 batch, size = [], 0
             batch.append((file, record))
             size += weight
-        if number == len(files) or time.monotonic() - saved >= SAVE_EVERY:
-            yield batch, number
-            batch, size, saved = [], 0, time.monotonic()
+        ends = number == len(files) or time.monotonic() - saved >= SAVE_EVERY
+        if ends or (enough and batch):
+            yield batch, number, ends
+            batch, size = [], 0
+            saved = time.monotonic() if ends else saved
 
 
 def process(
     batches: Iterable[Batch], work: Callable[[list], Result], processes: int
-) -> Iterator[tuple[Result, int | None]]:
+) -> Iterator[tuple[Result, int, bool]]:
     """What becomes of each batch, in order; IN_FLIGHT for each process are read ahead."""
     if processes == 1:
-        yield from ((work(batch), files_done) for batch, files_done in batches)
+        yield from ((work(batch), *where) for batch, *where in batches)
         return
     pending: deque = deque()
     # spawn: a forked child of a process that runs threads can deadlock
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (work,)) as pool:
         try:
-            for batch, files_done in chain(batches, repeat(([], None), IN_FLIGHT * processes)):
-                pending.append((pool.submit(_to_documents, batch), files_done))
+            for batch, *where in chain(batches, repeat(([], 0, False), IN_FLIGHT * processes)):
+                pending.append((pool.submit(_to_documents, batch), where))
                 if len(pending) > IN_FLIGHT * processes:
-                    future, files_done = pending.popleft()
-                    yield future.result(), files_done
+                    future, where = pending.popleft()
+                    yield future.result(), *where
         except BrokenProcessPool:
             raise DataError("a process died, perhaps out of memory; try --processes 1") from None
         finally:
@@ -242,17 +269,20 @@ class StreamWriter:
     """The streams of a run, in the folder OUT.unfinished, whose progress.json counts what is done.
 
     A run goes on after the last input file that is counted; what later files gave is cut off. `run`
-    identifies inputs and options. Raises DataError where another run has begun, unless `overwrite`.
+    identifies inputs and options. dues: see `tokenize`. Raises DataError where another run has
+    begun, unless `overwrite`.
     """
 
-    def __init__(self, out: Path, run: str, overwrite: bool) -> None:
-        self.out, self.overwrite = out, overwrite
+    def __init__(self, out: Path, run: str, overwrite: bool, dues: list[Due] | None = None) -> None:
+        self.out, self.overwrite, self.dues = out, overwrite, dues
         self.folder = Path(f"{out}.unfinished")
         self.run, self.tails, self.files_done = run, False, 0
         self.counts: Counter[str] = Counter()  # of "out" and the REASONS
         self.errors: list[str] = []
         self.sizes: Counter[str] = Counter()  # bytes of the text of each stream, by its suffix
         self.stored: Counter[str] = Counter()  # bytes of tokens in its file
+        self.taken: Counter[str] = Counter()  # tokens to train on of each source of `dues`
+        self.closed = 0  # the number of the last file of which documents were left out
         self.report: dict = {}  # once all is done
         known = read_json(self.folder / "progress.json")
         if known.get("run") != run:
@@ -262,7 +292,7 @@ class StreamWriter:
             self.folder.mkdir()
             self.save()
             return
-        for name in SAVED:
+        for name in SAVED & known.keys():
             setattr(self, name, type(getattr(self, name))(known[name]))
         for suffix, size in self.stored.items() if not self.report else ():
             if (size_of(self.file(suffix)) or 0) < size:
@@ -284,6 +314,28 @@ class StreamWriter:
             with open(self.file(suffix), "ab") as f:
                 os.fsync(f.fileno())
         write_json(self.folder / "progress.json", {name: getattr(self, name) for name in SAVED})
+
+    def enough(self, number: int) -> bool:
+        """Whether the file of this number has given what is due."""
+        source, due = self.dues[number - 1]
+        return self.taken[source] >= due or number <= self.closed
+
+    def up_to_due(self, result: Result, number: int) -> Result:
+        """The documents of a result, all of one file, up to the one that would lead further from
+        what is due than towards it."""
+        if not number or self.enough(number):
+            return Result(Counter(), [], [], result.tokens[:0])
+        source, due = self.dues[number - 1]
+        kept = length = 0
+        for suffix, _, tokens in result.documents:
+            if self.taken[source] and self.taken[source] + tokens / 2 > due:
+                self.closed = number
+                break
+            if not suffix.endswith(".valid"):
+                self.taken[source] += tokens
+            kept, length = kept + 1, length + tokens
+        counts = result.counts - Counter(out=len(result.documents) - kept)
+        return Result(counts, result.errors, result.documents[:kept], result.tokens[:length])
 
     def add(self, result: Result) -> None:
         """Append what a batch became to its streams.
@@ -308,18 +360,25 @@ class StreamWriter:
         if len(self.stored) > STREAMS:
             raise DataError(f"over {STREAMS:,} streams: the fields to split by have many values")
 
-    def fill(self, results: Iterable[tuple[Result, int | None]], on_error: str) -> None:
+    def fill(self, results: Iterable[tuple[Result, int, bool]], on_error: str) -> None:
         """Append all batches. Raises DataError for an error in one, unless on_error is "skip"."""
-        done = sum(self.counts.values())
-        with tqdm(initial=done, unit=" documents", desc="tokens", smoothing=0.05) as bar:
-            for result, files_done in results:
+        shown: dict = {"initial": sum(self.counts.values()), "unit": " documents"}
+        if self.dues:
+            total = sum({due.source: due.tokens for due in self.dues}.values())
+            shown = {"initial": sum(self.taken.values()), "unit": " tokens", "total": total}
+            shown["unit_scale"] = True
+        with tqdm(**shown, desc="tokens", smoothing=0.05) as bar:
+            for result, number, ends in results:
+                if self.dues:
+                    result = self.up_to_due(result, number)
                 self.add(result)
                 if self.errors and on_error == "stop":
                     raise DataError(f"{self.errors[0]} (--on_error skip leaves it out and goes on)")
-                if files_done is not None:
-                    self.files_done = files_done
+                if ends:
+                    self.files_done = number
                     self.save()
-                bar.update(sum(result.counts.values()))
+                done = sum((self.taken if self.dues else self.counts).values())
+                bar.update(done - bar.n)
 
     def index(self, split_by: tuple[str, ...], dtype: np.dtype) -> dict[str, dict]:
         """Write an .idx beside each .bin, and return what the report says of the streams."""
@@ -394,8 +453,13 @@ def tokenize(
     processes: int = 1,
     on_error: str = "stop",
     overwrite: bool = False,
+    dues: list[Due] | None = None,
 ) -> dict:
     """Write the documents of the files to the streams `out`..., and return what OUT.json says.
+
+    dues: of each file, the source that it belongs to, which becomes part of the names of its
+    streams, and how many tokens to train on that source is to have after it. Later documents are
+    left out, and not read; whole documents are held out.
 
     Every byte written is the same for any number of processes and of interruptions. Raises
     DataError for a document that cannot be read, unless on_error is "skip", for a connection that
@@ -408,30 +472,39 @@ def tokenize(
     if (lock_file := lock(out)) is None:
         raise DataError(f"{out}: another process is writing to it")
     with lock_file:
-        # The results may lie among the inputs.
-        own = re.compile(re.escape(os.path.realpath(out)) + r"(\.json$|\.unfinished/)")
-        files = [file for file in files if not own.match(os.path.realpath(file))]
-        run, report = _identity(files, tokenizer, options), Path(f"{out}.json")
+        if not dues:  # else the files are listed, and the results do not lie among them
+            own = re.compile(re.escape(os.path.realpath(out)) + r"(\.json$|\.unfinished/)")
+            files = [file for file in files if not own.match(os.path.realpath(file))]
+        run, report = _identity(files, tokenizer, options, dues), Path(f"{out}.json")
         before = read_json(report)
         if before.get("run") == run:
             print(f"{out}: already up to date", file=sys.stderr)
             return before
         if report.exists() and not overwrite:
             raise DataError(f"{report}: was made from {OTHER}")
-        writer = StreamWriter(out, run, overwrite)
+        writer = StreamWriter(out, run, overwrite, dues)
         if not writer.report:
-            if options.validation and not writer.files_done:
+            if options.validation and not (writer.files_done or dues):
                 writer.tails = holds_out_tails(files, options)
-            work = partial(to_documents, tokenizer=tokenizer, options=options, tails=writer.tails)
+            work = partial(
+                to_documents,
+                tokenizer=tokenizer,
+                options=options,
+                tails=writer.tails,
+                names={file: due.source for file, due in zip(files, dues or ())},
+            )
             columns = [options.text_field, *options.split_by]
-            batches = read_batches(files, columns, writer.files_done)
+            enough = writer.enough if dues else None
+            batches = read_batches(files, columns, writer.files_done, enough)
             writer.fill(process(batches, work, processes), on_error)
             _finish(writer, options, token_dtype(tokenizer.vocab_size))
         _put_in_place(writer, before.get("streams", ()))
         return writer.report
 
 
-def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> str:
+def _identity(
+    files: list[Source], tokenizer: Tokenizer, options: Options, dues: list[Due] | None
+) -> str:
     """A digest of all that the streams depend on."""
     bpe = tokenizer.bpe
     ranks = bpe.source if isinstance(bpe, LucieBPE) else repr(bpe.ranks).encode()
@@ -445,6 +518,7 @@ def _identity(files: list[Source], tokenizer: Tokenizer, options: Options) -> st
                 version = store.ukey(path)
         versions.append((str(file), size_of(file), version))
     known = ("format 3", hashlib.sha256(ranks).hexdigest(), options, versions)
+    known += (dues,) if dues else ()
     return hashlib.sha256(ascii(known).encode()).hexdigest()
 
 
@@ -492,7 +566,7 @@ def _finish(writer: StreamWriter, options: Options, dtype: np.dtype) -> None:
     }
     if not counts["out"]:
         writer.discard()
-        raise DataError(f"{writer.out}: no document was kept; left out: {_left_out(report)}")
+        raise DataError(f"{writer.out}: no document was kept; left out: {left_out(report)}")
     report["streams"] = streams = writer.index(options.split_by, dtype)
     for held_out, suffix in ((False, ".csv"), (True, ".valid.csv")):
         rows = []
@@ -506,5 +580,5 @@ def _finish(writer: StreamWriter, options: Options, dtype: np.dtype) -> None:
     writer.save()
 
 
-def _left_out(report: dict) -> str:
+def left_out(report: dict) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in report["left_out"].items())

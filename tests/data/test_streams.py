@@ -354,4 +354,4 @@ def test_any_text_comes_out_clean_and_loses_only_what_the_rules_name(text):
 
 def test_a_process_that_dies_is_one_line():
     with pytest.raises(DataError, match=r"^a process died, .* try --processes 1$"):
-        list(streams.process([(3, None)], os._exit, 2))
+        list(streams.process([(3, 1, False)], os._exit, 2))
