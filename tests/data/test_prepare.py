@@ -162,7 +162,7 @@ if __name__ == "__main__":
 
 def stand_in(folder, tokens, files=3):
     """A folder that lies where the list's files are, with its layout and the data set's columns,
-    and a third more text than is needed: words, in documents of 20 to 1,100 bytes."""
+    and half more text than is needed: words, in documents of 20 to 1,100 bytes."""
     rows = list(csv.DictReader(SMALL.open()))
     chance, words = random.Random(0), [f"w{n}" for n in range(900)]
     for row in rows:
@@ -170,7 +170,7 @@ def stand_in(folder, tokens, files=3):
         place = row["files"].removeprefix("hf://").replace("/v*/", "/v1.1/")
         for number in range(files):
             texts, size = [], 0
-            while size < 1.4 * lacking / files + 400:
+            while size < 1.5 * lacking / files + 1500:
                 texts.append(" ".join(chance.choices(words, k=chance.randint(5, 220))))
                 size += len(texts[-1])
             facts = {"source": row["name"], "language": row["language"], "url": "", "extra": "{}"}
