@@ -161,9 +161,12 @@ if __name__ == "__main__":
 
 
 def stand_in(folder, tokens, files=3):
-    """A folder that lies where the list's files are, with its layout and the data set's columns,
-    and half more text than is needed: words, in documents of 20 to 1,100 bytes."""
-    rows = list(csv.DictReader(SMALL.open()))
+    """folder/list.csv, the list with lines of JSON in place of one table, and folder/hub, where its
+    files are, with the data set's layout and columns and half more text than is needed: words, in
+    documents of 20 to 1,100 bytes."""
+    text = SMALL.read_text().replace("open-web-math/data/*.parquet", "open-web-math/data/*.jsonl")
+    (folder / "list.csv").write_text(text)
+    rows = list(csv.DictReader(text.splitlines()))
     chance, words = random.Random(0), [f"w{n}" for n in range(900)]
     for row in rows:
         lacking = max(600, tokens * (float(row["pretraining"]) + 0.05 * float(row["annealing"])))
@@ -175,11 +178,13 @@ def stand_in(folder, tokens, files=3):
                 size += len(texts[-1])
             facts = {"source": row["name"], "language": row["language"], "url": "", "extra": "{}"}
             documents = [{**facts, "id": str(n), "text": text} for n, text in enumerate(texts)]
-            table = pa.Table.from_pylist(documents)
             part = f"{number:03}" if "-*" in place else f"a--{number:03}"
-            file = folder / place.replace("*", part)
+            file = folder / "hub" / place.replace("*", part)
             file.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, file)
+            if file.suffix == ".jsonl":
+                file.write_text("".join(json.dumps(document) + "\n" for document in documents))
+            else:
+                pq.write_table(pa.Table.from_pylist(documents), file)
     return rows
 
 
@@ -188,14 +193,15 @@ def hub(tmp_path_factory):
     """(the stand-in, the script that has it for the hub, the rows of its list)."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "stand_in.py").write_text(STAND_IN)
-    rows = stand_in(folder / "hub", 1e6)
+    rows = stand_in(folder, 1e6)
     tokenizer.save(RANKS, folder / "r.tiktoken")
     return folder, rows
 
 
-def made(hub, out, *more, processes=1, listed=SMALL, script=None):
+def made(hub, out, *more, processes=1, listed=None):
     folder, _ = hub
-    args = [sys.executable, script or folder / "stand_in.py", folder / "hub", "mixture", listed]
+    args = [sys.executable, folder / "stand_in.py", folder / "hub"]
+    args += ["mixture", listed or folder / "list.csv"]
     args += ["--out", out, "--tokenizer", folder / "r.tiktoken", "--tokens", "1e6", "5e4"]
     args += ["--processes", processes, "--validation", "0.05", *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -300,7 +306,7 @@ def test_the_data_of_a_run_is_the_same_for_any_processes_and_interruptions(hub, 
 
 def test_what_the_data_of_a_run_lacks_is_one_line(hub, tmp_path):
     listed = tmp_path / "list.csv"
-    text = SMALL.read_text()
+    text = (hub[0] / "list.csv").read_text()
     for change, told in (
         (text.replace("natural/fr/HAL", "natural/fr/HAl"), "no files of HAL: mend"),
         (text.replace(",annealing,", ",rest,"), "a list of sources has the columns name, language"),
