@@ -94,7 +94,7 @@ class Saver:
             if key not in self._copies:
                 copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
                 self._copies[key] = copy
-            self._copies[key].copy_(rows, non_blocking=True)
+            self._copies[key].copy_(rows, non_blocking=rows.is_cuda)
             first_rows[key] = first
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -214,7 +214,7 @@ def versions() -> dict[str, str]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     out = {"code": "not a git checkout", "python": platform.python_version()}
     with suppress(OSError, subprocess.SubprocessError):
-        out["code"] = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+        out["code"] = subprocess.check_output(git, stderr=subprocess.DEVNULL).decode().strip()
     for library in ("torch", "triton", "numpy"):
         with suppress(metadata.PackageNotFoundError):
             out[library] = metadata.version(library)

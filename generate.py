@@ -82,6 +82,24 @@ class Completion:
             self.finish_reason = "context"
 
 
+def load(
+    source: str,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
+) -> tuple[Lucie, Tokenizer]:
+    """(a model for use on one device, its tokenizer).
+
+    source: a run or checkpoint of ours, `hf:FOLDER_OR_NAME[@revision]`, or a 4-bit folder. dtype:
+    of the weights; None is bfloat16 on a CUDA GPU, else float32. tokenizer: its file or folder;
+    None is the model's own. Raises CheckpointError, DataError, or ValueError for a device that is
+    not available.
+    """
+    use_device(device)
+    model, its_own = open_model(source, device, dtype)
+    return model, load_tokenizer(tokenizer or its_own, model.config.vocab_size)
+
+
 def begin(model: Lucie, tokenizer: Tokenizer, prompt: str) -> Completion:
     """A completion that is still empty. Raises ValueError for a prompt that leaves no room."""
     ids, room = tokenizer.encode(prompt), model.config.max_position_embeddings
@@ -328,7 +346,7 @@ def _captured(run: Callable[[Tensor], Tensor], cache: KVCache) -> Callable[[Tens
 def _to_host(ids: Tensor, logprobs: Tensor) -> Callable[[], list[list[float]]]:
     """Begin to copy them to the host; the function returned waits for that and gives [id,
     log-probability] of each row."""
-    both = torch.stack([ids.double(), logprobs.double()], 1)
+    both = torch.stack([ids.float(), logprobs], 1)  # an id is exact in fp32 up to 16 million
     if not both.is_cuda:
         return both.tolist
     here = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
@@ -369,7 +387,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument_group("the model in memory").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    add(
+        "--device",
+        default=device,
+        help="cuda, cuda:1, mps, cpu; default: a CUDA GPU if there is one",
+    )
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, help="of compute; default: bfloat16 on a GPU, else float32")
     add("--quantize", choices=("int4",), help="matrices in 4 bits")

@@ -1,6 +1,6 @@
 """The devices and processes of a run, and how a model is parallelized over them.
 
-A lone CPU process runs the model as it is. Otherwise there are three strategies, all torch's own:
+A lone process without CUDA runs the model as it is. Else there are three strategies, all torch's:
 - fsdp: every parameter, its gradient and its moments are cut into as many pieces as there are
   ranks (FSDP2, Zhao et al. 2023, arXiv:2304.11277). A block is gathered when it is needed, in the
   dtype of compute, and freed again: together the ranks hold 16 bytes a parameter
@@ -61,10 +61,12 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
     Raises ValueError for a device that is not available, or another dtype.
     """
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available() and "RANK" not in os.environ
     kind = device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+    if kind == "auto":  # never mps, on which nothing has been tested
+        kind = "cuda" if available["cuda"] else "cpu"
+    if not available.get(kind):
         raise ValueError(f"device {device!r} is not available here; use --device=cpu")
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"dtype must be bfloat16, float32 or auto, not {dtype!r}")
@@ -73,14 +75,21 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(here)
     if dtype == "auto":
-        # A processor without bf16 products emulates them, several times slower than fp32.
-        dtype = "bfloat16" if kind == "cuda" or cpu_has_bfloat16() else "float32"
+        # A processor without bf16 products emulates them, several times slower than fp32. An Apple
+        # GPU computes in fp32, which all of its operations know.
+        fast = kind == "cuda" or (kind == "cpu" and cpu_has_bfloat16())
+        dtype = "bfloat16" if fast else "float32"
     return here, getattr(torch, dtype)
 
 
 def cpu_has_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many numbers there: fp64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def memory_of_machine(device: torch.device) -> int:
@@ -106,7 +115,7 @@ def peak_flops(device: torch.device) -> float | None:
 def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of ranks): torchrun's, or those of a single process."""
     single = "RANK" not in os.environ
-    if single and device.type == "cpu":
+    if single and device.type != "cuda":
         return 0, 1
     # A single GPU is sharded over itself: one code path, and compute in bf16 beside fp32 weights.
     itself = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else {}
@@ -292,7 +301,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """
     parameters = list(model.parameters())
     gradients = [local_rows(p.grad)[0] for p in parameters]
-    squares = (torch.cat(list(map(_norms_of_rows, gradients))).double() ** 2).sum()
+    norms = torch.cat(list(map(_norms_of_rows, gradients)))
+    squares = (norms.to(exact(norms.device)) ** 2).sum()
     if isinstance(parameters[0], DTensor):
         mesh, dim = parameters[0].device_mesh, _sharded_dim(parameters[0])
         dist.all_reduce(squares, group=mesh.get_group(dim))
@@ -309,7 +319,7 @@ def _norms_of_rows(gradient: Tensor) -> Tensor:
     (In fp64 torch would copy a whole matrix on a GPU, 16 bytes a parameter more.)
     """
     if gradient.ndim == 1:
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).reshape(1)
+        return torch.linalg.vector_norm(gradient, dtype=exact(gradient.device)).reshape(1)
     return torch.linalg.vector_norm(gradient, dim=-1)
 
 
@@ -317,9 +327,9 @@ def _norms_of_rows(gradient: Tensor) -> Tensor:
 
 
 def to_device(number: float, device: torch.device) -> Tensor:
-    """An fp64 scalar on the device, without waiting for the work queued there."""
-    here = torch.tensor(number, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return here.to(device, non_blocking=True)
+    """A scalar of the dtype `exact` on the device, without waiting for the work queued there."""
+    here = torch.tensor(number, dtype=exact(device), pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=here.is_pinned())
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -333,7 +343,7 @@ def named_sums(device: torch.device, equal: dict[str, Tensor], **values) -> dict
     """The sum over all ranks of each value, a number or a scalar tensor, in one message; and the
     values of `equal`, which are the same on all ranks. The host waits once for the device."""
     tensors = [v if isinstance(v, Tensor) else to_device(v, device) for v in values.values()]
-    sums = sum_over_ranks(torch.stack([tensor.double() for tensor in tensors]))
+    sums = sum_over_ranks(torch.stack([tensor.to(exact(device)) for tensor in tensors]))
     numbers = torch.stack([*sums, *equal.values()]).tolist()
     return dict(zip([*values, *equal], numbers))
 

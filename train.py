@@ -274,7 +274,8 @@ def open_prompts(config: Config) -> tuple[Tokenizer | None, dict[str, list[int]]
 def describe(config: Config, run: Path, mixture: Mixture, model: Lucie, state: dict) -> str:
     """What the run is about to do, for the person who started it."""
     device, steps = next(model.parameters()).device, Schedule(config).num_steps()
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    cuda = device.type == "cuda"
+    kind = torch.cuda.get_device_name(device) if cuda else device.type.upper()
     begins = f"resumes after step {state['step']:,}" if state["step"] else "begins at step 0"
     if state["step"] == 0 and config.init_from not in ("auto", "scratch"):
         begins += f" with the weights of {config.init_from}"
@@ -327,7 +328,8 @@ def accumulate_gradients(
 ) -> list[Tensor]:
     """Accumulate the gradient of the mean loss over the target tokens of all ranks.
 
-    Returns what each micro-batch of this rank adds to that loss, fp64 on the device.
+    Returns what each micro-batch of this rank adds to that loss, on the device, in the dtype
+    parallel.exact.
     """
     targets = parallel.sum_over_ranks(parallel.to_device(share.targets, device)).clamp(min=1)
     losses = []
@@ -347,7 +349,7 @@ def loss_sum(
 ) -> Tensor:
     """The loss of a micro-batch, summed over its targets, computed in config.dtype."""
     cu_seqlens = document_starts(x).to(device) if config.document_mask else None
-    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    x, y = (tokens.to(device, non_blocking=tokens.is_pinned()) for tokens in (x, y))
     with autocast(forward, config, device):
         return forward(x, y, reduction="sum", cu_seqlens=cu_seqlens)
 
@@ -367,7 +369,10 @@ def validation_losses(
     sums, targets = {}, {}
     for language, share in held_out.items():
         losses = (loss_sum(forward, x, y, config, device) for x, y in share.batches)
-        sums[language], targets[language] = sum(loss.double() for loss in losses), share.targets
+        sums[language], targets[language] = (
+            sum(loss.to(parallel.exact(device)) for loss in losses),
+            share.targets,
+        )
     parallel.free_gathered(forward)
     sums, targets = (parallel.named_sums(device, {}, **each) for each in (sums, targets))
     means = {name: sums[name] / targets[name] for name in sums if len(sums) > 1}

@@ -27,7 +27,7 @@ class Config:
     # PATH of a checkpoint or run (its weights only) | hf:FOLDER_OR_NAME[@revision]
     init_from: str = "auto"
     seed: int = 42  # for the initial weights and the data order
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | mps (Apple's GPUs; untested, so never taken by auto)
     dtype: str = "auto"  # of compute: bfloat16 | float32 | auto (float32 where bfloat16 is slow)
     kernels: str = "auto"  # triton | torch (the definitions) | auto (triton on GPUs that can)
     compile: bool = False  # torch.compile each block; takes a minute or more at the start

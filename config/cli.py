@@ -119,9 +119,9 @@ def run_cli(main: Callable[[list[str]], int | None], *errors: type[Exception]) -
     Any other exception is a bug and shows its traceback.
     """
     if sys.stdin is None:
-        sys.stdin = open(os.devnull)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows "?"
@@ -176,7 +176,7 @@ def lock(path: Path) -> IO | None:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path.with_name(f".{path.name}.lock"), "a")
+    file = open(path.with_name(f".{path.name}.lock"), "ab")
     with suppress(ImportError, OSError):
         import fcntl
 

@@ -74,7 +74,11 @@ def open_log(
 
             if step == 0 or not (run / "wandb_id").is_file():
                 write_file(run / "wandb_id", secrets.token_hex(8).encode())
-            options = {"id": (run / "wandb_id").read_text(), "resume": "allow", "dir": str(run)}
+            options = {
+                "id": (run / "wandb_id").read_text("utf-8"),
+                "resume": "allow",
+                "dir": str(run),
+            }
             options |= {"project": config.wandb_project, "name": config.name}
             wandb_run = wandb.init(config=asdict(config), **options)
             boards["Weights & Biases"] = lambda row, _, step: wandb_run.log(row, step=step)

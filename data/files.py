@@ -87,7 +87,9 @@ def _find_local(given: str) -> list[Path]:
     for name in map(Path, names):
         if name.is_dir():
             inside = (path for path in sorted(name.rglob("*")) if path.is_file())
-            files += _data_among([p for p in inside if "/." not in f"/{p.relative_to(name)}"], name)
+            files += _data_among(
+                [p for p in inside if "/." not in f"/{p.relative_to(name).as_posix()}"], name
+            )
         elif name.is_file():  # no pipe, and no link to nowhere
             files.append(name)
     return files
@@ -95,7 +97,7 @@ def _find_local(given: str) -> list[Path]:
 
 def _data_among(files: list[Any], folder: str | Path) -> list[Any]:
     """The files of a folder that are data. Prints the kinds of the others."""
-    names = {file: str(file).rpartition("/")[2] for file in files}
+    names = {f: f.name if isinstance(f, Path) else f.rpartition("/")[2] for f in files}
     data = [f for f in files if kind_of(f) and not BESIDE_DATA.match(names[f].lower())]
     others = Counter(Path(names[f]).suffix or names[f] for f in set(files).difference(data))
     if others:

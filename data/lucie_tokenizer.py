@@ -65,7 +65,7 @@ def _regex_class(ranges: list[str]) -> str:
     )
 
 
-UNICODE = json.loads(Path(__file__).with_name("unicode.json").read_text())
+UNICODE = json.loads(Path(__file__).with_name("unicode.json").read_text("utf-8"))
 # Oniguruma's [\w]: letters, marks, decimal digits, numerals that are letters, connectors like "_".
 # (Its bare \w, by another of its tables, counts the signs ² ³ ¹ ¼ ½ ¾ too.)
 WORD = _regex_class(UNICODE["word_characters"])

@@ -242,7 +242,7 @@ def save_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     Lucie is as released except for tokenizer_class, which was LlamaTokenizer: with that name
     transformers 5 replaces the rules of tokenizer.json by Llama's own, and ids are others.
     """
-    bpe, config = tokenizer.bpe, json.loads(CONFIG.read_text())
+    bpe, config = tokenizer.bpe, json.loads(CONFIG.read_text("utf-8"))
     if isinstance(bpe, LucieBPE):
         content = bpe.source
     else:
@@ -270,7 +270,7 @@ def to_tokenizer_json(bpe: ByteLevelBPE) -> dict:
     if None in made or len(vocab) != bpe.vocab_size:
         raise DataError("some tokens of this vocabulary cannot be made by merges")
     merges = [[spelt[a], spelt[b]] for a, b in sorted(made, key=made.__getitem__)]
-    written = json.loads(BYTE_LEVEL.read_text())
+    written = json.loads(BYTE_LEVEL.read_text("utf-8"))
     written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
     written["model"] |= {"vocab": vocab, "merges": merges}
     return written

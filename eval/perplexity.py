@@ -32,13 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import generate
 from checkpoint import CheckpointError
 from config.cli import ConfigError, Parser, run_cli, write_file
-from data import tokenizer as tokenizers
 from data.dataset import DataError, size_of
 from data.files import find_files, read_documents
 from data.tokenizer import Tokenizer
-from generate import use_device
 from model import Lucie
 
 # Positions fall into buckets that begin here: below 64, then powers of two.
@@ -74,10 +73,8 @@ def open_model(args: argparse.Namespace, source: str) -> tuple[Lucie, Tokenizer]
 
     Raises CheckpointError, DataError, or ValueError for a device that is not available.
     """
-    use_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    model, its_tokenizer = checkpoint.open_model(source, args.device, dtype)
-    return model, tokenizers.load(args.tokenizer or its_tokenizer, model.config.vocab_size)
+    return generate.load(source, args.device, dtype, args.tokenizer)
 
 
 def newest_of(source: str) -> tuple[str, Path]:
