@@ -29,7 +29,7 @@ from data import files as reading
 from data import streams, tokenizer
 from data.dataset import DataError
 from data.files import find_files
-from data.streams import Options, clean, tokenize
+from data.streams import Due, Options, clean, tokenize
 from data.tokenizer import ByteLevelBPE, LucieBPE, Tokenizer
 
 zstd = reading.zstd or pytest.skip("needs backports.zstd", allow_module_level=True)
@@ -350,6 +350,25 @@ def test_any_text_comes_out_clean_and_loses_only_what_the_rules_name(text):
         kept = text.translate({ord(c): "\n" for c in "\v\f\x85"})
         kept = "".join(c for c in kept if c in "\t\n\r" or unicodedata.category(c) != "Cc")
         assert cleaned == unicodedata.normalize("NFC", kept.replace("\r\n", "\n"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_source_ends_with_the_document_nearest_to_what_is_due(tmp_path, read, processes):
+    """A file that has given its part is left; what one lacks is made up by the next; and a source
+    has one document at least."""
+    lengths = {"a": (8, 8, 50, 8), "b": (8, 30, 8), "c": (8, 8), "d": (90, 90)}
+    for name, sizes in lengths.items():
+        texts = [f"{name}{n}".ljust(size, ".") for n, size in enumerate(sizes)]
+        write(tmp_path / f"{name}.jsonl", json_lines(texts))
+    inputs = [tmp_path / f"{name}.jsonl" for name in lengths]
+    dues = [Due("x", 30), Due("x", 60), Due("x", 60), Due("y", 40)]
+    tokenize(inputs, OURS, tmp_path / "t", Options(), processes, dues=dues)
+    taken = {name: [text[:2] for text in texts_of(tmp_path / f"t.{name}")] for name in "xy"}
+    # In tokens, with <s> and </s>: 10 and 10 of 30, since 52 more lead further away than none; then
+    # 10 and 32, which make 62 of 60.
+    assert taken == {"x": ["a0", "a1", "b0", "b1"], "y": ["d0"]}
+    if processes == 1:  # several are given batches in advance
+        assert read == ["a.jsonl", "b.jsonl", "d.jsonl"]
 
 
 def test_a_process_that_dies_is_one_line():
