@@ -104,6 +104,11 @@ def read_list(path: Path) -> list[Listed]:
     return [row._replace(pretraining=a, annealing=b) for row, (a, b) in zip(rows, shares)]
 
 
+def some(names: list[str]) -> str:
+    """The names, or the first five and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+
+
 def files_of(listed: list[Listed], needs: list[int]) -> tuple[list[Source], list[Due]]:
     """All files of the sources, and what is due after each.
 
@@ -126,8 +131,9 @@ def files_of(listed: list[Listed], needs: list[int]) -> tuple[list[Source], list
         for number in range(1, len(found) + 1):
             dues.append(Due(row.name, math.ceil(need * min(1, number / parts))))
     if absent:
-        names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if absent[5:] else "")
-        raise DataError(f"no files of {names}: mend their column files, or take out their rows")
+        raise DataError(
+            f"no files of {some(absent)}: mend their column files, or take out the rows"
+        )
     return files, dues
 
 
@@ -145,13 +151,12 @@ def write_phases(out: Path, listed: list[Listed], report: dict) -> None:
     """Write the mixtures of the three phases. A source keeps its share if it has a stream only."""
     for phase, sample in SAMPLES.items():
         often = {"short": 1, "long": LONG_TO_SHORT if phase == "extension" else 1}
-        rows = []
+        rows, lacking = [], []
         for row in listed:
             share = row.annealing if phase == "annealing" else row.pretraining
             sizes = {length: tokens_of(report, row, length) for length in often if share}
             weights = {k: often[k] * tokens for k, tokens in sizes.items() if tokens > sample}
-            if share and not weights:
-                print(f"{phase}: without {row.name}, shorter than a sample", file=sys.stderr)
+            lacking += [row.name] if share and not weights else []
             for length, weight in weights.items():
                 share_of_it = share * weight / sum(weights.values())
                 facts = {"name": f"{row.name}--{length}", "path": stem(row, length)}
@@ -159,11 +164,13 @@ def write_phases(out: Path, listed: list[Listed], report: dict) -> None:
                 rows.append(facts | {"category": row.category})
         if rows:
             write_mixture(out / f"{phase}.csv", rows)
+        if lacking:
+            print(f"{phase}: without {some(lacking)}, shorter than a sample", file=sys.stderr)
 
 
 def write_validation(out: Path, listed: list[Listed], report: dict, dtype: np.dtype) -> None:
     """Join what is held out of each language to one stream, and write their mixture."""
-    rows = []
+    rows, lacking = [], []
     for language in dict.fromkeys(row.language for row in listed):
         sources = [row for row in listed if row.language == language]
         stems = [stem(row, length, True) for row in sources for length in ("short", "long")]
@@ -179,9 +186,11 @@ def write_validation(out: Path, listed: list[Listed], report: dict, dtype: np.dt
             facts = {"name": language, "path": stream.name, "language": language}
             rows.append(facts | {"weight": sum(row.pretraining for row in sources)})
         else:
-            print(f"validation: without {language}, shorter than a sample", file=sys.stderr)
+            lacking.append(language)
     if rows:
         write_mixture(out / "validation.csv", rows)
+    if lacking:
+        print(f"validation: without {some(lacking)}, shorter than a sample", file=sys.stderr)
 
 
 def fetch_tokenizer(source: str, out: Path) -> tokenizers.Tokenizer:
@@ -209,10 +218,11 @@ def show_shares(listed: list[Listed], needs: list[int], report: dict) -> None:
         )
     apart = {name: abs(share - wanted[name]) for name, share in shares.items()}
     furthest = max(apart, key=apart.get)
-    print(f"{sum(taken):,} tokens; furthest from its share: {furthest}, by {apart[furthest]:.3%}")
+    print(f"{sum(taken):,} tokens of {sum(needs):,} that are needed")
+    print(f"furthest from its share: {furthest}, by {apart[furthest]:.3%} of all tokens")
     few = [row.name for row, have, need in zip(listed, taken, needs) if have < 0.9 * need]
     if few:
-        print(f"fewer tokens than needed, so read more often: {', '.join(few)}")
+        print(f"with fewer tokens than needed, so read more often: {some(few)}")
     print(f"documents left out: {left_out(report)}; see tokens.json")
 
 
