@@ -239,7 +239,7 @@ def _mixture(args: argparse.Namespace) -> None:
     disk, free, text = DISK * sum(needs), shutil.disk_usage(out).free + there, TEXT * sum(needs)
     hours = text / SPEED / args.processes / 3600
     print(f"{len(listed)} sources, {len(files):,} files; {sum(needs):,} tokens are needed")
-    print(f"on disk {disk / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free or used already")
+    print(f"disk: {disk / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are available in {out}")
     took = f"{hours:,.1f} hours of {args.processes} processes, if the network keeps up"
     print(f"text to read: {text / 1e9:,.1f} GB, {took}", flush=True)
     if disk > free:
