@@ -554,19 +554,23 @@ def test_the_small_run_chains_at_full_width(tmp_path, capsys):
 # --- what is seen while it runs
 
 
-def test_validation_of_each_language(tiny_data):
+@pytest.fixture
+def held_out(tiny_data):
+    """A mixture to validate on: a is French, b English and three times as much."""
+    path = tiny_data / "held_out.csv"
+    path.write_text("name,path,weight,language\na,a,1,fr\nb,b,3,en\n")
+    return path
+
+
+def test_validation_of_each_language(tiny_data, held_out):
     """Their losses, each over its own samples, are those of plain torch for the final weights."""
-    languages = {"a": "fr", "b": "en"}
-    rows = [f"{name},{name},{weight},{languages[name]}" for name, weight in (("a", 1), ("b", 3))]
-    held_out = tiny_data / "held_out.csv"
-    held_out.write_text("\n".join(["name,path,weight,language", *rows]))
     last = train_here(tiny_data, validation=held_out, eval_samples=7)[-1]
     model, found = checkpoint.from_run(tiny_data / "out/run")[0], {"fr": [], "en": []}
     mixture = train.Mixture(held_out, 16, 42, 97)
     for i in range(7):
         x = torch.tensor(mixture[i])
         loss = F.cross_entropy(model(x[None, :-1])[0].double(), x[1:]).item()
-        found[languages["ab"[mixture.locate(i).source]]].append(loss)
+        found[["fr", "en"][mixture.locate(i).source]].append(loss)
     for column, losses in (
         ("fr", found["fr"]),
         ("en", found["en"]),
@@ -622,12 +626,15 @@ def test_completions_are_those_of_the_checkpoint_and_leave_the_training_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
-def test_two_ranks_complete_as_one(tiny_data, prompted, parallel):
-    sampled, _ = prompted
+def test_two_ranks_complete_and_validate_as_one(tiny_data, prompted, held_out, parallel):
+    sampled = prompted[0] | {"validation": held_out, "eval_samples": 5}
     for name, ranks in (("run", 0), ("two", 2)):
         done = run(tiny_data, ranks=ranks, name=name, parallel=parallel, **sampled)
         assert done.returncode == 0, done.stderr
     assert completions_of(tiny_data, "two") == completions_of(tiny_data)
+    one, two = log_of(tiny_data)[-1], log_of(tiny_data, "two")[-1]
+    for column in ("validation_loss", "validation_fr", "validation_en"):
+        assert float(two[column]) == pytest.approx(float(one[column]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
