@@ -237,7 +237,7 @@ def build_optimizer(config: Config, model: Lucie) -> torch.optim.AdamW:
 def open_data(config: Config, rank: int, world: int) -> tuple[Mixture, dict[str, Share]]:
     """(the mixture to train on, this rank's share of the held-out samples of each language).
 
-    A held-out mixture that names no languages has one, called "".
+    Sources without a language share one, called "unknown".
     """
     if config.tokenizer:
         load_tokenizer(config.tokenizer, config.vocab_size)
@@ -364,15 +364,13 @@ def autocast(forward: nn.Module, config: Config, device: torch.device) -> torch.
 def validation_losses(
     forward: nn.Module, held_out: dict[str, Share], config: Config, device: torch.device
 ) -> dict[str, float]:
-    """Mean losses over the held-out samples of all ranks, the same ones every time:
-    of all of them, called "loss", then of each language, if there are several."""
+    """Mean losses over the held-out samples of all ranks, the same ones every time: that of all
+    samples, called "loss", then that of each language if there are several."""
     sums, targets = {}, {}
     for language, share in held_out.items():
         losses = (loss_sum(forward, x, y, config, device) for x, y in share.batches)
-        sums[language], targets[language] = (
-            sum(loss.to(parallel.exact(device)) for loss in losses),
-            share.targets,
-        )
+        sums[language] = sum(loss.to(parallel.exact(device)) for loss in losses)
+        targets[language] = share.targets
     parallel.free_gathered(forward)
     sums, targets = (parallel.named_sums(device, {}, **each) for each in (sums, targets))
     means = {name: sums[name] / targets[name] for name in sums if len(sums) > 1}

@@ -76,7 +76,7 @@ class Mixture:
                     "smaller --seq_len"
                 )
             self.names.append(row["name"])
-            self.languages.append(row.get("language") or "")
+            self.languages.append(row.get("language") or "unknown")
             self.streams.append(stream)
             weight = row["weight"]
             self.weights.append(row["epochs"] * stream.tokens if weight is None else weight)

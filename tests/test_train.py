@@ -823,4 +823,6 @@ def test_training_passes_on_partial_and_holds_out_the_first_samples(tiny_data):
     found, held_out = train.open_data(config, 0, 1)
     expected = train.Mixture(held, 7, 42, 97)
     assert [found.locate(i) for i in range(100)] == [expected.locate(i) for i in range(100)]
-    assert held_out[""].batches[0][0].tolist() == [expected[i][:-1].tolist() for i in range(8)]
+    assert held_out["unknown"].batches[0][0].tolist() == [
+        expected[i][:-1].tolist() for i in range(8)
+    ]
