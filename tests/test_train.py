@@ -601,6 +601,7 @@ def completions_of(data, name="run", folder="out"):
 def test_completions_are_those_of_the_checkpoint_and_leave_the_training_alone(
     tiny_data, prompted, capsys
 ):
+    boards = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     sampled, byte_level = prompted
     rows = train_here(tiny_data, **sampled)
     err = capsys.readouterr().err
@@ -613,6 +614,11 @@ def test_completions_are_those_of_the_checkpoint_and_leave_the_training_alone(
     )
     assert [text for _, _, text in found[-2:]] == [x.text for x in expected]
     assert f"step 20: Ab |{expected[0].text}".replace("\n", "\\n") in err
+    events = boards.EventAccumulator(str(tiny_data / "out/run/tensorboard")).Reload()
+    shown = [
+        event.tensor_proto.string_val[0] for event in events.Tensors("completion/2/text_summary")
+    ]
+    assert shown[-1].decode() == f"The capital | {expected[1].text}" and len(shown) == 3
     without = sampled | {"sample_every": 0, "log_every": 1}
     plain = results(train_here(tiny_data, name="plain", **without))
     assert [row for row in plain if row[0] in ("8", "10", "16", "20")] == results(rows)
