@@ -49,6 +49,7 @@ curves.main(["out/run", "--html", "page.html"])
 
 
 def test_without_triton_and_posix_everything_but_the_kernels_works(tmp_path):
+    pytest.importorskip("matplotlib")  # for the page
     tokenizer.save({bytes([b]): 4 + b for b in range(256)}, tmp_path / "ranks.tiktoken")
     (tmp_path / "texts").mkdir()
     for number in range(3):
