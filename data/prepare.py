@@ -92,7 +92,8 @@ def read_list(path: Path) -> list[Listed]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [Listed(**row) for row in csv.DictReader(file)]
         shares = np.array([(row.pretraining, row.annealing) for row in rows], float)
-        if not shares.min() >= 0 or len({row.name for row in rows}) < len(rows):
+        unnamed = not all(map(all, rows)) or len({row.name for row in rows}) < len(rows)
+        if unnamed or not shares.min() >= 0:
             raise ValueError
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
@@ -249,7 +250,8 @@ def _mixture(args: argparse.Namespace) -> None:
     how = (options, args.processes, "skip", args.overwrite, dues)
     report = tokenize(files, tokenizer, out / "tokens", *how)
     write_phases(out, listed, report)
-    write_validation(out, listed, report, token_dtype(tokenizer.vocab_size))
+    if args.validation:
+        write_validation(out, listed, report, token_dtype(tokenizer.vocab_size))
     show_shares(listed, needs, report)
 
 

@@ -311,6 +311,7 @@ def test_what_the_data_of_a_run_lacks_is_one_line(hub, tmp_path):
         (text.replace("natural/fr/HAL", "natural/fr/HAl"), "no files of HAL: mend"),
         (text.replace(",annealing,", ",rest,"), "a list of sources has the columns name, language"),
         (text.replace("0.0", "-0.0", 1), "shares of 0 or more"),
+        (text + "HAL,fr,web,0.1,0", "a list of sources has the columns name, language"),
     ):
         listed.write_text(change)
         process = made(hub, tmp_path / "out", listed=listed)
