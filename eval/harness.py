@@ -203,7 +203,7 @@ class LucieLM(TemplateLM):
                 targets = torch.tensor(ids, device=self._device)
                 rows = hidden[len(read) - len(ids) : len(read)]
                 nats, likeliest = token_scores(self.model, rows, targets)
-                found[-1].append((float(nats.double().sum()), bool(likeliest.all())))
+                found[-1].append((float(nats.cpu().double().sum()), bool(likeliest.all())))
         return found
 
     def _continued(self, batch: list[tuple], decoder: Decoder) -> list[str]:

@@ -183,7 +183,7 @@ def log_probabilities(decoder: Decoder, prompt: list[int], texts: list[list[int]
         hidden = last
         if len(ids) > 1:
             hidden = torch.cat([last, model.hidden(tokens[:, :-1], cache=cache)], dim=1)
-        found.append(float(token_scores(model, hidden[0], tokens[0])[0].double().sum()))
+        found.append(float(token_scores(model, hidden[0], tokens[0])[0].cpu().double().sum()))
     return found
 
 

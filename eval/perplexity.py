@@ -207,7 +207,7 @@ def token_losses(model: Lucie, batch: list[Window]) -> tuple[np.ndarray, np.ndar
     rows = torch.cat([x[part.first : len(part.ids) - 1] for x, part in zip(hidden, batch)])
     targets = torch.tensor([i for part in batch for i in part.ids[part.first + 1 :]], device=device)
     spans = [np.arange(part.first + 1, len(part.ids)) + part.start for part in batch]
-    return np.concatenate(spans), -token_scores(model, rows, targets)[0].double().cpu().numpy()
+    return np.concatenate(spans), -token_scores(model, rows, targets)[0].cpu().double().numpy()
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_an_apple_gpu_is_taken_where_it_is_asked_for(monkeypatch):
     assert parallel.pick_device("mps", "auto") == (apple, torch.float32)
     assert parallel.pick_device("auto", "auto")[0].type == "cpu"
     assert parallel.exact(apple) == torch.float32 and parallel.start_processes(apple) == (0, 1)
+    assert not torch.distributed.is_initialized()  # the model runs unwrapped, as on a lone CPU
     monkeypatch.setenv("RANK", "0")  # torchrun: its ranks would share the one GPU
     with pytest.raises(ValueError, match="device 'mps' is not available"):
         parallel.pick_device("mps", "auto")
