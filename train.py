@@ -34,7 +34,7 @@ import parallel
 from checkpoint import CheckpointError
 from config import Config, load
 from config.cli import ConfigError, lock, run_cli
-from config.log import energy, open_log
+from config.log import energy_meter, open_log
 from data.dataset import EOS, DataError, Mixture, Share, document_starts, read_share
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
                unit=" samples", smoothing=0.05, disable=rank > 0)  # fmt: skip
     stopping = diverged = False
     saved, step_began, row_began, row_tokens, waited = first, started, time.monotonic(), 0, 0.0
-    joules_before, joules_at_start = state.setdefault("joules", 0.0), energy(device)
+    joules_before, joules = state.setdefault("joules", 0.0), energy_meter(device)
     for step, reading in steps_and_shares():
         asked = time.monotonic()
         share = reading.result()
@@ -148,8 +148,8 @@ def main(argv: list[str]) -> int:
         sample = bool(prompts) and (ends or step.step % config.sample_every == 0)
         if validate or sample or ends or step.step % config.log_every == 0:
             seconds = now - row_began
-            waits, joules = zip(*parallel.gather((waited, energy(device) - joules_at_start)))
-            state["joules"], waits = joules_before + sum(joules), max(waits)
+            waits, used = zip(*parallel.gather((waited, joules())))
+            state["joules"], waits = joules_before + sum(used), max(waits)
             speed, rate = row_tokens / seconds, schedule.learning_rate(state["samples"])
             shown = f"loss {loss:.3f}, lr {rate:.1e}, {speed:,.0f} tokens/s"
             if waits > 0.1 * seconds:

@@ -131,15 +131,22 @@ def continue_csv(path: Path, columns: Sequence[str], step: int) -> Callable[[lis
     return append
 
 
-def energy(device: torch.device) -> float:
-    """Joules that this GPU has used since its driver was loaded, as NVML counts them; 0 where it
-    does not, or without `pip install nvidia-ml-py`."""
-    if device.type == "cuda" and find_spec("pynvml"):
-        with suppress(Exception):  # an extra, of any version, must not stop a run
-            import pynvml
+def energy_meter(device: torch.device) -> Callable[[], float]:
+    """A function that tells the joules which this GPU has used since now, as NVML counts them; 0
+    where it does not, or without `pip install nvidia-ml-py`."""
+    try:
+        import pynvml
 
-            pynvml.nvmlInit()
-            gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    return 0.0
+        pynvml.nvmlInit()
+        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        started = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # an extra, of any version, must not stop a run
+        return lambda: 0.0
+
+    def used() -> float:
+        with suppress(Exception):
+            return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - started) / 1000
+        return 0.0
+
+    return used

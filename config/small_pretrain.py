@@ -41,7 +41,7 @@ batch_ramp_samples = 20_500  # share: 1.3 %
 learning_rate = 1e-3  # compute: 3.2 times 3e-4
 min_learning_rate = 1e-4  # a tenth, as in Lucie
 warmup_samples = 4_100  # share: 0.26 %, 222 steps
-lr_decay = "cosine"
+lr_decay = "cosine"  # over all samples, as in Lucie
 
 beta1 = 0.9  # the optimizer is Lucie's
 beta2 = 0.95
@@ -54,8 +54,8 @@ micro_batch_size = 4  # 14.6 GB at the peak of a step, for a card of 24; 16 on o
 save_every = 250  # half an hour of one RTX 4090 at an MFU of 40 %
 keep_last = 2  # 3.9 GB each, as all checkpoints: weights and two moments in fp32
 
-log_every = 10
-eval_every = 250
+log_every = 10  # 2,473 rows
+eval_every = 250  # with the rolling checkpoints: 99 points of the curve
 eval_samples = 256  # a million tokens, for half a dozen languages; 0.5 % of the time
 sample_every = 250  # steps between completions of:
 sample_prompts = (

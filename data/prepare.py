@@ -47,7 +47,7 @@ from tqdm import tqdm
 from config.cli import ConfigError, Parser, run_cli, write_file
 from data import tokenizer as tokenizers
 from data.dataset import HEADER, DataError, TokenStream, read_bytes, size_of, token_dtype
-from data.files import Source, find_files, read_documents
+from data.files import NoFiles, Source, find_files, read_documents
 from data.streams import (
     Due,
     Options,
@@ -121,9 +121,7 @@ def files_of(listed: list[Listed], needs: list[int]) -> tuple[list[Source], list
     for row, need in zip(tqdm(listed, desc="list", delay=2, leave=False), needs):
         try:
             found = find_files(row.files.split())
-        except DataError as error:
-            if not str(error).endswith("no such file"):
-                raise
+        except NoFiles:
             absent.append(row.name)
             continue
         parts = min(SPREAD, len(found))
@@ -149,7 +147,11 @@ def tokens_of(report: dict, row: Listed, length: str) -> int:
 
 
 def write_phases(out: Path, listed: list[Listed], report: dict) -> None:
-    """Write the mixtures of the three phases. A source keeps its share if it has a stream only."""
+    """Write the mixtures of the three phases.
+
+    The share of a source is that of its long and its short documents together; where one of these
+    streams is shorter than a sample, the other has all of it.
+    """
     for phase, sample in SAMPLES.items():
         often = {"short": 1, "long": LONG_TO_SHORT if phase == "extension" else 1}
         rows, lacking = [], []
@@ -159,10 +161,9 @@ def write_phases(out: Path, listed: list[Listed], report: dict) -> None:
             weights = {k: often[k] * tokens for k, tokens in sizes.items() if tokens > sample}
             lacking += [row.name] if share and not weights else []
             for length, weight in weights.items():
-                share_of_it = share * weight / sum(weights.values())
                 facts = {"name": f"{row.name}--{length}", "path": stem(row, length)}
-                facts |= {"weight": share_of_it, "language": row.language}
-                rows.append(facts | {"category": row.category})
+                facts["weight"] = share * weight / sum(weights.values())
+                rows.append(facts | {"language": row.language, "category": row.category})
         if rows:
             write_mixture(out / f"{phase}.csv", rows)
         if lacking:
@@ -214,9 +215,8 @@ def show_shares(listed: list[Listed], needs: list[int], report: dict) -> None:
     print(f"{'language':<12}{'wanted':>9}{'share':>9}")
     for language in dict.fromkeys(row.language for row in listed):
         names = [row.name for row in listed if row.language == language]
-        print(
-            f"{language:<12}{sum(map(wanted.get, names)):>9.2%}{sum(map(shares.get, names)):>9.2%}"
-        )
+        pair = (sum(shares_of[name] for name in names) for shares_of in (wanted, shares))
+        print(f"{language:<12}" + "".join(f"{share:>9.2%}" for share in pair))
     apart = {name: abs(share - wanted[name]) for name, share in shares.items()}
     furthest = max(apart, key=apart.get)
     print(f"{sum(taken):,} tokens of {sum(needs):,} that are needed")
@@ -328,9 +328,7 @@ def main(argv: list[str]) -> None:
     add = mixture.add_argument
     add("list", type=Path, help="CSV of the sources, such as data/mixtures/small.csv")
     add("--out", required=True, metavar="DIR", help="folder to write")
-    needed = (
-        "of the main phase and of annealing; default: 6.4e9 and 0.32e9, those of config/small_*"
-    )
+    needed = "of the main phase and of annealing; default: 6.4e9 0.32e9, for config/small_*.py"
     add("--tokens", type=float, nargs=2, default=(6.4e9, 0.32e9), metavar="N", help=needed)
     add("--tokenizer", default=LUCIES_TOKENIZER, help="file, folder or address; default: Lucie's")
     add("--validation", type=float, default=0.002, help="share of the text to hold out (0.002)")

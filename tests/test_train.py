@@ -626,6 +626,7 @@ def test_completions_are_those_of_the_checkpoint_and_leave_the_training_alone(
     train_here(tiny_data, name="resumed", max_minutes=1e-6, **sampled)
     with open(tiny_data / "out/resumed/completions.csv", "a") as f:
         f.write('8,Ab,"left by a crash\n8,T')
+    train_here(tiny_data, name="resumed", max_minutes=1e-6, **sampled | {"sample_every": 99})
     train_here(tiny_data, name="resumed", **sampled)
     assert completions_of(tiny_data, "resumed") == found
 
@@ -662,8 +663,8 @@ def test_prompts_that_cannot_be_completed(tiny_data, prompted, change, message):
 def test_the_summary_tells_what_it_took_and_what_to_do_next(
     tiny_data, prompted, monkeypatch, capsys
 ):
-    counter = count(1000, 360_000)  # joules, at the start and at every row
-    monkeypatch.setattr(train, "energy", lambda _: next(counter))
+    counter = count(360_000, 360_000)  # joules, at every row
+    monkeypatch.setattr(train, "energy_meter", lambda _: lambda: next(counter))
     rows = train_here(tiny_data, **prompted[0] | {"sample_every": 0, "eval_every": 4})
     out = capsys.readouterr().out
     losses = {float(row["validation_loss"]): row for row in rows if row["validation_loss"]}
@@ -681,19 +682,22 @@ def test_the_summary_tells_what_it_took_and_what_to_do_next(
 
 
 def test_energy_is_what_nvml_counts(tmp_path, monkeypatch):
+    """From millijoules since the driver was loaded; a call that fails counts nothing."""
     (tmp_path / "pynvml.py").write_text(
+        "readings = {7: [1500, 4000, None]}\n"
         "def nvmlInit(): pass\n"
         "def nvmlDeviceGetHandleByUUID(name): return {'GPU-12ab': 7}[name]\n"
-        "def nvmlDeviceGetTotalEnergyConsumption(gpu): return {7: 2500}[gpu]\n"
+        "def nvmlDeviceGetTotalEnergyConsumption(gpu): return 0 + readings[gpu].pop(0)\n"
     )
     gpu = torch.device("cuda")
-    assert log.energy(gpu) == 0.0
+    assert log.energy_meter(gpu)() == 0.0  # not installed
     monkeypatch.syspath_prepend(tmp_path)
     properties = types.SimpleNamespace(uuid="12ab")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    assert log.energy(gpu) == 2.5  # NVML counts millijoules
+    used = log.energy_meter(gpu)
+    assert [used(), used()] == [2.5, 0.0]
     properties.uuid = "another"
-    assert log.energy(gpu) == 0.0
+    assert log.energy_meter(gpu)() == 0.0
 
 
 # --- logs

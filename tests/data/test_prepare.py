@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from test_streams import RANKS, json_lines, write
+from test_streams import OURS, RANKS, documents_of, json_lines, write
 
 from config.cli import run_cli
 from data import files, prepare, tokenizer
@@ -194,7 +194,8 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     (folder / "stand_in.py").write_text(STAND_IN)
     rows = stand_in(folder, 1e6)
-    tokenizer.save(RANKS, folder / "r.tiktoken")
+    lucies = folder / "hub/OpenLLM-France/Lucie-7B"
+    tokenizer.save_folder(OURS, lucies)  # where the command looks for the released one
     return folder, rows
 
 
@@ -202,7 +203,7 @@ def made(hub, out, *more, processes=1, listed=None):
     folder, _ = hub
     args = [sys.executable, folder / "stand_in.py", folder / "hub"]
     args += ["mixture", listed or folder / "list.csv"]
-    args += ["--out", out, "--tokenizer", folder / "r.tiktoken", "--tokens", "1e6", "5e4"]
+    args += ["--out", out, "--tokens", "1e6", "5e4"]
     args += ["--processes", processes, "--validation", "0.05", *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -248,7 +249,19 @@ def test_a_run_gets_its_data_in_the_shares_of_the_list(hub, tmp_path):
         assert abs(taken[name] - tokens) <= 1102 / 2, name  # its last document is whole
         share = taken[name] / sum(taken.values())
         assert share == pytest.approx(tokens / sum(wanted.values()), abs=1e-3)
-    assert "furthest from its share: " in said and "hours of 1 processes" in said
+    wanted, found = (
+        {n: 100 * v / sum(of.values()) for n, v in of.items()} for of in (wanted, taken)
+    )
+    furthest = max(wanted, key=lambda name: abs(wanted[name] - found[name]))
+    name, apart = re.search(r"furthest from its share: (\S+), by ([\d.]+)% of all", said).groups()
+    # The command rounds each need up to a token.
+    assert name == furthest
+    assert float(apart) == pytest.approx(abs(wanted[name] - found[name]), abs=0.02)
+    english = [row["name"] for row in rows if row["language"] == "en"]
+    printed = re.search(r"\nen +([\d.]+)% +([\d.]+)%\n", said).groups()
+    expected = [sum(of[name] for name in english) for of in (wanted, found)]
+    assert list(map(float, printed)) == pytest.approx(expected, abs=0.02)
+    assert f"\n{sum(taken.values()):,} tokens of " in said and "hours of 1 processes" in said
     phases = {"pretraining": "pretraining", "extension": "pretraining", "annealing": "annealing"}
     mixtures = {phase: read_rows(out / f"{phase}.csv") for phase in phases}
     for phase, column in phases.items():
@@ -272,6 +285,9 @@ def test_a_run_gets_its_data_in_the_shares_of_the_list(hub, tmp_path):
     assert sorted(held.languages) == sorted(languages)
     held_out = sum(s["tokens"] for s in report["streams"].values() if s["held_out"])
     assert sum(stream.tokens for stream in held.streams) == held_out > 5000
+    documents = documents_of(out / "valid.fr")
+    ends = {(document[0], document[-1], min(document[1:-1]) > 3) for document in documents}
+    assert len(documents) > 10 and ends == {(0, 1, True)}
     assert tokenizer.load(out / "tokenizer.json").vocab_size == 260
 
 
@@ -299,7 +315,7 @@ def test_the_data_of_a_run_is_the_same_for_any_processes_and_interruptions(hub, 
     }
     assert {f.name: f.read_bytes() for f in out.iterdir() if not f.name.startswith(".")} == files
     assert "tokens: already up to date" in made(hub, out).communicate()[1]
-    process = made(hub, out, "--validation", "0.03")
+    process = made(hub, out, "--tokens", "2e6", "5e4")
     assert "was made from other inputs or options" in process.communicate()[1]
     assert process.returncode == 2
 
@@ -319,6 +335,19 @@ def test_what_the_data_of_a_run_lacks_is_one_line(hub, tmp_path):
         assert process.returncode == 2 and told in errors and errors.count("\n") == 1
     process = made(hub, tmp_path / "out", "--tokens", "1e15", "1e15")
     assert "free some, or lower --tokens" in process.communicate()[1]
+
+
+def test_a_source_is_spread_over_its_files(tmp_path):
+    """Over eight at equal distances first; the others, in order, make up what these lack."""
+    for number in range(20):
+        write(tmp_path / f"{number:02}.txt", "text")
+    listed = prepare.Listed("x", "fr", "web", 1.0, 0.0, f"{tmp_path}/*.txt")
+    found, dues = prepare.files_of([listed], [1001])
+    order = [int(file.stem) for file in found]
+    assert order[:8] == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert order[8:] == [n for n in range(20) if n not in order[:8]]
+    assert [due.tokens for due in dues] == [126, 251, 376, 501, 626, 751, 876, *13 * [1001]]
+    assert {due.source for due in dues} == {"x"}
 
 
 def test_of_a_large_table_only_what_is_needed_is_read(tmp_path, monkeypatch):
